@@ -1,0 +1,1 @@
+"""Launching: what turns an allocation or a command line into ranks."""

@@ -1,0 +1,28 @@
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Callable[[str], Path]:
+    """Find one of the real-data archives by its file name, or skip with a reason.
+
+    With TPP_REQUIRE_SHARED_DATA=1, as CI sets it, a missing archive is a failure: there a skip
+    would hide that the tests on real images no longer run.
+    """
+    folder = Path(os.environ.get("TPP_SHARED_DATA", ROOT.parent / "shared" / "data"))
+
+    def find(name: str) -> Path:
+        path = folder / name
+        if not path.exists():
+            reason = f"needs {name} in {folder} (set TPP_SHARED_DATA to the folder that holds it)"
+            if os.environ.get("TPP_REQUIRE_SHARED_DATA") == "1":
+                pytest.fail(reason)
+            pytest.skip(reason)
+        return path
+
+    return find

@@ -1,0 +1,97 @@
+"""What a pruning method may do in a run: every hook does nothing unless the method says so."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from tpp.plan import PruningPlan
+from tpp.regularizer import LayerStatistics
+from tpp.selection import select_filters
+
+
+class Settings(BaseModel):
+    """Base of a method's hyper-parameters; an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+@dataclass(frozen=True)
+class TrainingContext:
+    """Where a method finds itself when training is about to begin.
+
+    Attributes:
+        stage: kind of the stage, ``regularize`` or ``finetune``.
+        plan: filters that go, or went; None for a plan that the method has yet to make.
+        rank: this process's rank.
+        world_size: number of ranks over which gradients are averaged.
+        example_input: a batch to trace the network with.
+    """
+
+    stage: str
+    plan: PruningPlan | None
+    rank: int
+    world_size: int
+    example_input: Tensor
+
+
+class Method:
+    """A way from a dense network to a pruned one.
+
+    The training loop knows a method by its hooks ``prepare``, ``loss_terms``, ``after_step`` and
+    ``finished`` and nothing else. ``select`` and ``after_removal`` belong to the pruning stage.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    settings_type: ClassVar[type[Settings]] = Settings
+
+    def __init__(self, settings: Any) -> None:
+        self.settings = settings
+
+    def select(
+        self, model: nn.Module, ratios: Mapping[str, float], *, example_input: Tensor
+    ) -> PruningPlan:
+        """Choose the filters to remove; by default those with the smallest L1 norms."""
+        return select_filters(model, ratios, example_input=example_input)
+
+    def check(self, model: nn.Module, plan: PruningPlan) -> None:
+        """Raise UserError if the settings do not suit this model and plan (before training)."""
+
+    def steps(self) -> int | None:
+        """Length of the regularised stage in steps, where it is known beforehand."""
+        return None
+
+    def prepare(self, model: nn.Module, context: TrainingContext) -> None:
+        """Get ready to train ``model``, before the optimiser exists; may add parameters."""
+
+    def loss_terms(self, step: int) -> dict[str, Tensor]:
+        """Scalars by name that are added to the loss of 0-based optimiser step ``step``."""
+        return {}
+
+    def after_step(self, step: int) -> None:
+        """Touch the weights after the optimiser's 0-based ``step``."""
+
+    def finished(self, step: int) -> bool:
+        """Whether the regularised stage is done after ``step`` steps."""
+        return True
+
+    def after_removal(self, model: nn.Module, seed: int) -> None:
+        """Change the pruned network's weights before it is finetuned."""
+
+    def scalars(self, step: int) -> dict[str, float]:
+        """Values by name to show in TensorBoard beside the loss."""
+        return {}
+
+    def statistics(self) -> dict[str, LayerStatistics]:
+        """Per layer what a person watches to see the method at work."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-ready state that a resumed run needs."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what :meth:`state_dict` returned."""

@@ -1,0 +1,111 @@
+"""TPP: decorrelate the filters that will go from all others while they shrink to zero."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from tpp.methods import base
+from tpp.plan import PruningPlan
+from tpp.regularizer import LayerStatistics, Regularizer
+from tpp.schedule import GrowthSchedule
+from tpp.selection import prunable_layers
+
+
+class Settings(base.Settings):
+    """Hyper-parameters of TPP, as published for CIFAR (Wang & Fu 2023, appendix).
+
+    Attributes:
+        gram_weight: weight of the gram penalty relative to the decay.
+        delta: growth of lambda per update.
+        tau: ceiling of lambda.
+        update_interval: K_u, steps between updates of lambda (ImageNet: 5).
+        stabilize_steps: K_s, steps at lambda = tau (ImageNet: 40,000).
+        zero_out_interval: steps between the layers' turns to be held at zero.
+    """
+
+    gram_weight: Annotated[float, Field(ge=0, strict=False)] = 1000.0
+    delta: Annotated[float, Field(gt=0, strict=False)] = 1e-4
+    tau: Annotated[float, Field(gt=0, strict=False)] = 1.0
+    update_interval: Annotated[int, Field(ge=1)] = 10
+    stabilize_steps: Annotated[int, Field(ge=1)] = 10_000
+    zero_out_interval: Annotated[int, Field(ge=1)] = 100
+
+    @property
+    def growth(self) -> GrowthSchedule:
+        """The schedule of lambda."""
+        return GrowthSchedule(
+            delta=self.delta,
+            tau=self.tau,
+            update_interval=self.update_interval,
+            stabilize_steps=self.stabilize_steps,
+            zero_out_interval=self.zero_out_interval,
+        )
+
+
+class TPP(base.Method):
+    """Trainability Preserving Pruning (Wang & Fu, ICLR 2023)."""
+
+    name = "tpp"
+    title = "TPP"
+    settings_type: ClassVar[type[base.Settings]] = Settings
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        self._growth = settings.growth
+        self._regularizer: Regularizer | None = None
+
+    def check(self, model: nn.Module, plan: PruningPlan) -> None:
+        """Raise UserError if the stabilise phase ends before the last layer is zeroed."""
+        if plan.active_layers:
+            number = list(prunable_layers(model)).index(plan.active_layers[-1])
+            self._growth.check_zero_out(number)
+
+    def steps(self) -> int:
+        """Growth and stabilise phase together."""
+        return self._growth.total_steps
+
+    def prepare(self, model: nn.Module, context: base.TrainingContext) -> None:
+        """Set the regulariser up; finetuning after the removal is ordinary training."""
+        if context.stage == "regularize":
+            assert context.plan is not None
+            self._regularizer = Regularizer(
+                model,
+                context.plan,
+                rank=context.rank,
+                world_size=context.world_size,
+                gram_weight=self.settings.gram_weight,
+                growth=self._growth,
+                example_input=context.example_input,
+            )
+
+    def loss_terms(self, step: int) -> dict[str, Tensor]:
+        """Gram penalty and decay, this rank's shares."""
+        return self._regularizer.penalty_terms(step) if self._regularizer else {}
+
+    def after_step(self, step: int) -> None:
+        """Zero the layers whose turn has come."""
+        if self._regularizer:
+            self._regularizer.after_step(step)
+
+    def finished(self, step: int) -> bool:
+        """Whether the stabilise phase is over."""
+        return step >= self._growth.total_steps
+
+    def scalars(self, step: int) -> dict[str, float]:
+        """Lambda."""
+        return {"lambda": self._growth.strength(step)} if self._regularizer else {}
+
+    def statistics(self) -> dict[str, LayerStatistics]:
+        """Magnitudes and correlations of the regularised layers."""
+        return self._regularizer.statistics() if self._regularizer else {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The regulariser's."""
+        return self._regularizer.state_dict() if self._regularizer else {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The regulariser's."""
+        if self._regularizer:
+            self._regularizer.load_state_dict(state)
