@@ -25,9 +25,9 @@ class Settings(base.Settings):
         zero_out_interval: steps between the layers' turns to be held at zero.
     """
 
-    gram_weight: Annotated[float, Field(ge=0, strict=False)] = 1000.0
-    delta: Annotated[float, Field(gt=0, strict=False)] = 1e-4
-    tau: Annotated[float, Field(gt=0, strict=False)] = 1.0
+    gram_weight: Annotated[float, Field(ge=0)] = 1000.0
+    delta: Annotated[float, Field(gt=0)] = 1e-4
+    tau: Annotated[float, Field(gt=0)] = 1.0
     update_interval: Annotated[int, Field(ge=1)] = 10
     stabilize_steps: Annotated[int, Field(ge=1)] = 10_000
     zero_out_interval: Annotated[int, Field(ge=1)] = 100

@@ -1,0 +1,1 @@
+"""Images from class folders to batches on every rank, in an order that is a pure function."""

@@ -1,0 +1,95 @@
+"""Which image each rank sees at each step, as a pure function of (seed, position).
+
+Training is one endless stream of samples numbered 0, 1, 2, ... across all ranks. Sample g is
+image ``permutation(seed, epoch, size)[i]`` with ``epoch, i = divmod(g, size)``, and step s with
+global batch B covers samples s*B to (s+1)*B - 1. Batches are always full and may cross the end
+of an epoch, so every image is seen exactly once per epoch.
+
+The random numbers of a sample's augmentation come from the same kind of hash. Nothing here has
+state: a run resumes at any step, with any number of ranks, and every sample is the same again.
+NumPy's generators are not used, since their streams may change between versions.
+"""
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Int64s = NDArray[np.int64]
+Float64s = NDArray[np.float64]
+_UInt64s = NDArray[np.uint64]
+
+# SplitMix64: Steele, Lea & Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014.
+_GOLDEN = 0x9E3779B97F4A7C15
+_MASK = 2**64 - 1
+_ORDER_STREAM = 1
+_AUGMENT_STREAM = 2
+
+
+def permutation(seed: int, epoch: int, size: int) -> Int64s:
+    """The order of an epoch: a permutation of 0..size-1, shape (size,), read-only."""
+    return _permutation(seed, epoch, size)
+
+
+# Two epochs: a batch may lie across the end of one. The wrapper above keeps its signature, which
+# the cache's own wrapper would hide from type checkers.
+@lru_cache(maxsize=2)
+def _permutation(seed: int, epoch: int, size: int) -> Int64s:
+    keys = _hash(_key(seed, _ORDER_STREAM, epoch), np.arange(size, dtype=np.uint64))
+    order = np.argsort(keys, kind="stable").astype(np.int64)
+    order.flags.writeable = False
+    return order
+
+
+def uniforms(seed: int, samples: Int64s, count: int) -> Float64s:
+    """Random numbers of samples in [0, 1): shape (len(samples), count).
+
+    Args:
+        seed: the run's seed.
+        samples: global sample numbers, shape (n,).
+        count: numbers wanted per sample; the first k are the same for any count >= k.
+    """
+    sample_keys = _hash(_key(seed, _AUGMENT_STREAM), samples.astype(np.uint64))
+    bits = _hash(sample_keys[:, None], np.arange(count, dtype=np.uint64)[None, :])
+    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def rank_samples(step: int, global_batch: int, rank: int, world_size: int) -> Int64s:
+    """Global numbers of the samples that ``rank`` of ``world_size`` takes at ``step``, ascending.
+
+    The rank takes every world_size-th sample, so the ranks together hold the step's
+    ``global_batch`` samples whatever their number.
+    """
+    return step * global_batch + np.arange(rank, global_batch, world_size, dtype=np.int64)
+
+
+def sample_images(seed: int, samples: Int64s, size: int) -> Int64s:
+    """The image (0..size-1) that each global sample number stands for; same shape as samples."""
+    epochs, places = np.divmod(samples, size)
+    images = np.empty_like(samples)
+    for epoch in np.unique(epochs):
+        here = epochs == epoch
+        images[here] = permutation(seed, int(epoch), size)[places[here]]
+    return images
+
+
+def _key(*parts: int) -> int:
+    """Fold integers of any sign and size up to 64 bits into one well-mixed 64-bit key."""
+    key = 0
+    for part in parts:
+        mixed = _mix(np.array([key ^ (part & _MASK)], dtype=np.uint64) + np.uint64(_GOLDEN))
+        key = int(mixed[0])
+    return key
+
+
+def _hash(key: int | _UInt64s, counters: _UInt64s) -> _UInt64s:
+    """Element k of the SplitMix64 stream that starts at ``key``, for every k in ``counters``."""
+    start = np.uint64(key) if isinstance(key, int) else key
+    return _mix(start + (counters + np.uint64(1)) * np.uint64(_GOLDEN))
+
+
+def _mix(z: NDArray[Any]) -> _UInt64s:
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))

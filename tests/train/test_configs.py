@@ -1,0 +1,259 @@
+"""Every file in configs/ against METHOD's tables, typed here once more."""
+
+from pathlib import Path
+
+import pytest
+
+from tpp.describe import count
+from tpp.errors import UserError
+from tpp.models import build_model
+from tpp.prune import prune_model
+from tpp.selection import prunable_layers, pruned_count, select_filters
+from train.config import Config, load_config, steps_for
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+BASES = [path for path in CONFIGS if path.stem.endswith("base")]
+COMPLETE = [path for path in CONFIGS if path not in BASES]
+ROWS = [path for path in COMPLETE if path.parent.name in ("imagenet", "cifar10")]
+
+# name: dense top-1, top-1, its deviation, published speedup, speedup by counted MACs
+PUBLISHED = {
+    "resnet34_dense": (73.31, None, None, None, None),
+    "resnet50_dense": (76.13, None, None, None, None),
+    "resnet34_tpp_1.32x": (73.31, 73.77, None, 1.32, 1.3168),
+    "resnet50_tpp_1.49x": (76.13, 76.44, None, 1.49, 1.4894),
+    "resnet50_tpp_2.31x": (76.13, 75.60, None, 2.31, 2.3081),
+    "resnet50_tpp_2.56x": (76.13, 75.12, None, 2.56, 2.5641),
+    "resnet50_tpp_3.06x": (76.13, 74.51, None, 3.06, 3.0634),
+    "resnet56_dense": (93.78, None, None, None, None),
+    "resnet56_tpp_pr0.3": (93.78, 93.81, 0.11, 1.45, 1.452),
+    "resnet56_tpp_pr0.5": (93.78, 93.46, 0.06, 1.99, 1.993),
+    "resnet56_tpp_pr0.7": (93.78, 92.35, 0.12, 3.59, 3.593),
+    "resnet56_tpp_pr0.9": (93.78, 89.63, 0.10, 11.41, 11.578),
+    "resnet56_tpp_pr0.95": (93.78, 85.86, 0.08, 19.31, 19.846),
+    "resnet56_l1_pr0.3": (93.78, 93.79, 0.06, 1.45, 1.452),
+    "resnet56_l1_pr0.5": (93.78, 93.51, 0.07, 1.99, 1.993),
+    "resnet56_l1_pr0.7": (93.78, 92.26, 0.17, 3.59, 3.593),
+    "resnet56_l1_pr0.9": (93.78, 86.75, 0.31, 11.41, 11.578),
+    "resnet56_l1_pr0.95": (93.78, 83.03, 0.07, 19.31, 19.846),
+}
+REMOVED_PERCENT = {"0.3": 31.14, "0.5": 49.82, "0.7": 70.58, "0.9": 90.45, "0.95": 95.18}
+
+
+def by_name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def head(path: Path) -> str:
+    """The comment block that a file begins with, as one line."""
+    lines = path.read_text().splitlines()
+    end = next(number for number, line in enumerate(lines) if not line.startswith("#"))
+    return " ".join(" ".join(line.strip("#\\ ") for line in lines[:end]).split())
+
+
+def load(name: str) -> Config:
+    (path,) = [path for path in ROWS if path.stem == name]
+    return load_config(path)
+
+
+def of_kind(kind: str, dataset: str) -> list[Config]:
+    return [load(path.stem) for path in ROWS if kind in path.stem and path.parent.name == dataset]
+
+
+@pytest.mark.parametrize("path", COMPLETE, ids=by_name)
+def test_loads(path: Path) -> None:
+    config = load_config(path)
+    assert config.name == path.stem
+
+
+@pytest.mark.parametrize("path", BASES, ids=by_name)
+def test_base_is_no_run_of_its_own_and_says_so(path: Path) -> None:
+    assert "Not a run of its own" in head(path)
+    with pytest.raises(UserError, match="missing"):
+        load_config(path)
+    extending = [other for other in path.parent.glob("*.yaml") if other != path]
+    assert any(f"extends: {path.name}\n" in other.read_text() for other in extending)
+
+
+def test_there_is_a_file_for_every_published_row() -> None:
+    assert {path.stem for path in ROWS} == set(PUBLISHED)
+
+
+@pytest.mark.parametrize("path", ROWS, ids=by_name)
+def test_head_says_what_to_expect_and_what_to_type(path: Path) -> None:
+    text = head(path)
+    assert f"accelerate launch train/main.py --config {by_name(path)} " in text + " "
+    assert "data.root=/path/to/" in text
+    dense, top1, std, _, speedup = PUBLISHED[path.stem]
+    assert f"top-1 {top1 or dense:.2f}" in text
+    for part in ("Reproduces:", "Expect:", "Takes:", "Run"):
+        assert part in text
+    if speedup is not None:
+        assert f"speedup {speedup}x" in text
+        assert f"dense: {dense:.2f}" in text
+    if std is not None:
+        assert f"std {std:.2f}" in text
+
+
+@pytest.mark.parametrize("path", ROWS, ids=by_name)
+def test_published_figures(path: Path) -> None:
+    published = load_config(path).published
+    assert published is not None
+    dense, top1, std, speedup, _ = PUBLISHED[path.stem]
+    assert (published.dense_top1, published.top1, published.top1_std) == (dense, top1, std)
+    assert published.speedup == speedup
+    if top1 is not None:
+        assert "Wang & Fu, ICLR 2023, Table" in published.source
+
+
+@pytest.mark.parametrize(
+    ("dataset", "update_interval", "stabilize_steps", "weight_decay", "batch", "finetuning"),
+    [
+        ("imagenet", 5, 40_000, 1e-4, 256, (90, [30, 60, 75])),
+        ("cifar10", 10, 10_000, 5e-4, 128, (120, [60, 90])),
+    ],
+)
+def test_published_settings_of_tpp(
+    dataset: str,
+    update_interval: int,
+    stabilize_steps: int,
+    weight_decay: float,
+    batch: int,
+    finetuning: tuple[float, list[float]],
+) -> None:
+    for config in of_kind("_tpp_", dataset):
+        assert [stage.kind for stage in config.stages.values()] == [
+            "regularize",
+            "prune",
+            "finetune",
+            "evaluate",
+        ]
+        assert config.method == {
+            "name": "tpp",
+            "gram_weight": 1000,
+            "delta": 1e-4,
+            "tau": 1.0,
+            "update_interval": update_interval,
+            "stabilize_steps": stabilize_steps,
+            "zero_out_interval": 100,
+        }
+        assert config.stage_method("regularize").steps() == (
+            update_interval * 10_000 + stabilize_steps
+        )
+        assert config.training.batch_size == batch
+        regularize = config.stages["regularize"].optimizer
+        assert regularize is not None
+        assert (regularize.lr, regularize.schedule) == (0.001, "constant")
+        assert (regularize.momentum, regularize.weight_decay) == (0.9, weight_decay)
+        check_finetuning(config, weight_decay, finetuning)
+
+
+def test_published_settings_of_l1() -> None:
+    for config in of_kind("_l1_", "cifar10"):
+        assert [stage.kind for stage in config.stages.values()] == ["prune", "finetune", "evaluate"]
+        assert config.method == {"name": "l1"}
+        assert config.training.batch_size == 128
+        check_finetuning(config, 5e-4, (120, [60, 90]))
+
+
+def check_finetuning(
+    config: Config, weight_decay: float, finetuning: tuple[float, list[float]]
+) -> None:
+    stage = config.stages["finetune"]
+    optimizer = stage.optimizer
+    assert optimizer is not None
+    assert (stage.epochs, optimizer.milestones) == finetuning
+    assert (optimizer.lr, optimizer.schedule, optimizer.gamma) == (0.01, "step", 0.1)
+    assert (optimizer.momentum, optimizer.weight_decay) == (0.9, weight_decay)
+    assert not optimizer.nesterov
+    assert stage.label_smoothing == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "epochs", "batch", "milestones", "weight_decay"),
+    [
+        ("resnet34_dense", 90, 256, [30, 60], 1e-4),
+        ("resnet50_dense", 90, 256, [30, 60], 1e-4),
+        ("resnet56_dense", 200, 128, [100, 150], 5e-4),
+    ],
+)
+def test_recipes_of_the_dense_networks(
+    name: str, epochs: float, batch: int, milestones: list[float], weight_decay: float
+) -> None:
+    config = load(name)
+    assert list(config.stages) == ["dense", "evaluate"]
+    assert config.model.checkpoint is None
+    stage = config.stages["dense"]
+    optimizer = stage.optimizer
+    assert optimizer is not None
+    assert (stage.epochs, config.training.batch_size) == (epochs, batch)
+    assert (optimizer.lr, optimizer.schedule, optimizer.gamma) == (0.1, "step", 0.1)
+    assert (optimizer.momentum, optimizer.weight_decay) == (0.9, weight_decay)
+    assert optimizer.milestones == milestones
+
+
+def test_data() -> None:
+    for path in ROWS:
+        data = load_config(path).data
+        assert data.mean == [0.485, 0.456, 0.406]
+        assert data.std == [0.229, 0.224, 0.225]
+        assert data.loader == "auto"
+        expected = (
+            ("val", "imagenet", 224, 256)
+            if path.parent.name == "imagenet"
+            else ("test", "cifar", 32, None)
+        )
+        assert (data.val, data.augmentation, data.image_size, data.resize) == expected
+
+
+def test_starting_weights() -> None:
+    for config in of_kind("_tpp_", "imagenet"):
+        assert config.model.checkpoint == "torchvision:IMAGENET1K_V1"
+    dense = load("resnet56_dense")
+    for config in (*of_kind("_tpp_", "cifar10"), *of_kind("_l1_", "cifar10")):
+        assert config.model.checkpoint == f"{dense.output}/dense/model.safetensors"
+
+
+def test_lengths_that_the_heads_state() -> None:
+    imagenet, cifar = load("resnet50_tpp_2.31x"), load("resnet56_tpp_pr0.5")
+    assert imagenet.stage_method("regularize").steps() == 90_000
+    assert steps_for(18, 1_281_167, 256) == pytest.approx(90_000, rel=2e-3)
+    assert cifar.stage_method("regularize").steps() == 110_000
+    assert steps_for(282, 50_000, 128) == pytest.approx(110_000, rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, figures in PUBLISHED.items() if figures[4] and "_l1_" not in name]
+)
+def test_ratios_give_the_published_speedup(name: str) -> None:
+    config = load(name)
+    dense = build_model(config.model.name, 10 if "resnet56" in name else 1000, **config.model.args)
+    plan = select_filters(dense, config.pruning.ratios)
+    before, after = count(dense), count(prune_model(dense, plan))
+    expected = PUBLISHED[name][4]
+    assert expected is not None
+    digits = 3 if "resnet56" in name else 4
+    assert round(before.macs / after.macs, digits) == expected
+    if "resnet56" in name:
+        removed = 100 * (1 - after.parameters / before.parameters)
+        assert round(removed, 2) == REMOVED_PERCENT[name.rpartition("pr")[2]]
+
+
+def test_l1_takes_the_filters_that_tpp_takes() -> None:
+    for l1 in of_kind("_l1_", "cifar10"):
+        assert l1.pruning == load(l1.name.replace("_l1_", "_tpp_")).pruning
+
+
+def test_resnet34_keeps_the_blocks_that_the_paper_keeps() -> None:
+    model = build_model("resnet34", 1000)
+    plan = select_filters(model, load("resnet34_tpp_1.32x").pruning.ratios)
+    ratios = {"layer1": 0.5, "layer2": 0.6, "layer3": 0.4, "layer4": 0.0}
+    kept = {"layer1.0", "layer2.0", "layer2.3", "layer3.0", "layer3.5"}
+    expected = {}
+    for name, layer in prunable_layers(model).items():
+        block = name.rpartition(".")[0]
+        ratio = ratios.get(name.partition(".")[0], 0.0)
+        if name.endswith(".conv1") and block not in kept and ratio:
+            expected[name] = pruned_count(ratio, layer.weight.shape[0])
+    assert {name: len(plan.pruned[name]) for name in plan.active_layers} == expected

@@ -1,0 +1,589 @@
+import base64
+import io
+import json
+import math
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from rich.console import Console
+
+from tpp.errors import UserError
+from train.report import (
+    SummaryRow,
+    draw,
+    load_run,
+    main,
+    show_end,
+    summary_rows,
+    summary_table,
+    write_report,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+DENSE = {"parameters": 855_770, "macs": 125_485_696}
+SMALL = {"parameters": 429_436, "macs": 62_955_136, "speedup": 1.9933}
+PUBLISHED = {
+    "source": "Table 1, PR 0.5, TPP",
+    "dense_top1": 93.78,
+    "top1": 93.46,
+    "top1_std": 0.06,
+    "speedup": 1.99,
+}
+
+
+def accuracy(top1: float | None) -> dict[str, Any]:
+    return {
+        "top1": top1,
+        "top5": None if top1 is None else 99.5,
+        "loss": None if top1 is None else 0.25,
+    }
+
+
+def stage(
+    kind: str,
+    source: str | None,
+    top1: float | None,
+    *,
+    title: str = "TPP",
+    size: dict[str, Any] = SMALL,
+    steps: int | None = None,
+    start: float | None = None,
+) -> dict[str, Any]:
+    return {
+        "kind": kind,
+        "method": title.lower(),
+        "title": title,
+        "input": source,
+        **accuracy(top1),
+        **{"speedup": 1.0, **size},
+        "steps": steps,
+        "epochs": None if steps is None else steps / 100,
+        "wall_seconds": 100.0,
+        "start": None if start is None else accuracy(start),
+    }
+
+
+def results(stages: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    return {
+        "name": "resnet56_tpp_pr0.5",
+        "seed": 0,
+        "status": "finished",
+        "model": "cifar_resnet56",
+        "wall_seconds": 3_725.0,
+        "versions": {"python": "3.11.9", "torch": "2.15.0"},
+        "git_commit": "0123456789abcdef0123456789abcdef01234567",
+        "device": "H100",
+        "ranks": 2,
+        "published": PUBLISHED,
+        "dense": {**accuracy(93.70), **DENSE},
+        "stages": stages,
+        **changes,
+    }
+
+
+TPP_STAGES = {
+    "regularize": stage("regularize", None, 92.9, size=DENSE, steps=1100, start=93.70),
+    "prune": stage("prune", "regularize", 92.8),
+    "finetune": stage("finetune", "prune", 93.40, steps=1200, start=92.8),
+    "evaluate": stage("evaluate", "finetune", 93.40),
+}
+L1_STAGES = {
+    "prune": stage("prune", None, 20.0, title="L1"),
+    "finetune": stage("finetune", "prune", 93.10, title="L1", steps=1200, start=20.0),
+    "evaluate": stage("evaluate", "finetune", 93.10, title="L1"),
+}
+
+
+def log_of(stages: dict[str, Any]) -> list[dict[str, Any]]:
+    entries: list[dict[str, Any]] = []
+    for name, content in stages.items():
+        steps = content["steps"] or 0
+        entries.append({"event": "stage", "stage": name, "status": "start"})
+        for step in range(100, steps + 1, 100):
+            strength = min(1.0, step / 1000)
+            train = {"loss": 2 + 100 / step, "loss/task": 1 + 100 / step, "lr": 0.01}
+            if content["kind"] == "regularize":
+                train |= {"loss/gram": 0.5, "lambda": strength}
+                values = {
+                    "pruned_magnitude": 0.0 if step == steps else 0.01 / step,
+                    "kept_magnitude": 0.02,
+                    "correlation": 1e-3 / step**2,
+                }
+                layers = {"layer1.0.conv1": values, "layer1.1.conv1": values}
+                entries.append({"event": "layers", "stage": name, "step": step, "layers": layers})
+            entries.append({"event": "train", "stage": name, "step": step, **train})
+            top1 = 90 + step / 1000
+            entries.append({"event": "evaluate", "stage": name, "step": step, "top1": top1})
+        entries.append({"event": "stage", "stage": name, "status": "end"})
+    return entries
+
+
+def write_run(
+    folder: Path,
+    content: dict[str, Any] | None,
+    *,
+    log: list[dict[str, Any]] | None = None,
+    config: dict[str, Any] | None = None,
+) -> Path:
+    folder.mkdir(parents=True)
+    if content is not None:
+        (folder / "results.json").write_text(json.dumps(content))
+        log = log_of(content["stages"]) if log is None else log
+    if log is not None:
+        (folder / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in log))
+    if config is not None:
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+@pytest.fixture
+def tpp(tmp_path: Path) -> Path:
+    config = {"name": "a", "seed": 0, "method": {"name": "tpp"}, "training": {"batch_size": 128}}
+    return write_run(tmp_path / "tpp", results(TPP_STAGES), config=config)
+
+
+@pytest.fixture
+def l1(tmp_path: Path) -> Path:
+    config = {"name": "b", "seed": 0, "method": {"name": "l1"}, "training": {"batch_size": 128}}
+    content = results(L1_STAGES, name="resnet56_l1_pr0.5", published=None)
+    return write_run(tmp_path / "l1", content, config=config)
+
+
+class Page(HTMLParser):
+    """What a reader's browser would show and fetch."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.rows: list[list[str]] = []
+        self.images: list[Image.Image] = []
+        self.fetched: list[str] = []
+        self._cell = False
+        text = path.read_text(encoding="utf-8")
+        self.fetched += re.findall(r"url\(|@import|https?://", text)
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert tag not in ("script", "link", "iframe", "base")
+        if tag == "tr":
+            self.rows.append([])
+        self._cell = tag in ("td", "th")
+        if self._cell:
+            self.rows[-1].append("")
+        for name, value in attrs:
+            if name in ("src", "href", "srcset", "style"):
+                kind, _, data = (value or "").partition(",")
+                assert kind == "data:image/png;base64"
+                self.images.append(Image.open(io.BytesIO(base64.b64decode(data, validate=True))))
+
+    def handle_endtag(self, tag: str) -> None:
+        self._cell = False
+
+    def handle_data(self, data: str) -> None:
+        if self._cell:
+            self.rows[-1][-1] += data
+
+
+def printed(*renderables: Any) -> str:
+    console = Console(width=200, file=io.StringIO())
+    for renderable in renderables:
+        console.print(renderable)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_rows_of_a_finished_run() -> None:
+    assert summary_rows(results(TPP_STAGES)) == [
+        SummaryRow("Dense", None, True, 93.70, 99.5, 855_770, 125_485_696, 1.0),
+        SummaryRow("TPP", "evaluate", True, 93.40, 99.5, 429_436, 62_955_136, 1.9933),
+    ]
+
+
+def test_rows_of_two_branches_go_by_the_method_that_pruned() -> None:
+    stages = {
+        "dense": stage("dense", None, 93.7, size=DENSE, steps=100),
+        **{
+            f"{title}_{kind}": stage(
+                kind, f"{title}_{source}" if source else "dense", top1, title=t
+            )
+            for title, t, top1 in (("a", "TPP", 93.4), ("b", "L1", 93.1))
+            for kind, source in (("prune", None), ("finetune", "prune"), ("evaluate", "finetune"))
+        },
+    }
+    # An evaluation takes the run's method where it says nothing of its own.
+    stages["b_evaluate"]["title"] = "TPP"
+    rows = summary_rows(results(stages))
+    assert [(row.network, row.top1, row.final) for row in rows] == [
+        ("Dense", 93.7, True),
+        ("TPP", 93.4, True),
+        ("L1", 93.1, True),
+    ]
+
+
+def test_rows_of_one_method_twice_are_told_apart() -> None:
+    stages = {
+        **TPP_STAGES,
+        "longer": stage("finetune", "prune", 93.5, steps=10),
+        "longer_evaluate": stage("evaluate", "longer", 93.5),
+    }
+    rows = summary_rows(results(stages))
+    assert [row.network for row in rows] == ["Dense", "TPP (evaluate)", "TPP (longer_evaluate)"]
+
+
+@pytest.mark.parametrize(
+    ("done", "networks"),
+    [
+        ([], ["Dense"]),
+        (["regularize"], ["Dense", "TPP after regularize"]),
+        (["regularize", "prune"], ["Dense", "TPP after prune"]),
+        (["regularize", "prune", "finetune"], ["Dense", "TPP"]),
+    ],
+)
+def test_rows_of_a_run_under_way(done: list[str], networks: list[str]) -> None:
+    rows = summary_rows(results({name: TPP_STAGES[name] for name in done}, status="running"))
+    assert [row.network for row in rows] == networks
+    assert all(row.final == (row.network in ("Dense", "TPP")) for row in rows)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_dense_run_has_one_row(known: bool) -> None:
+    stages = {
+        "dense": stage("dense", None, 93.6, title="L1", size=DENSE, steps=100),
+        "evaluate": stage("evaluate", "dense", 93.6, title="L1", size=DENSE),
+    }
+    dense = {**accuracy(93.6 if known else None), **DENSE}
+    (row,) = summary_rows(results(stages, dense=dense))
+    assert (row.network, row.top1, row.parameters, row.speedup) == ("Dense", 93.6, 855_770, 1.0)
+
+
+def test_unknown_dense_network_has_no_row() -> None:
+    assert [row.network for row in summary_rows(results(TPP_STAGES, dense=None))] == ["TPP"]
+
+
+def test_dense_accuracy_may_be_unknown() -> None:
+    content = results(L1_STAGES, dense={**accuracy(None), **DENSE})
+    assert "Dense" in printed(summary_table(content))
+    assert summary_rows(content)[0].top1 is None
+
+
+def test_summary_table() -> None:
+    lines = printed(summary_table(results(TPP_STAGES))).splitlines()
+    (dense,) = [line.split() for line in lines if "Dense" in line]
+    (tpp,) = [line.split() for line in lines if "TPP" in line]
+    assert dense[1::2][:3] == ["Dense", "93.70", "99.50"]
+    assert "855.8 k" in " ".join(dense)
+    assert "125.5 M" in " ".join(dense)
+    assert "429.4 k (-49.8%)" in " ".join(tpp)
+    assert "62.96 M" in " ".join(tpp)
+    assert "1.99x" in tpp
+
+
+def test_report_of_one_run(tpp: Path) -> None:
+    page, picture = write_report([load_run(tpp)], tpp)
+    assert (page, picture) == (tpp / "report.html", tpp / "report.png")
+    found = Page(page)
+    assert found.fetched == []
+    assert found.rows[1][:5] == ["resnet56_tpp_pr0.5", "Dense", "93.70", "93.78", "-0.08"]
+    assert found.rows[2][:5] == ["resnet56_tpp_pr0.5", "TPP", "93.40", "93.46 (0.06)", "-0.06"]
+    cells = {row[0]: row[1:] for row in found.rows}
+    assert cells["torch"] == ["2.15.0"]
+    assert cells["git commit"] == ["0123456789ab"]
+    assert cells["wall time"] == ["1 h 02 min"]
+    assert cells["regularize"] == ["TPP", "1100", "11.0", "93.70", "92.90", "0.2500", "100 s"]
+    assert len(found.images) == 1
+    with Image.open(picture) as image:
+        assert image.format == "PNG"
+        assert image.size[0] >= 1200
+        assert len(image.convert("RGB").getcolors(2**24) or []) > 50
+    assert not list(tpp.glob(".*"))
+
+
+def test_report_of_runs_beside_each_other(tpp: Path, l1: Path, tmp_path: Path) -> None:
+    page, _ = write_report([load_run(tpp), load_run(l1)], tmp_path / "out" / "deep")
+    found = Page(page)
+    assert len(found.images) == 3  # all together, and each on its own
+    top1 = {(row[0], row[1]): row[2:5] for row in found.rows if len(row) == 9}
+    assert top1["resnet56_l1_pr0.5", "L1"] == ["93.10", "-", "-"]
+    assert top1["resnet56_tpp_pr0.5", "TPP"] == ["93.40", "93.46 (0.06)", "-0.06"]
+    at = found.rows.index(["Setting", "resnet56_tpp_pr0.5", "resnet56_l1_pr0.5"])
+    assert found.rows[at + 1] == ["method.name", "tpp", "l1"]
+    assert not any("batch_size" in row[0] for row in found.rows)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_runs_of_one_name_are_told_apart(tpp: Path, tmp_path: Path, seed: int) -> None:
+    other = write_run(tmp_path / "other", results(TPP_STAGES, seed=seed))
+    page, _ = write_report([load_run(tpp), load_run(other)], tmp_path / "out")
+    labels = {row[0] for row in Page(page).rows if len(row) == 9} - {"Run"}
+    name = "resnet56_tpp_pr0.5"
+    expected = {f"{name}, seed 0", f"{name}, seed 1"} if seed else {str(tpp), str(other)}
+    assert labels == expected
+
+
+def test_two_methods_in_one_run_are_not_both_held_against_one_published_row(
+    tmp_path: Path,
+) -> None:
+    stages = {**TPP_STAGES, **{f"l1_{k}": dict(v) for k, v in L1_STAGES.items()}}
+    for name in ("l1_finetune", "l1_evaluate"):
+        stages[name]["input"] = f"l1_{stages[name]['input']}"
+    page, _ = write_report([load_run(write_run(tmp_path / "run", results(stages)))], tmp_path)
+    shown = {row[1]: row[4] for row in Page(page).rows if len(row) == 9}
+    assert (shown["Dense"], shown["TPP"], shown["L1"]) == ("-0.08", "-", "-")
+
+
+def test_markup_in_names_is_shown_not_obeyed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = results(TPP_STAGES, name="<b>[red]x", device="<script>")
+    folder = write_run(tmp_path / "run", content)
+    show_end(folder)
+    assert any(row[:1] == ["<b>[red]x"] for row in Page(folder / "report.html").rows)
+    assert "<b>[red]x" in capsys.readouterr().out
+
+
+def test_command_prints_whole_tables_into_a_pipe(
+    tpp: Path,
+    l1: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    arguments = [str(tpp), str(l1), "--output", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["report", *arguments])
+    main()
+    text = capsys.readouterr().out
+    (line,) = [line for line in text.splitlines() if " TPP " in line and "93.40" in line]
+    assert "-0.06" in line
+    assert "1.99x" in line
+    assert "method.name" in text
+    assert str(tmp_path / "out" / "report.html") in text
+    assert (tmp_path / "out" / "report.png").exists()
+    assert not (tpp / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("{", "not JSON"),
+        ("[]", "not the results of a run: the file: "),
+        ('{"seed": 0}', "not the results of a run: name: field required"),
+        ('{"name": "a", "stages": {"x": {"kind": 3}}}', ": stages.x.kind: input should be"),
+        ('{"name": "a", "published": {"top1": 3}}', ": published.source: field required"),
+    ],
+)
+def test_broken_results_are_one_line(tmp_path: Path, content: str, expected: str) -> None:
+    (tmp_path / "results.json").write_text(content)
+    with pytest.raises(UserError) as caught:
+        load_run(tmp_path)
+    (line,) = str(caught.value).splitlines()
+    assert line.startswith(f"{tmp_path / 'results.json'}: ")
+    assert expected in line
+
+
+def test_command_ends_a_mistake_with_code_2_and_no_traceback(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "train.report", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {tmp_path}: no run folder")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_results_that_are_no_text(tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match=r"results\.json: not JSON"):
+        load_run(tmp_path)
+
+
+def test_no_run_folder(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(UserError, match=f"{folder}: no run folder"):
+            load_run(folder)
+
+
+@pytest.mark.parametrize("content", ["a: [", "- 1", "stages: 3", "stages: {a: 1}"])
+def test_broken_config_is_named(tpp: Path, content: str) -> None:
+    (tpp / "config.yaml").write_text(content)
+    with pytest.raises(UserError, match=r"config\.yaml: "):
+        load_run(tpp)
+
+
+def test_output_that_is_a_file(tpp: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file: cannot write the report"):
+        write_report([load_run(tpp)], tmp_path / "file")
+
+
+def lines_of(run: Path) -> dict[str, tuple[list[float], list[float]]]:
+    """The labelled curves of the picture by label, from its first and third plot."""
+    figure = draw([load_run(run)])
+    return {
+        str(line.get_label()): (
+            np.asarray(line.get_xdata()).tolist(),
+            np.asarray(line.get_ydata()).tolist(),
+        )
+        for axes in figure.axes
+        for line in axes.get_lines()
+        if not str(line.get_label()).startswith("_")
+    }
+
+
+def test_curves_run_on_through_the_stages(tpp: Path) -> None:
+    steps, top1 = lines_of(tpp)["TPP"]
+    assert steps == [*range(100, 1101, 100), *range(1200, 2301, 100)]
+    assert top1[0] == pytest.approx(90.1)
+    assert top1[-1] == pytest.approx(91.2)
+
+
+def test_curves_of_what_the_method_does(tpp: Path) -> None:
+    curves = lines_of(tpp)
+    steps, strength = curves["lambda"]
+    assert steps == list(range(100, 1101, 100))
+    assert strength == [min(1.0, step / 1000) for step in steps]
+    _, pruned = curves["mean |w|, pruned"]
+    assert pruned[0] == pytest.approx(1e-4)
+    assert pruned[-1] == pytest.approx(1e-9)  # zero, on a log axis
+    assert curves["correlation"][1][0] == pytest.approx(1e-7)
+
+
+def test_references_are_drawn(tpp: Path) -> None:
+    curves = lines_of(tpp)
+    assert set(curves["dense 93.70"][1]) == {93.70}
+    assert set(curves["published 93.46"][1]) == {93.46}
+
+
+def test_branches_begin_where_their_input_ends(tmp_path: Path) -> None:
+    stages = {
+        "dense": stage("dense", None, 93.7, size=DENSE, steps=500),
+        **{
+            f"{title}_{kind}": stage(
+                kind, (source and f"{title}_{source}") or "dense", 93, title=title
+            )
+            for title in ("TPP", "L1")
+            for kind, source in (("prune", None), ("finetune", "prune"))
+        },
+    }
+    for title, steps in (("TPP", 300), ("L1", 400)):
+        stages[f"{title}_finetune"]["steps"] = steps
+    folder = write_run(tmp_path / "run", results(stages))
+    curves = lines_of(folder)
+    assert curves["TPP"][0] == list(range(100, 801, 100))
+    assert curves["L1"][0] == list(range(100, 901, 100))
+    accuracies, dots = draw([load_run(folder)]).axes[:2]
+    colours = {line.get_label(): line.get_color() for line in accuracies.get_lines()}
+    shown = [line.get_color() for line in dots.get_lines() if line.get_marker() == "o"]
+    assert shown[1:] == [colours["TPP"], colours["L1"]]
+    assert shown[0] not in shown[1:]
+
+
+def test_run_without_results_yet(tmp_path: Path) -> None:
+    log = log_of({"regularize": TPP_STAGES["regularize"]})
+    config = {
+        "name": "x",
+        "stages": {
+            "regularize": {"kind": "regularize", "input": None},
+            "prune": {"kind": "prune", "input": "regularize"},
+        },
+    }
+    folder = write_run(tmp_path / "young", None, log=log, config=config)
+    run = load_run(folder)
+    assert run.results.status == "running"
+    page, _ = write_report([run], folder)
+    rows = Page(page).rows
+    assert ["young", "nothing is done yet", *["-"] * 7] in rows
+    stages = {row[0]: row[1] for row in rows}
+    assert stages["regularize"] == "under way, step 1100"
+    assert stages["prune"] == "to do"
+    assert lines_of(folder)["lambda"][0] == list(range(100, 1101, 100))
+
+
+def test_log_alone_is_enough(tmp_path: Path) -> None:
+    log = log_of({"regularize": TPP_STAGES["regularize"], "finetune": TPP_STAGES["finetune"]})
+    folder = write_run(tmp_path / "run", None, log=log)
+    steps, _ = lines_of(folder)["finetune"]
+    assert steps[-1] == 1100 + 1200
+
+
+def test_results_alone_are_enough(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", results(TPP_STAGES), log=[])
+    (folder / "log.jsonl").unlink()
+    page, _ = write_report([load_run(folder)], folder)
+    assert Page(page).rows[2][2] == "93.40"
+
+
+def test_cut_last_line_is_ignored(tpp: Path) -> None:
+    before = load_run(tpp).log
+    with (tpp / "log.jsonl").open("a") as file:
+        file.write('{"event": "evaluate", "stage": "finetune", "step": 1300, "to')
+    assert load_run(tpp).log == before
+
+
+def test_steps_logged_again_replace_what_was_logged_before(tmp_path: Path) -> None:
+    def logged(*points: tuple[int, float]) -> list[dict[str, Any]]:
+        head = {"event": "evaluate", "stage": "finetune"}
+        return [{**head, "step": step, "top1": top1} for step, top1 in points]
+
+    log = logged((0, 1.0), (10, 2.0), (20, 3.0), (10, 5.0), (15, 6.0))
+    run = load_run(write_run(tmp_path / "run", None, log=log))
+    kept = [(entry["step"], entry["top1"]) for entry in run.log["evaluate", "finetune"]]
+    assert kept == [(0, 1.0), (10, 5.0), (15, 6.0)]
+
+
+def test_loss_that_is_no_number_does_not_stop_the_report(tmp_path: Path) -> None:
+    content = results(TPP_STAGES)
+    log = log_of(TPP_STAGES)
+    log += [{"event": "train", "stage": "finetune", "step": 1300, "loss/task": math.nan}]
+    log += [{"event": "evaluate", "stage": "finetune", "step": 1300, "top1": None}]
+    folder = write_run(tmp_path / "run", content, log=log)
+    assert write_report([load_run(folder)], folder)[1].stat().st_size > 10_000
+
+
+def test_end_of_a_run(tpp: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    show_end(tpp)
+    text = capsys.readouterr().out
+    assert "93.40" in text
+    assert "-0.06" in text
+    assert str(tpp / "report.html") in text
+    assert (tpp / "report.png").exists()
+
+
+NAMES = st.sampled_from(["a", "b", "c", "d", "e"])
+STAGES = st.dictionaries(
+    NAMES,
+    st.fixed_dictionaries(
+        {
+            "kind": st.sampled_from(["dense", "regularize", "prune", "finetune", "evaluate"]),
+            "title": st.sampled_from(["TPP", "L1", ""]),
+            "input": st.none() | NAMES,  # of a stage that is not there, or in a circle, too
+            "top1": st.none() | st.floats(0, 100),
+            "parameters": st.none() | st.integers(0, 10**9),
+            "macs": st.none() | st.integers(0, 10**10),
+            "speedup": st.none() | st.floats(1, 100),
+        }
+    ),
+)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    stages=STAGES,
+    dense=st.none() | st.just({"top1": None}) | st.just({"top1": 90.0, "parameters": 10}),
+)
+def test_any_stages_give_rows_with_names_of_their_own(
+    stages: dict[str, Any], dense: dict[str, Any] | None
+) -> None:
+    content = {"name": "x", "stages": stages, "dense": dense}
+    rows = summary_rows(content)
+    assert len({row.network for row in rows}) == len(rows)
+    assert len(rows) <= len(stages) + 1
+    if dense is not None:
+        assert rows[0].network == "Dense"
+    assert "Network" in printed(summary_table(content))

@@ -1,0 +1,232 @@
+"""Whole runs of train/main.py on tiny data: what they leave behind, and what must be equal."""
+
+import copy
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import tpp
+from tpp.errors import run_command
+from tpp.plan import PruningPlan
+from train.main import main
+
+
+def weights(config: dict, stage: str) -> dict[str, torch.Tensor]:
+    return load_file(Path(config["output"]) / stage / "model.safetensors")
+
+
+def results(config: dict) -> dict:
+    return json.loads((Path(config["output"]) / "results.json").read_text())
+
+
+def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    assert one.keys() == other.keys()
+    return max((one[k].double() - other[k].double()).abs().max().item() for k in one)
+
+
+def test_the_whole_road(tiny_config, run_main):
+    printed = run_main(tiny_config).stdout
+    run = Path(tiny_config["output"])
+    found = results(tiny_config)
+    assert found["status"] == "finished"
+    assert list(found["stages"]) == ["dense", "regularize", "prune", "finetune", "evaluate"]
+
+    # Just before removal the filters are exactly zero, and removing them changes no prediction.
+    plan = PruningPlan.load(run / "plan.json")
+    before = weights(tiny_config, "regularize")
+    assert plan.active_layers == ["layer1.0.conv1", "layer2.0.conv1", "layer3.0.conv1"]
+    for layer in plan.active_layers:
+        gone = plan.pruned[layer]
+        assert before[f"{layer}.weight"][gone].abs().max() == 0
+        assert before[f"{layer}.weight"][plan.kept(layer)].abs().max() > 0
+        for name in ("weight", "bias"):
+            assert before[f"{layer.replace('conv', 'bn')}.{name}"][gone].abs().max() == 0
+    stages = found["stages"]
+    assert stages["prune"]["removed_magnitude"] == 0
+    assert stages["prune"]["top1"] == stages["regularize"]["top1"]
+    assert stages["prune"]["loss"] == pytest.approx(stages["regularize"]["loss"], rel=1e-5)
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    logits = tpp.load_model(run / "regularize" / "model.safetensors")(images)
+    after = tpp.load_model(run / "prune" / "model.safetensors")(images)
+    assert (logits - after).abs().max() < 1e-5
+
+    # The finished network loads from its file alone and is the one that was evaluated.
+    small = tpp.load_model(run / "finetune" / "model.safetensors")
+    assert small.get_submodule("layer1.0.conv1").out_channels == 8
+    assert stages["evaluate"]["top1"] == stages["finetune"]["top1"]
+    assert stages["evaluate"]["parameters"] == sum(p.numel() for p in small.parameters())
+    assert stages["finetune"]["speedup"] > 1.3
+    assert "TPP" in printed and "tensorboard --logdir" in printed
+
+    # What a person watches.
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    regularized = [e for e in lines if e["event"] == "train" and e["stage"] == "regularize"]
+    assert regularized[-1]["step"] == 19 and regularized[-1]["lambda"] == 1.0
+    assert {"loss/task", "loss/gram", "loss/decay", "lr", "step_time"} <= regularized[-1].keys()
+    layers = [e for e in lines if e["event"] == "layers"]
+    assert layers[-1]["layers"]["layer2.0.conv1"]["correlation"] == 0
+    assert layers[0]["layers"]["layer2.0.conv1"]["correlation"] > 0
+    assert list((run / "tensorboard" / "regularize").glob("events.out.tfevents.*"))
+
+
+def test_a_done_stage_is_skipped_and_other_settings_are_refused(tiny_config, run_main):
+    del tiny_config["stages"]["finetune"], tiny_config["stages"]["evaluate"]
+    run_main(tiny_config)
+    before = weights(tiny_config, "prune")
+    stamp = (Path(tiny_config["output"]) / "regularize" / "model.safetensors").stat().st_mtime_ns
+    again = run_main(tiny_config, "training.log_every=7", "data.threads=2")
+    assert again.stdout.count("done before, skipped") == 3
+    assert largest_difference(before, weights(tiny_config, "prune")) == 0
+    after = (Path(tiny_config["output"]) / "regularize" / "model.safetensors").stat().st_mtime_ns
+    assert stamp == after
+    refused = run_main(tiny_config, "stages.regularize.optimizer.lr=0.5", expect=2)
+    assert "stages.regularize.optimizer.lr was 0.01 and is 0.5" in refused.stderr
+    assert refused.stderr.count("error:") == 1 and "Traceback" not in refused.stderr
+
+
+@pytest.mark.parametrize("loader", ["dali", "torchvision"])
+def test_an_interrupted_run_ends_with_the_same_weights(tiny_config, run_main, loader):
+    tiny_config["data"]["loader"] = loader
+    tiny_config["stages"] = {"regularize": tiny_config["stages"]["regularize"]}
+    undisturbed = copy.deepcopy(tiny_config)
+    undisturbed["output"] += "-undisturbed"
+    run_main(undisturbed)
+    folder = Path(tiny_config["output"])
+    # Killed after the checkpoint of step 15: by hand, since nothing of the end may be there.
+    run_main(tiny_config)
+    (folder / "regularize" / "done.json").unlink()
+    (folder / "regularize" / "model.safetensors").unlink()
+    assert [p.name for p in sorted((folder / "regularize" / "checkpoints").iterdir())] == [
+        "step-00000010",
+        "step-00000015",
+    ]
+    # The newest is damaged, so the one before it is taken up.
+    damaged = folder / "regularize" / "checkpoints" / "step-00000015" / "model.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    resumed = run_main(tiny_config)
+    assert "step-00000015: model.safetensors is damaged" in resumed.stdout
+    assert "regularize: resumed after 10 steps" in resumed.stdout
+    assert (
+        largest_difference(weights(undisturbed, "regularize"), weights(tiny_config, "regularize"))
+        == 0
+    )
+    steps = [
+        entry["step"]
+        for entry in map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+        if entry["event"] == "train"
+    ]
+    assert steps == sorted(set(steps)), "a step was logged twice"
+
+
+def logged_losses(config: dict) -> torch.Tensor:
+    lines = (Path(config["output"]) / "log.jsonl").read_text().splitlines()
+    entries = [entry for entry in map(json.loads, lines) if entry["event"] == "train"]
+    return torch.tensor([[e["loss/task"], e["loss/gram"], e["loss/decay"]] for e in entries])
+
+
+def test_one_rank_and_two_ranks_give_the_same_trajectory(tiny_config, run_main):
+    """With BatchNorm over all ranks; augmentation is on, and the penalty is shared out."""
+    tiny_config["training"] |= {"sync_batchnorm": True}
+    # A low learning rate keeps 19 steps from amplifying the last bit of float32 into chaos.
+    tiny_config["stages"] = {"regularize": {"optimizer": {"lr": 0.001}}}
+    tiny_config["seed"] = 3
+    two = copy.deepcopy(tiny_config)
+    two["output"] += "-two"
+    run_main(tiny_config)
+    run_main(two, ranks=2)
+    one_rank, two_ranks = weights(tiny_config, "regularize"), weights(two, "regularize")
+    assert 0 < largest_difference(one_rank, two_ranks) < 2e-4
+    assert torch.allclose(logged_losses(tiny_config), logged_losses(two), rtol=1e-4, atol=1e-6)
+
+
+def test_accumulation_equals_one_large_batch_without_batchnorm(tiny_config, run_main):
+    tiny_config["model"] = {"name": "mlp7_linear"}
+    tiny_config["data"] |= {
+        "image_size": 28,
+        "resize": 28,
+        "channels": 1,
+        "mean": [0.5],
+        "std": [0.5],
+    }
+    tiny_config["pruning"] = {"ratios": {"*": 0.5, "fc7": 0.0}}
+    tiny_config["stages"] = {"regularize": {"optimizer": {"lr": 0.001}}}
+    split = copy.deepcopy(tiny_config)
+    split["output"] += "-split"
+    split["training"]["accumulation"] = 2
+    two = copy.deepcopy(split)
+    two["output"] += "-two"
+    run_main(tiny_config)
+    run_main(split)
+    run_main(two, ranks=2)
+    whole = weights(tiny_config, "regularize")
+    assert largest_difference(whole, weights(split, "regularize")) < 1e-5
+    assert largest_difference(whole, weights(two, "regularize")) < 1e-5
+
+
+def test_l1_and_scratch(tiny_config, run_main):
+    tiny_config["stages"] = {
+        "dense": tiny_config["stages"]["dense"],
+        "l1_prune": {"kind": "prune", "method": {"name": "l1"}},
+        "scratch_prune": {"kind": "prune", "input": "dense", "method": {"name": "scratch"}},
+        "scratch": {
+            "kind": "finetune",
+            "method": {"name": "scratch"},
+            "epochs": 0.5,
+            "optimizer": {"lr": 0.02},
+        },
+    }
+    run_main(tiny_config, "training.precision=bf16", "training.channels_last=true")
+    dense, l1 = weights(tiny_config, "dense"), weights(tiny_config, "l1_prune")
+    scratch = weights(tiny_config, "scratch_prune")
+    plan = PruningPlan.load(Path(tiny_config["output"]) / "l1_prune" / "plan.json")
+    layer = "layer1.0.conv1"
+    assert torch.equal(l1[f"{layer}.weight"], dense[f"{layer}.weight"][plan.kept(layer)])
+    norms = dense[f"{layer}.weight"].abs().mean((1, 2, 3))
+    assert norms[plan.pruned[layer]].max() <= norms[plan.kept(layer)].min()
+    assert scratch[f"{layer}.weight"].shape == l1[f"{layer}.weight"].shape
+    assert not torch.isclose(scratch[f"{layer}.weight"], l1[f"{layer}.weight"]).any()
+    stages = results(tiny_config)["stages"]
+    assert stages["l1_prune"]["macs"] == stages["scratch_prune"]["macs"]
+    assert stages["scratch_prune"]["top1"] is not None, "measured when finetuning began"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.root=/nowhere"], "/nowhere"),
+        (["training.batch_size=15", "training.accumulation=2"], "training.batch_size: 15"),
+        (['pruning.ratios={"conv99*": 0.5}'], "'conv99*' matches no Conv2d or Linear layer"),
+        (["method.stabilize_steps=3"], "stabilize_steps (K_s) is 3"),
+        (["model.num_classes=7"], "model.num_classes is 7"),
+        (["model.name=resnet5O"], "resnet50"),
+        (["model.checkpoint=/nowhere.pth"], "model.checkpoint: /nowhere.pth"),
+        (["training.precision=fp16"], "fp16 needs a GPU"),
+    ],
+)
+def test_a_mistake_is_one_line_and_nothing_is_written(
+    tiny_config, tmp_path, monkeypatch, capsys, overrides, message
+):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(tiny_config, sort_keys=False))
+    monkeypatch.setattr(sys, "argv", ["main.py", "--config", str(path), *overrides])
+    with pytest.raises(SystemExit) as exit_:
+        run_command(main)
+    assert exit_.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith("error: ") and printed.err.count("\n") == 1, printed.err
+    assert message in printed.err
+    assert printed.out == ""
+    assert not Path(tiny_config["output"]).exists()
+
+
+def test_a_mistake_on_two_ranks_is_told_once(tiny_config, run_main):
+    result = run_main(tiny_config, "training.batch_size=15", ranks=2, expect=None)
+    assert result.returncode != 0
+    assert result.stderr.count("error: training.batch_size: 15 is not divisible by 2") == 1

@@ -1,0 +1,1 @@
+"""Training: configuration, stages, the loop, checkpoints, monitoring, reports."""

@@ -1,0 +1,483 @@
+"""The configuration: YAML files into typed, validated models.
+
+A file may extend another (``extends: base.yaml``, relative to itself): mappings are merged key by
+key, everything else is replaced. Three mappings are replaced as a whole, since a part of the old
+one makes no sense in the new: ``pruning.ratios``, ``model.args``, and ``method`` where its
+``name`` changes. Overrides from the command line (``stages.finetune.epochs=5``) are merged last.
+"""
+
+import difflib
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from tpp.errors import UserError
+from tpp.methods import method_class
+from tpp.methods.base import Method
+
+DEMO = Path(__file__).resolve().parents[1] / "configs" / "demo.yaml"
+REPLACED_WHOLE = (("pruning", "ratios"), ("model", "args"))
+
+StageKind = Literal["dense", "regularize", "prune", "finetune", "evaluate"]
+TRAINING_KINDS = ("dense", "regularize", "finetune")
+
+Ratio = Annotated[float, Field(ge=0, lt=1)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+PositiveInt = Annotated[int, Field(ge=1)]
+# NaN and infinity are numbers to YAML and never what anybody wants in these settings.
+_STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys and wrong types are errors."""
+
+    model_config = _STRICT
+
+
+class ModelSection(Section):
+    """Which network, and where its weights come from.
+
+    Attributes:
+        name: see ``tpp.models``: ``cifar_resnet56``, any torchvision name, ``timm:NAME``.
+        args: keyword arguments of the network's constructor.
+        num_classes: null counts the class folders; a number is checked against them.
+        checkpoint: weights to start from: a file of ours, a foreign state_dict (.pth, .th,
+            .safetensors), an https URL, ``torchvision:WEIGHTS`` such as
+            ``torchvision:IMAGENET1K_V1``, or null for a fresh initialisation.
+    """
+
+    name: str
+    args: dict[str, Any] = {}
+    num_classes: Annotated[int, Field(ge=2)] | None = None
+    checkpoint: str | None = None
+
+
+class DemoData(Section):
+    """Generate the embedded data set into ``data.root`` before the run."""
+
+    classes: Annotated[int, Field(ge=2)] = 10
+    train_per_class: PositiveInt = 400
+    val_per_class: PositiveInt = 100
+    seed: int = 0
+
+
+class DataSection(Section):
+    """The images: class folders below ``root``, and how they become tensors.
+
+    Attributes:
+        root: folder that holds the ``train`` and ``val`` folders.
+        train, val: names of these two folders.
+        loader: ``dali``, ``torchvision``, or ``auto`` for DALI where it is installed.
+        augmentation: ``imagenet`` (RandomResizedCrop, flip), ``cifar`` (padded crop, flip),
+            ``none``.
+        image_size: side of the square that the network sees, in pixels.
+        resize: shorter side before the centre crop of evaluation; null for no resize.
+        mean, std: per channel, of values in 0..1.
+        channels: 3 for RGB, 1 for grey.
+        threads: decoding threads (DALI) or worker processes (torchvision) per rank.
+        demo: generate the embedded data set.
+    """
+
+    root: str
+    train: str = "train"
+    val: str = "val"
+    loader: Literal["auto", "dali", "torchvision"] = "auto"
+    augmentation: Literal["imagenet", "cifar", "none"] = "imagenet"
+    image_size: PositiveInt = 224
+    resize: PositiveInt | None = 256
+    mean: list[float] = [0.485, 0.456, 0.406]
+    std: list[PositiveFloat] = [0.229, 0.224, 0.225]
+    channels: Literal[1, 3] = 3
+    threads: Annotated[int, Field(ge=1, le=256)] = 4
+    demo: DemoData | None = None
+
+    @model_validator(mode="after")
+    def _one_value_per_channel(self) -> "DataSection":
+        if len(self.mean) != self.channels or len(self.std) != self.channels:
+            raise ValueError(f"mean and std need {self.channels} values, one per channel")
+        if self.resize is not None and self.resize < self.image_size:
+            raise ValueError(
+                f"resize ({self.resize}) must not be smaller than image_size ({self.image_size})"
+            )
+        return self
+
+    def preprocessing(self) -> dict[str, Any]:
+        """What a user of the trained network must do to an image; kept in every checkpoint."""
+        return self.model_dump(include={"image_size", "resize", "mean", "std", "channels"})
+
+
+class OptimizerSection(Section):
+    """SGD and its learning rate over a stage.
+
+    Attributes:
+        lr: learning rate for the configured global batch.
+        schedule: ``constant``, ``step`` (times ``gamma`` at each milestone) or ``cosine`` (to 0).
+        milestones: in epochs.
+        warmup_epochs: linear warm-up from 0.
+    """
+
+    lr: PositiveFloat
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    nesterov: bool = False
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    schedule: Literal["constant", "step", "cosine"] = "constant"
+    milestones: list[PositiveFloat] = []
+    gamma: PositiveFloat = 0.1
+    warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
+
+    @model_validator(mode="after")
+    def _milestones_belong_to_steps(self) -> "OptimizerSection":
+        if (self.schedule == "step") != bool(self.milestones):
+            raise ValueError("milestones (in epochs) and schedule: step go together")
+        if self.milestones != sorted(set(self.milestones)):
+            raise ValueError("milestones must be in rising order")
+        return self
+
+
+class TrainingSection(Section):
+    """What holds for all training stages.
+
+    Attributes:
+        batch_size: global batch, over all ranks and micro-batches.
+        accumulation: micro-batches per optimiser step.
+        precision: ``fp32``, or autocast to ``bf16`` or ``fp16`` (CUDA only).
+        channels_last: memory format of images and convolution weights.
+        sync_batchnorm: BatchNorm statistics over all ranks; by default each rank's own, with
+            rank 0's running statistics.
+        evaluate_every: epochs between evaluations in a training stage; the end is always one.
+        evaluate_batch_size: per rank; null for that of training.
+        log_every: steps between lines in log.jsonl and TensorBoard.
+        statistics_every: steps between the per-layer statistics of the method.
+        checkpoint_every: steps between checkpoints that an interrupted stage resumes from.
+        keep_checkpoints: how many of these are kept while the stage runs.
+    """
+
+    batch_size: PositiveInt = 256
+    accumulation: PositiveInt = 1
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    channels_last: bool = False
+    sync_batchnorm: bool = False
+    evaluate_every: PositiveFloat = 1.0
+    evaluate_batch_size: PositiveInt | None = None
+    log_every: PositiveInt = 50
+    statistics_every: PositiveInt = 250
+    checkpoint_every: PositiveInt = 1000
+    keep_checkpoints: PositiveInt = 2
+
+
+class PruningSection(Section):
+    """How much of which layers goes.
+
+    Attributes:
+        ratios: layer-name pattern (shell-style glob) to share of the filters to remove, in
+            [0, 1); the last pattern that matches a layer wins.
+    """
+
+    ratios: dict[str, Ratio] = {}
+
+
+class StageSection(Section):
+    """One stage: from the checkpoint of ``input`` to its own.
+
+    Attributes:
+        kind: what it does; by default what its name says.
+        input: the stage whose checkpoint it starts from; by default the one before it.
+        epochs: length of ``dense`` and ``finetune``; a fraction is fine. A ``regularize`` stage
+            is as long as its method says.
+        optimizer: of the training stages.
+        label_smoothing: of the training loss.
+        method: another method than the configuration's, for this stage.
+    """
+
+    kind: StageKind
+    input: str | None = None
+    epochs: PositiveFloat | None = None
+    optimizer: OptimizerSection | None = None
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    method: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _training_needs_an_optimizer(self) -> "StageSection":
+        trains = self.kind in TRAINING_KINDS
+        if trains and self.optimizer is None:
+            raise ValueError(f"a {self.kind} stage needs an optimizer")
+        if not trains and (self.optimizer or self.epochs):
+            raise ValueError(f"stages of kind {self.kind} take neither epochs nor optimizer")
+        if self.kind in ("dense", "finetune") and self.epochs is None:
+            raise ValueError(f"a {self.kind} stage needs epochs")
+        return self
+
+
+class PublishedSection(Section):
+    """The published figures that this configuration is to reproduce, for the report."""
+
+    source: str
+    dense_top1: float | None = None
+    top1: float | None = None
+    top1_std: float | None = None
+    speedup: float | None = None
+
+
+class Config(Section):
+    """A run.
+
+    Attributes:
+        name: of the run; also of its folder unless ``output`` says otherwise.
+        output: the run folder.
+        seed: of weights, data order and augmentation.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
+    output: str = ""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    model: ModelSection
+    data: DataSection
+    training: TrainingSection = TrainingSection()
+    pruning: PruningSection = PruningSection()
+    method: dict[str, Any] = {"name": "tpp"}
+    stages: dict[str, StageSection]
+    published: PublishedSection | None = None
+
+    @field_validator("stages", mode="before")
+    @classmethod
+    def _kind_from_name(cls, stages: Any) -> Any:
+        if not isinstance(stages, dict):
+            return stages
+        named = {}
+        for name, stage in stages.items():
+            if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", name):
+                raise ValueError(f"stage name {name!r}: use a string of letters, digits, . _ + -")
+            stage = {} if stage is None else stage
+            if isinstance(stage, dict) and "kind" not in stage and name in get_args(StageKind):
+                stage = {"kind": name, **stage}
+            named[name] = stage
+        return named
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _tpp_unless_said(cls, method: Any) -> Any:
+        return {"name": "tpp", **method} if isinstance(method, dict) else method
+
+    @model_validator(mode="after")
+    def _stages_fit_together(self) -> "Config":
+        if not self.stages:
+            raise ValueError("stages: at least one is needed")
+        self.output = self.output or f"runs/{self.name}"
+        previous: str | None = None
+        names = list(self.stages)
+        for position, (name, stage) in enumerate(self.stages.items()):
+            if stage.input is None:
+                stage.input = previous
+            elif stage.input not in names[:position]:
+                raise ValueError(
+                    f"stages.{name}.input: {stage.input!r} is no earlier stage"
+                    + (f"; there are: {', '.join(names[:position])}" if position else "")
+                )
+            elif self.stages[stage.input].kind == "evaluate":
+                raise ValueError(f"stages.{name}.input: {stage.input!r} makes no checkpoint")
+            if stage.kind in ("regularize", "prune") and not self.pruning.ratios:
+                raise ValueError(f"stages.{name}: pruning.ratios says of no layer what goes")
+            method = self.stage_method(name)
+            if stage.kind == "regularize":
+                try:
+                    steps = method.steps()
+                except OverflowError:
+                    raise ValueError(
+                        f"stages.{name}: with these settings of {method.name!r} it never ends"
+                    ) from None
+                if (steps is None) == (stage.epochs is None):
+                    raise ValueError(
+                        f"stages.{name}.epochs: method {method.name!r} "
+                        + ("needs the stage's length" if steps is None else "sets the length")
+                    )
+            if stage.kind != "evaluate":
+                previous = name
+        return self
+
+    def stage_method(self, name: str) -> Method:
+        """A fresh instance of the method of stage ``name``, with its settings."""
+        stage = self.stages[name]
+        key, settings = "method", dict(self.method)
+        if stage.method is not None:
+            key, settings = f"stages.{name}.method", dict(_merged_method(self.method, stage.method))
+        method_name = settings.pop("name", None)
+        if not isinstance(method_name, str):
+            raise ValueError(f"{key}.name: expected a method's name, not {method_name!r}")
+        try:
+            method = method_class(method_name)
+        except UserError as error:
+            # It names the key of the run's method; the name may stand in a stage's own.
+            raise ValueError(f"{key}.{str(error).removeprefix('method.')}") from None
+        try:
+            return method(method.settings_type(**settings))
+        except ValidationError as error:
+            raise ValueError("\n".join(_lines(error, method.settings_type, prefix=key))) from None
+
+
+def load_config(path: str | Path | None, overrides: Iterable[str] = ()) -> Config:
+    """Read, merge and validate a configuration.
+
+    Args:
+        path: the YAML file; None for the demo's.
+        overrides: ``key.sub=value`` strings; the value is YAML.
+
+    Raises:
+        UserError: with one line per mistake, each naming the file and the key.
+    """
+    path = Path(path) if path is not None else DEMO
+    data = _read(path, ())
+    for override in overrides:
+        data = _merge(data, _parse_override(override))
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        raise UserError("\n".join(f"{path}: {line}" for line in _lines(error, Config))) from None
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write the resolved configuration: every key, defaults included."""
+    text = yaml.dump(config.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads 1e-4 as a number and refuses repeated keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[tuple[str, str]] = set()
+        for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                continue  # the base class says that such a key is not possible
+            key = (key_node.tag, key_node.value)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key_node.value!r} is there twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that puts a string such as "1e-4" in quotes, for :class:`_Loader` to read it."""
+
+
+for _side in (_Loader, _Dumper):  # YAML 1.1 wants 1.0e-4; nobody writes that
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+        list("-+0123456789"),
+    )
+
+
+def _parse(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        where = f" (line {error.problem_mark.line + 1})" if error.problem_mark else ""
+        raise UserError(f"{source}: not valid YAML: {error.problem}{where}") from None
+    except RecursionError:
+        raise UserError(f"{source}: not valid YAML: nested too deeply") from None
+    except Exception as error:  # PyYAML lets through whatever a tag such as !!int stumbles over
+        raise UserError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _read(path: Path, extended_by: tuple[Path, ...]) -> dict[str, Any]:
+    try:
+        resolved = path.resolve()
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a text file"
+        extended = f", which {extended_by[-1]} extends" if extended_by else ""
+        raise UserError(f"{path}: cannot read the configuration{extended} ({reason})") from None
+    if resolved in extended_by:
+        raise UserError(f"{path}: extends itself by way of {extended_by[-1]}")
+    data = _parse(text, str(path))
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: a configuration is a mapping of keys to values")
+    base = data.pop("extends", None)
+    if base is None:
+        return data
+    if not isinstance(base, str):
+        raise UserError(f"{path}: extends: expected the path of a YAML file")
+    return _merge(_read(path.parent / base, (*extended_by, resolved)), data)
+
+
+def _merge(base: Any, new: Any, where: tuple[str, ...] = ()) -> Any:
+    if not isinstance(base, dict) or not isinstance(new, dict) or where in REPLACED_WHOLE:
+        return new
+    if where == ("method",) or (where[:1] == ("stages",) and where[2:] == ("method",)):
+        return _merged_method(base, new)
+    merged = dict(base)
+    for key, value in new.items():
+        merged[key] = _merge(base[key], value, (*where, key)) if key in base else value
+    return merged
+
+
+def _merged_method(base: Mapping[str, Any], new: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {**base, **new} if new.get("name", base.get("name")) == base.get("name") else new
+
+
+def _parse_override(override: str) -> dict[str, Any]:
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise UserError(f"override {override!r}: expected key.sub=value")
+    if tuple(parts[:2]) in REPLACED_WHOLE and len(parts) > 2:
+        whole = ".".join(parts[:2])
+        raise UserError(
+            f"override {override!r}: {whole} is replaced as a whole: {whole}='{{KEY: VALUE, ...}}'"
+        )
+    value = _parse(text, f"override {override!r}")
+    for part in reversed(parts):
+        value = {part: value}
+    return value
+
+
+def _lines(error: ValidationError, model: type[BaseModel], prefix: str = "") -> list[str]:
+    """One line for each mistake: the key, what is wrong, and what would be right."""
+    lines = []
+    for problem in error.errors():
+        key = ".".join(str(part) for part in (prefix, *problem["loc"]) if part not in ("", "[key]"))
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            known = list(_section_at(model, problem["loc"][:-1]).model_fields)
+            known += ["name"] if prefix else []  # a method's, beside its settings
+            near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.5)
+            message = "unknown key" + (
+                f"; did you mean {near[0]!r}?" if near else f"; there are: {', '.join(known)}"
+            )
+        elif problem["type"] == "missing":
+            message = "this key is missing"
+        elif "[key]" in problem["loc"]:
+            message = f"keys should be strings, not {problem['input']!r}"
+        elif problem["type"] != "value_error":
+            message = f"{message[0].lower()}{message[1:]}, not {problem['input']!r}"
+        lines += [f"{key}: {part}" if key else part for part in message.splitlines()]
+    return lines
+
+
+def _section_at(model: type[BaseModel], location: tuple[int | str, ...]) -> type[BaseModel]:
+    """The section class in which an unknown key was found."""
+    for part in location:
+        if str(part) in model.model_fields:
+            candidates = [model.model_fields[str(part)].annotation]
+            while candidates:
+                candidate = candidates.pop()
+                if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+                    model = candidate
+                    break
+                candidates += list(get_args(candidate))
+    return model
+
+
+def steps_for(epochs: float, images: int, batch_size: int) -> int:
+    """Optimiser steps that cover ``epochs`` passes over ``images`` images, at least one."""
+    return max(1, math.ceil(epochs * images / batch_size - 1e-9))

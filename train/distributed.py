@@ -1,0 +1,113 @@
+"""Devices and ranks: what Accelerate offers, as the training stages need it."""
+
+import os
+from typing import cast
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
+
+from tpp.errors import UserError
+from train.config import TrainingSection
+
+_MIXED_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+
+
+def make_accelerator(training: TrainingSection) -> Accelerator:
+    """Start or join the process group and pick this rank's device.
+
+    Raises:
+        UserError: fp16 without a GPU, a batch that the ranks cannot share evenly, or an engine
+            that is not supported.
+    """
+    cpu = not torch.cuda.is_available()
+    if cpu and training.precision == "fp16":
+        raise UserError("training.precision: fp16 needs a GPU; use bf16 or fp32 on the CPU")
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("1", "true"):
+        raise UserError(
+            "DeepSpeed is not supported by this version; launch without --use_deepspeed "
+            "(data parallelism over any number of ranks works with torchrun or accelerate launch)"
+        )
+    accelerator = Accelerator(cpu=cpu, mixed_precision=_MIXED_PRECISION[training.precision])
+    if accelerator.distributed_type not in (
+        DistributedType.NO,
+        DistributedType.MULTI_GPU,
+        DistributedType.MULTI_CPU,
+    ):
+        raise UserError(
+            f"{accelerator.distributed_type.value} is not supported by this version; "
+            "use plain data parallelism"
+        )
+    check_batch_size(training, accelerator.num_processes)
+    return accelerator
+
+
+def check_batch_size(training: TrainingSection, world_size: int) -> None:
+    """Check that the global batch splits evenly.
+
+    Raises:
+        UserError: ``batch_size`` is no multiple of ranks times micro-batches.
+    """
+    parts = world_size * training.accumulation
+    if training.batch_size % parts:
+        raise UserError(
+            f"training.batch_size: {training.batch_size} is not divisible by {world_size} rank(s) "
+            f"x accumulation {training.accumulation}; use a multiple of {parts}"
+        )
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """Sum of a tensor over all ranks, in place where there are several."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def convert_sync_batchnorm(model: nn.Module) -> nn.Module:
+    """Let every BatchNorm use the statistics of all ranks.
+
+    PyTorch's SyncBatchNorm on GPUs, where it is fused; it refuses CPU tensors, so there a plain
+    equivalent with the same parameters and buffers. One rank needs no synchronisation.
+    """
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return model
+    if next(model.parameters()).is_cuda:
+        return cast(nn.Module, nn.SyncBatchNorm.convert_sync_batchnorm(model))
+    for module in model.modules():
+        if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d):
+            module.__class__ = _CpuSyncBatchNorm
+    return model
+
+
+class _CpuSyncBatchNorm(nn.BatchNorm2d):
+    """BatchNorm over the equal batches of all ranks, for 2D to 4D CPU tensors."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"expected at least 2D input, got {input.dim()}D")
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(input)
+        world_size = dist.get_world_size()
+        axes = [axis for axis in range(input.dim()) if axis != 1]
+        shape = [1, -1] + [1] * (input.dim() - 2)
+        x = input.float()
+        mean = all_reduce(x.mean(axes)) / world_size
+        centred = x - mean.view(shape)
+        var = all_reduce(centred.square().mean(axes)) / world_size
+        if self.track_running_stats and self.running_mean is not None:
+            with torch.no_grad():
+                count = world_size * x.numel() / x.shape[1]
+                assert self.num_batches_tracked is not None and self.running_var is not None
+                self.num_batches_tracked += 1
+                momentum = self.momentum or 1.0 / float(self.num_batches_tracked)
+                self.running_mean.lerp_(mean, momentum)
+                self.running_var.lerp_(var * (count / (count - 1)), momentum)
+        out = centred * (var + self.eps).rsqrt().view(shape)
+        if self.affine:
+            out = out * self.weight.view(shape) + self.bias.view(shape)
+        return out.to(input.dtype)

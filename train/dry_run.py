@@ -1,0 +1,80 @@
+"""What a run would do: configuration, plan, counts, and how the penalty is shared."""
+
+import sys
+from pathlib import Path
+from statistics import mean
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from data_pipelines.index import scan_class_folders
+from tpp.describe import count
+from tpp.errors import UserError
+from tpp.models import Architecture, build_on_meta
+from tpp.plan import PruningPlan
+from tpp.prune import prune_model
+from tpp.selection import prunable_layers
+from tpp.sharding import rank_costs
+from train.config import Config
+from train.preflight import check_plans
+
+
+def dry_run(config: Config, *, ranks: int) -> None:
+    """Print what the run would do; nothing is trained, loaded or written.
+
+    The data need not be there if ``model.num_classes`` says how many classes there are.
+
+    Raises:
+        UserError: a mistake in the configuration, or fewer than one rank.
+    """
+    if ranks < 1:
+        raise UserError(f"--ranks must be at least 1, not {ranks}")
+    # A pipe has no width; 100 columns keep every row on one line there.
+    console = Console(width=None if sys.stdout.isatty() else 100, highlight=False)
+    architecture = Architecture(config.model.name, _classes(config), config.model.args)
+    plan = check_plans(config, architecture)
+    console.print(yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True))
+    dense = build_on_meta(architecture)
+    counts = count(dense)
+    if plan is None:
+        console.print(f"no pruning: {counts.parameters:,} parameters, {counts.macs:,} MACs")
+        return
+    pruned = count(prune_model(dense, plan))
+    console.print(_plan_table(plan))
+    for name, before, after in (
+        ("parameters", counts.parameters, pruned.parameters),
+        ("MACs", counts.macs, pruned.macs),
+    ):
+        removed = 100 * (1 - after / before)
+        console.print(f"{name}: {before:,} -> {after:,} ({removed:.2f}% removed)")
+    console.print(f"speedup: {counts.macs / pruned.macs:.4f}x fewer MACs\n")
+    layers = prunable_layers(dense)
+    row_sizes = {layer: layers[layer].weight[0].numel() for layer in plan.filters}
+    costs = rank_costs(plan, row_sizes, ranks)
+    average = mean(costs)
+    console.print(
+        f"penalty: {sum(costs):,} multiply-adds per step, shared over {ranks} rank(s): "
+        f"mean {average:,.0f}, busiest {max(costs):,} "
+        f"({100 * (max(costs) / average - 1) if average else 0:+.2f}%)",
+        soft_wrap=True,
+    )
+
+
+def _classes(config: Config) -> int:
+    if config.model.num_classes is not None:
+        return config.model.num_classes
+    if config.data.demo is not None:
+        return config.data.demo.classes
+    return len(scan_class_folders(Path(config.data.root) / config.data.train).classes)
+
+
+def _plan_table(plan: PruningPlan) -> Table:
+    table = Table(title="plan (which filters go is decided from the weights)", title_justify="left")
+    table.add_column("layer")
+    for column in ("filters", "pruned", "kept"):
+        table.add_column(column, justify="right")
+    for layer in plan.active_layers:
+        gone = len(plan.pruned[layer])
+        table.add_row(layer, str(plan.filters[layer]), str(gone), str(plan.filters[layer] - gone))
+    return table

@@ -1,0 +1,157 @@
+"""Top-1, top-5 and loss over a validation set, each image counted exactly once."""
+
+import argparse
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from data_pipelines.index import ImageIndex, scan_class_folders
+from data_pipelines.loaders import ImageTransform, eval_batches, resolve_loader
+from tpp.checkpoint import load_model, load_tensors, load_weights
+from tpp.errors import UserError, run_command
+from tpp.models import build_model, input_shape
+from train.config import TrainingSection
+from train.distributed import make_accelerator, sum_over_ranks
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """What an evaluation found.
+
+    Attributes:
+        top1, top5: per cent of the images.
+        loss: mean cross entropy per image.
+        images: how many were counted, over all ranks.
+    """
+
+    top1: float
+    top5: float
+    loss: float
+    images: int
+
+    def to_dict(self) -> dict[str, float]:
+        """As plain data."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    accelerator: Accelerator,
+    *,
+    channels_last: bool = False,
+) -> Accuracy:
+    """Evaluate ``model`` on the batches of all ranks.
+
+    Args:
+        model: the unwrapped network; ranks may hold different numbers of batches, so nothing in
+            its forward pass may communicate. Left in evaluation mode.
+        batches: this rank's images (b, c, h, w) and labels (b,), on its device.
+        accelerator: for autocast and the sum over ranks.
+        channels_last: memory format of the images.
+    """
+    model.eval()
+    sums = torch.zeros(4, dtype=torch.float64, device=accelerator.device)
+    for images, labels in batches:
+        if channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        with accelerator.autocast():
+            logits = model(images)
+        logits = logits.float()
+        best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+        sums[0] += best[:, 0].sum()
+        sums[1] += best.sum()
+        sums[2] += F.cross_entropy(logits, labels, reduction="sum").double()
+        sums[3] += len(labels)
+    top1, top5, loss, count = sum_over_ranks(sums).tolist()
+    return Accuracy(100 * top1 / count, 100 * top5 / count, loss / count, int(count))
+
+
+def main() -> None:
+    """Evaluate a checkpoint from the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m train.evaluate",
+        description="Top-1, top-5 and loss of a checkpoint over a folder of class folders; "
+        "under torchrun or accelerate launch every rank takes its share of the images.",
+    )
+    parser.add_argument("--checkpoint", required=True, help="ours, .safetensors, .pth or .th")
+    parser.add_argument("--data", required=True, help="folder of class folders")
+    parser.add_argument("--model", help="architecture, for a checkpoint that does not say")
+    parser.add_argument("--batch-size", type=int, default=128, help="per rank (default: 128)")
+    parser.add_argument("--loader", default="auto", help="auto, dali or torchvision")
+    parser.add_argument("--threads", type=int, default=4, help="decoding threads (default: 4)")
+    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
+    arguments = parser.parse_args()
+    for name in ("batch_size", "threads"):
+        if getattr(arguments, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+
+    index = scan_class_folders(arguments.data)
+    model, transform = _load(Path(arguments.checkpoint), arguments.model, index)
+    loader = resolve_loader(arguments.loader)
+    training = TrainingSection(precision=arguments.precision)
+    accelerator = make_accelerator(training.model_copy(update={"batch_size": 2**20}))
+    accuracy = evaluate(
+        model.to(accelerator.device),
+        eval_batches(
+            index,
+            transform,
+            loader=loader,
+            batch_size=arguments.batch_size,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+            threads=arguments.threads,
+            device=accelerator.device,
+        ),
+        accelerator,
+    )
+    if accelerator.is_main_process:
+        print(
+            f"{arguments.checkpoint}: top-1 {accuracy.top1:.2f}%, top-5 {accuracy.top5:.2f}%, "
+            f"loss {accuracy.loss:.4f} over {accuracy.images:,} images"
+        )
+    accelerator.end_training()
+
+
+def _load(path: Path, name: str | None, index: ImageIndex) -> tuple[nn.Module, ImageTransform]:
+    """The network, and how images are prepared for it."""
+    tensors, info = load_tensors(path)
+    classes = len(index.classes)
+    if info is not None:
+        model = load_model(path)
+        if info.architecture.num_classes != classes:
+            raise UserError(
+                f"{path} tells {info.architecture.num_classes} classes apart, "
+                f"{index.root} holds {classes} class folders"
+            )
+        prepared = info.preprocessing or {}
+    elif name is None:
+        raise UserError(f"{path} does not say which network it holds; name it with --model")
+    else:
+        model = build_model(name, classes)
+        load_weights(model, path)
+        channels, size, _ = input_shape(name)
+        # What torchvision's and the CIFAR networks' public weights were trained with.
+        prepared = {
+            "image_size": size,
+            "resize": 256 if size == 224 else None,
+            "mean": (0.485, 0.456, 0.406)[:channels],
+            "std": (0.229, 0.224, 0.225)[:channels],
+            "channels": channels,
+        }
+    del tensors
+    prepared = {k: tuple(v) if isinstance(v, list) else v for k, v in prepared.items()}
+    try:
+        return model, ImageTransform(augmentation="none", **prepared)
+    except TypeError:
+        raise UserError(f"{path} does not say how images are prepared for it") from None
+
+
+if __name__ == "__main__":
+    run_command(main)

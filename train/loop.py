@@ -1,0 +1,185 @@
+"""The training loop: one for every stage, and it knows nothing of pruning."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from tpp.methods.base import Method
+from train.distributed import sum_over_ranks
+
+Batches = Iterator[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """How to train.
+
+    Attributes:
+        lr: learning rate of a 0-based step.
+        finished: whether so many steps are enough.
+        accumulation: micro-batches per optimiser step.
+        label_smoothing: of the cross entropy.
+        channels_last: memory format of the images.
+        log_every: steps over which a report is averaged.
+        seed: of this rank's dropout and the like.
+    """
+
+    lr: Callable[[int], float]
+    finished: Callable[[int], bool]
+    accumulation: int = 1
+    label_smoothing: float = 0.0
+    channels_last: bool = False
+    log_every: int = 50
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Report:
+    """Means over the steps since the last report, over all ranks.
+
+    Attributes:
+        loss_terms: task loss, and each term that the method added.
+        top1: per cent of the training images, as augmented.
+        lr: learning rate of the last step.
+        images_per_second: over all ranks.
+        step_time: seconds per optimiser step.
+        data_wait: share of that time spent waiting for the loader.
+    """
+
+    loss_terms: dict[str, float]
+    top1: float
+    lr: float
+    images_per_second: float
+    step_time: float
+    data_wait: float
+
+
+class Meter:
+    """Sums up steps without making the device wait; one synchronisation per report."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
+        self.reset()
+
+    def reset(self) -> None:
+        """Start anew."""
+        self._sums: dict[str, Tensor] = {}
+        self._steps = self._images = 0
+        self._waited = 0.0
+        self._started = time.perf_counter()
+
+    def pause(self, seconds: float) -> None:
+        """Leave out time spent on something else, such as an evaluation."""
+        self._started += seconds
+
+    def add(self, name: str, value: Tensor) -> None:
+        """Add a detached scalar."""
+        value = value.detach().double()
+        self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def count(self, images: int, waited: float) -> None:
+        """Count a micro-batch and the seconds spent waiting for it."""
+        self._images += images
+        self._waited += waited
+
+    def step(self) -> None:
+        """Count an optimiser step."""
+        self._steps += 1
+
+    def report(self, lr: float) -> Report:
+        """Means over ranks and steps; then start anew."""
+        names = sorted(self._sums)
+        local = torch.stack([self._sums[name] for name in names])
+        ranks = self._accelerator.num_processes
+        means = (sum_over_ranks(local) / ranks / self._steps).tolist()
+        elapsed = time.perf_counter() - self._started
+        terms = dict(zip(names, means, strict=True))
+        report = Report(
+            top1=100 * terms.pop("correct") * self._steps / self._images,
+            loss_terms=terms,
+            lr=lr,
+            images_per_second=self._images * ranks / elapsed,
+            step_time=elapsed / self._steps,
+            data_wait=self._waited / elapsed,
+        )
+        self.reset()
+        return report
+
+
+def train(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Batches,
+    method: Method,
+    settings: LoopSettings,
+    accelerator: Accelerator,
+    *,
+    start_step: int = 0,
+    on_report: Callable[[int, Report], None],
+    on_step: Callable[[int], bool],
+) -> int:
+    """Train until ``settings.finished``.
+
+    Args:
+        model: as Accelerate prepared it.
+        optimizer: as Accelerate prepared it.
+        batches: ``accumulation`` micro-batches per step, from ``start_step`` on.
+        method: asked for its loss terms before, and told after, every optimiser step.
+        settings: how to train.
+        accelerator: device, precision and ranks.
+        start_step: optimiser steps already done.
+        on_report: called with the number of steps done and the means since the last report.
+        on_step: called after every step with the number of steps done; may evaluate or save, in
+            which case it returns True: that time is not counted as training time.
+
+    Returns:
+        The number of steps done.
+    """
+    meter = Meter(accelerator)
+    step = start_step
+    model.train()
+    while not settings.finished(step):
+        # Seeded by the step, so that a resumed run draws the same dropout masks and nothing about
+        # random states has to be saved.
+        torch.manual_seed(settings.seed + step)
+        lr = settings.lr(step)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        for micro in range(settings.accumulation):
+            asked = time.perf_counter()
+            images, labels = next(batches)
+            meter.count(len(labels), time.perf_counter() - asked)
+            if settings.channels_last:
+                images = images.contiguous(memory_format=torch.channels_last)
+            last = micro == settings.accumulation - 1
+            with contextlib.nullcontext() if last else accelerator.no_sync(model):
+                with accelerator.autocast():
+                    logits = model(images)
+                logits = logits.float()
+                loss = F.cross_entropy(logits, labels, label_smoothing=settings.label_smoothing)
+                loss = loss / settings.accumulation
+                meter.add("task", loss)
+                meter.add("correct", (logits.argmax(1) == labels).sum())
+                if last:
+                    for name, term in method.loss_terms(step).items():
+                        meter.add(name, term)
+                        loss = loss + term
+                accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        method.after_step(step)
+        step += 1
+        meter.step()
+        if step % settings.log_every == 0 or settings.finished(step):
+            on_report(step, meter.report(lr))
+        stopped = time.perf_counter()
+        if on_step(step):
+            model.train()
+            meter.pause(time.perf_counter() - stopped)
+    return step

@@ -1,0 +1,129 @@
+"""What a person sees of a run: TensorBoard, log.jsonl, and the terminal."""
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from torch.utils.tensorboard import SummaryWriter
+
+from tpp.regularizer import LayerStatistics
+
+
+class Monitor:
+    """Writes one stage's events; on ranks other than the main one it does nothing.
+
+    Args:
+        run: the run folder.
+        stage: the stage's name; TensorBoard shows each stage as a run of its own.
+        total_steps: for the progress bar; None where the length is not known.
+        start_step: first step of this process; entries of later steps, left by a process that
+            was killed after its last checkpoint, are dropped.
+        enabled: True on the main rank.
+    """
+
+    def __init__(
+        self, run: Path, stage: str, total_steps: int | None, start_step: int, *, enabled: bool
+    ) -> None:
+        self.stage = stage
+        self.enabled = enabled
+        if not enabled:
+            return
+        self._log = run / "log.jsonl"
+        if start_step > 0:
+            _drop_later_entries(self._log, stage, start_step)
+        self._writer = SummaryWriter(
+            str(run / "tensorboard" / stage), purge_step=start_step or None
+        )
+        console = Console(stderr=True)
+        self._progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[status]}"),
+            console=console,
+            # A log file wants lines, not a bar redrawn ten times a second.
+            disable=not console.is_terminal,
+            transient=True,
+        )
+        self._task: TaskID = self._progress.add_task(
+            stage, total=total_steps, completed=start_step, status=""
+        )
+        self._progress.start()
+
+    def advance(self, step: int, status: str | None = None) -> None:
+        """Move the progress bar to ``step`` steps done."""
+        if self.enabled:
+            self._progress.update(self._task, completed=step)
+            if status is not None:
+                self._progress.update(self._task, status=status)
+
+    def scalars(self, event: str, step: int, values: Mapping[str, float], prefix: str = "") -> None:
+        """Log scalars of one step: a line in log.jsonl and a point each in TensorBoard."""
+        if not self.enabled:
+            return
+        for name, value in values.items():
+            self._writer.add_scalar(prefix + name, value, step)
+        self.event(event, step=step, **values)
+
+    def layers(self, step: int, statistics: Mapping[str, LayerStatistics]) -> None:
+        """Log the per-layer statistics of a pruning method."""
+        if not self.enabled or not statistics:
+            return
+        for layer, values in statistics.items():
+            self._writer.add_scalar(f"pruned_magnitude/{layer}", values.pruned_magnitude, step)
+            self._writer.add_scalar(f"kept_magnitude/{layer}", values.kept_magnitude, step)
+            self._writer.add_scalar(f"correlation/{layer}", values.correlation, step)
+        self.event("layers", step=step, layers={k: vars(v) for k, v in statistics.items()})
+
+    def event(self, event: str, **values: Any) -> None:
+        """Append a line to log.jsonl."""
+        if self.enabled:
+            entry = {"event": event, "stage": self.stage, "time": round(time.time(), 3), **values}
+            with self._log.open("a") as file:
+                file.write(json.dumps(entry) + "\n")
+
+    def say(self, message: str) -> None:
+        """Print a line above the progress bar."""
+        if self.enabled:
+            self._progress.print(message) if not self._progress.disable else say(message)
+
+    def close(self) -> None:
+        """Flush everything."""
+        if self.enabled:
+            self._progress.stop()
+            self._writer.close()
+
+
+def say(message: str) -> None:
+    """Print a line on standard output at once, so that a job's log can be followed."""
+    print(message, file=sys.stdout, flush=True)
+
+
+def _drop_later_entries(log: Path, stage: str, start_step: int) -> None:
+    """Remove what a killed process logged of steps that are now done again."""
+    if not log.exists():
+        return
+    kept = []
+    for line in log.read_text().splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue  # the line that was being written at the kill
+        if entry["stage"] != stage or entry.get("step", 0) <= start_step:
+            kept.append(line)
+    aside = log.with_name(f".{log.name}.tmp")
+    aside.write_text("".join(f"{line}\n" for line in kept))
+    aside.replace(log)

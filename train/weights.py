@@ -1,0 +1,93 @@
+"""Where the first stage's weights come from."""
+
+from pathlib import Path
+from urllib.parse import urlparse
+
+import torch
+from torch import nn
+
+from tpp.checkpoint import load_model, load_tensors, load_weights
+from tpp.errors import UserError
+from tpp.models import Architecture, build_model
+from train.config import ModelSection
+
+TORCHVISION = "torchvision:"
+
+
+def starting_weights_exist(model: ModelSection) -> None:
+    """Check a local path or the name of torchvision weights, without loading anything.
+
+    Raises:
+        UserError: no such file, or torchvision knows no such weights of this network.
+    """
+    checkpoint = model.checkpoint
+    if checkpoint is None or _is_url(checkpoint):
+        return
+    if checkpoint.startswith(TORCHVISION):
+        _torchvision_url(model.name, checkpoint)
+    elif not Path(checkpoint).is_file():
+        raise UserError(f"model.checkpoint: {checkpoint}: no such file")
+
+
+def load_starting_weights(model: ModelSection, architecture: Architecture, seed: int) -> nn.Module:
+    """Build the network and give it its starting weights.
+
+    Raises:
+        UserError: the file does not fit the network, or cannot be fetched.
+    """
+    if model.checkpoint is None:
+        torch.manual_seed(seed)
+        return build_model(architecture.name, architecture.num_classes, **architecture.args)
+    path = _local_file(model)
+    _, info = load_tensors(path)
+    if info is not None:
+        if info.architecture != architecture:
+            raise UserError(
+                f"model.checkpoint: {path} holds a {info.architecture}, "
+                f"the configuration asks for a {architecture}"
+            )
+        return load_model(path)  # it may be pruned already: its own widths count
+    network = build_model(architecture.name, architecture.num_classes, **architecture.args)
+    load_weights(network, path)
+    return network
+
+
+def _local_file(model: ModelSection) -> Path:
+    """The checkpoint as a local file; downloads are kept where torch.hub keeps them."""
+    assert model.checkpoint is not None
+    url = model.checkpoint
+    if url.startswith(TORCHVISION):
+        url = _torchvision_url(model.name, url)
+    elif not _is_url(url):
+        return Path(url)
+    target = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(url).path).name
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(target), progress=False)
+        except (OSError, RuntimeError) as error:
+            raise UserError(
+                f"model.checkpoint: cannot download {url} ({error}); on a machine without access "
+                f"put the file at {target}, or name a local file with model.checkpoint=FILE"
+            ) from None
+    return target
+
+
+def _torchvision_url(name: str, checkpoint: str) -> str:
+    from torchvision.models import get_model_weights
+
+    weights = checkpoint.removeprefix(TORCHVISION)
+    try:
+        known = get_model_weights(name)
+    except ValueError:
+        raise UserError(f"model.checkpoint: torchvision has no weights for {name!r}") from None
+    if weights not in known.__members__:
+        raise UserError(
+            f"model.checkpoint: torchvision has no {weights!r} for {name!r}; "
+            f"there are: {', '.join(known.__members__)}"
+        )
+    return str(known[weights].url)
+
+
+def _is_url(text: str) -> bool:
+    return text.startswith(("https://", "http://"))
