@@ -7,7 +7,7 @@ by the same function that the torchvision loader uses, once per batch.
 
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from functools import partial
 from typing import Any, cast
 
@@ -35,7 +35,7 @@ def dali_batches(
     batch_size: int,
     threads: int,
     device: torch.device,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Make the batches of ``requests``, in order; none may be larger than ``batch_size``.
 
     On a GPU, JPEGs are decoded by nvJPEG, whose pixels may differ by rounding from the CPU's.
@@ -44,13 +44,9 @@ def dali_batches(
         UserError: an image cannot be read; raised when the batch's turn comes.
     """
     pending: deque[Request] = deque()
-    # Nothing may refer to the pipeline but the iterator, and to the iterator but this frame: so
-    # its threads and buffers go when the batches end, fail or are dropped.
+    pipeline = _pipeline(_inputs(requests, pending), transform, batch_size, threads, device)
     iterator = DALIGenericIterator(
-        [_pipeline(_inputs(requests, pending), transform, batch_size, threads, device)],
-        ["images", "labels"],
-        auto_reset=False,
-        prepare_first_batch=False,
+        [pipeline], ["images", "labels"], auto_reset=False, prepare_first_batch=False
     )
     try:
         while True:
@@ -63,7 +59,9 @@ def dali_batches(
             pending.popleft()
             yield made["images"], made["labels"]
     finally:
-        del iterator
+        # DALI's graph refers to itself in circles: without this, its threads and buffers would
+        # stay until Python's garbage collector comes round.
+        pipeline._shutdown()
 
 
 def _pipeline(

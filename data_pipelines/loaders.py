@@ -5,7 +5,7 @@ the loader requests; the loader reads, decodes, crops and normalises. So both lo
 samples in the same order with the same crops and flips, and their pixels differ by rounding only.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -54,7 +54,7 @@ def train_batches(
     world_size: int,
     threads: int,
     device: torch.device,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """One rank's training batches of steps start_step to start_step + steps - 1.
 
     Args:
@@ -107,7 +107,7 @@ def eval_batches(
     world_size: int,
     threads: int,
     device: torch.device,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """One rank's share of the images, each exactly once, in index order, without augmentation.
 
     The rank takes images rank, rank + world_size, ... in batches of ``batch_size``, of which the
@@ -165,7 +165,7 @@ def _batches(
     batch_size: int,
     threads: int,
     device: torch.device,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     # Only the loader that is asked for is imported: DALI is not installed everywhere.
     if resolve_loader(loader) == "dali":
         from data_pipelines.dali import dali_batches

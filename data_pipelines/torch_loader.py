@@ -1,7 +1,7 @@
 """Batches read by torch's DataLoader with PIL and torchvision, where DALI is not installed."""
 
 import multiprocessing
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from multiprocessing.context import BaseContext
 from typing import Any
 
@@ -17,7 +17,7 @@ from tpp.errors import UserError
 
 def torch_batches(
     requests: Iterator[Request], transform: ImageTransform, threads: int, device: torch.device
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Make the batches of ``requests``, in order, in ``threads`` worker processes (0: in this one).
 
     Raises:

@@ -4,14 +4,18 @@ Usable without the rest of this repository; see :class:`Regularizer` for the thr
 training loop needs.
 """
 
-from tpp.checkpoint import load_model
-from tpp.errors import UserError
-from tpp.penalty import gram_penalty
-from tpp.plan import PruningPlan
-from tpp.prune import prune_checkpoint, prune_model
-from tpp.regularizer import Regularizer
-from tpp.schedule import GrowthSchedule
-from tpp.selection import select_filters
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tpp.checkpoint import load_model
+    from tpp.errors import UserError
+    from tpp.penalty import gram_penalty
+    from tpp.plan import PruningPlan
+    from tpp.prune import prune_checkpoint, prune_model
+    from tpp.regularizer import Regularizer
+    from tpp.schedule import GrowthSchedule
+    from tpp.selection import select_filters
 
 __all__ = [
     "GrowthSchedule",
@@ -24,3 +28,23 @@ __all__ = [
     "prune_model",
     "select_filters",
 ]
+
+# Imported when first asked for: `python -m tpp.prune` must not find itself imported already, and
+# a loader that wants nothing but UserError need not wait for torchvision.
+_HOME = {
+    "GrowthSchedule": "tpp.schedule",
+    "PruningPlan": "tpp.plan",
+    "Regularizer": "tpp.regularizer",
+    "UserError": "tpp.errors",
+    "gram_penalty": "tpp.penalty",
+    "load_model": "tpp.checkpoint",
+    "prune_checkpoint": "tpp.prune",
+    "prune_model": "tpp.prune",
+    "select_filters": "tpp.selection",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)

@@ -22,7 +22,8 @@ class Slice:
         tensor: name in the model's ``state_dict``.
         dim: the dimension along which it shrinks.
         positions: int64, (filters, k): with filter i go the positions ``positions[i]``. k is 1
-            except where channels are flattened into a Linear layer: there it is H*W.
+            except where channels are flattened into a Linear layer (H*W), or where a
+            concatenation holds them more than once.
     """
 
     tensor: str
@@ -136,7 +137,7 @@ class _Trace:
         slices: list[Slice] = []
         for item in group:
             target = item.dep.target.module
-            if target not in self.names:
+            if not isinstance(target, nn.Conv2d | nn.Linear | _BatchNorm):
                 continue
             positions = self._positions(layer, item, filters)
             name = self.names[target]

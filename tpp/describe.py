@@ -16,7 +16,6 @@ from tpp.checkpoint import CheckpointInfo, network_of, read_metadata
 from tpp.errors import UserError, run_command
 from tpp.models import build_on_meta, example_input_for, meta_copy
 
-BAR_WIDTH = 20
 # What convolutions and linear layers come down to; attention's products are not among them.
 _COUNTED_OPS = {"convolution", "_convolution", "mm", "addmm"}
 
@@ -209,9 +208,10 @@ def _plain(value: Any, limit: int = 300) -> str:
 
 def _bar(share: float, console: Console) -> str:
     """A bar for a share in [0, 1]; eighths of a character where the terminal can show them."""
+    width = 20 if console.width >= 100 else 6
     if console.options.ascii_only:
-        return "#" * round(share * BAR_WIDTH)
-    whole, eighths = divmod(round(share * BAR_WIDTH * 8), 8)
+        return "#" * round(share * width)
+    whole, eighths = divmod(round(share * width * 8), 8)
     return "█" * whole + " ▏▎▍▌▋▊▉"[eighths].strip()
 
 

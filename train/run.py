@@ -10,15 +10,21 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 
 from data_pipelines.index import ImageIndex
-from data_pipelines.loaders import ImageTransform
+from data_pipelines.loaders import ImageTransform, eval_batches
+from tpp.checkpoint import load_model, save_model
 from tpp.describe import Counts
 from tpp.errors import UserError
-from tpp.models import Architecture
+from tpp.methods.base import Method
+from tpp.models import Architecture, architecture_of, example_input_for
+from tpp.plan import PruningPlan
 from train.checkpoint import write_json
-from train.config import Config
+from train.config import Config, StageSection
+from train.evaluate import Accuracy, evaluate
 from train.monitor import say
+from train.weights import load_starting_weights
 
 MODEL_FILE = "model.safetensors"
 
@@ -50,6 +56,76 @@ class Run:
     def stage_folder(self, stage: str) -> Path:
         """Where a stage keeps its files."""
         return self.folder / stage
+
+    def count_fields(self, counts: Counts) -> dict[str, Any]:
+        """A network's size, and its speedup over the dense one, for its stage's results."""
+        return {
+            "parameters": counts.parameters,
+            "macs": counts.macs,
+            "speedup": self.dense.macs / counts.macs,
+        }
+
+
+def load_input(run: Run, stage: StageSection) -> nn.Module:
+    """The network that a stage starts from, on the CPU."""
+    if stage.input is not None:
+        return load_model(run.stage_folder(stage.input) / MODEL_FILE)
+    with run.accelerator.local_main_process_first():  # one download per node, not one per rank
+        return load_starting_weights(run.config.model, run.architecture, run.config.seed)
+
+
+def choose_plan(run: Run, name: str, model: nn.Module, method: Method) -> PruningPlan | None:
+    """The stage's plan: its own from before, its input's, or one chosen now and written down."""
+    stage = run.config.stages[name]
+    if stage.kind not in ("regularize", "prune"):
+        return None
+    for owner in (name, stage.input):
+        if owner is not None and (run.stage_folder(owner) / "plan.json").exists():
+            return PruningPlan.load(run.stage_folder(owner) / "plan.json")
+    plan = method.select(model, run.config.pruning.ratios, example_input=example_input_for(model))
+    run.accelerator.wait_for_everyone()
+    if run.is_main:
+        plan.save(run.stage_folder(name) / "plan.json")
+        if not (run.folder / "plan.json").exists():
+            plan.save(run.folder / "plan.json")
+    return plan
+
+
+def evaluate_network(run: Run, model: nn.Module) -> Accuracy:
+    """Evaluate over the validation images, shared over the ranks."""
+    training, accelerator = run.config.training, run.accelerator
+    local_batch = training.batch_size // (accelerator.num_processes * training.accumulation)
+    batches = eval_batches(
+        run.val_index,
+        run.transform,
+        loader=run.loader,
+        batch_size=training.evaluate_batch_size or local_batch,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        threads=run.config.data.threads,
+        device=accelerator.device,
+    )
+    return evaluate(model, batches, accelerator, channels_last=training.channels_last)
+
+
+def save_network(
+    run: Run, name: str, path: Path, model: nn.Module, accuracy: Accuracy | None
+) -> None:
+    """Write a self-describing checkpoint of ``model``."""
+    extra: dict[str, Any] = {
+        "run": run.config.name,
+        "stage": name,
+        "classes": run.train_index.classes,
+    }
+    if accuracy is not None:
+        extra["accuracy"] = accuracy.to_dict()
+    save_model(
+        path,
+        {key: value.cpu() for key, value in model.state_dict().items()},
+        architecture=architecture_of(model),
+        preprocessing=run.config.data.preprocessing(),
+        extra=extra,
+    )
 
 
 def finish_stage(run: Run, name: str, results: dict[str, Any]) -> None:

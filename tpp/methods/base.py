@@ -15,9 +15,7 @@ from tpp.selection import select_filters
 class Settings(BaseModel):
     """Base of a method's hyper-parameters; an unknown key is an error."""
 
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False
-    )
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 @dataclass(frozen=True)
