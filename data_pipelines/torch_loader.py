@@ -1,7 +1,11 @@
 """Batches read by torch's DataLoader with PIL and torchvision, where DALI is not installed."""
 
 import multiprocessing
+import os
+import select
+import threading
 from collections.abc import Generator, Iterator
+from functools import partial
 from multiprocessing.context import BaseContext
 from typing import Any
 
@@ -33,6 +37,7 @@ def torch_batches(
         collate_fn=_as_is,
         pin_memory=device.type == "cuda",
         multiprocessing_context=_worker_context() if threads else None,
+        worker_init_fn=partial(_end_with, os.getpid()) if threads else None,
     )
     scale = 255 * torch.tensor([transform.mean, transform.std], device=device)
     mean, std = scale[:, None, :, None, None]
@@ -79,6 +84,21 @@ class _Images(Dataset[Batch | UserError]):
 
 def _as_is(made: Any) -> Any:
     return made
+
+
+def _end_with(owner: int, worker: int) -> None:
+    """Let this worker process end when ``owner`` does, however it does.
+
+    DataLoader's own watchdog looks at the parent, which is the server process, and that one waits
+    for its workers: without this, a killed run would leave both behind for good.
+    """
+    descriptor = os.pidfd_open(owner)
+
+    def wait() -> None:
+        select.select([descriptor], [], [])
+        os._exit(1)
+
+    threading.Thread(target=wait, name="end-with-owner", daemon=True).start()
 
 
 def _worker_context() -> BaseContext:

@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from rich.console import Console
@@ -43,9 +44,7 @@ class Monitor:
         self._log = run / "log.jsonl"
         if start_step > 0:
             _drop_later_entries(self._log, stage, start_step)
-        self._writer = SummaryWriter(
-            str(run / "tensorboard" / stage), purge_step=start_step or None
-        )
+        self._writer = SummaryWriter(str(run / stage), purge_step=start_step or None)
         console = Console(stderr=True)
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),
@@ -82,10 +81,11 @@ class Monitor:
         """Log the per-layer statistics of a pruning method."""
         if not self.enabled or not statistics:
             return
-        for layer, values in statistics.items():
-            self._writer.add_scalar(f"pruned_magnitude/{layer}", values.pruned_magnitude, step)
-            self._writer.add_scalar(f"kept_magnitude/{layer}", values.kept_magnitude, step)
-            self._writer.add_scalar(f"correlation/{layer}", values.correlation, step)
+        for name in ("pruned_magnitude", "kept_magnitude", "correlation"):
+            values = {layer: getattr(of_layer, name) for layer, of_layer in statistics.items()}
+            for layer, value in values.items():
+                self._writer.add_scalar(f"weights_{name}/{layer}", value, step)
+            self._writer.add_scalar(f"weights/{name}", fmean(values.values()), step)
         self.event("layers", step=step, layers={k: vars(v) for k, v in statistics.items()})
 
     def event(self, event: str, **values: Any) -> None:

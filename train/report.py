@@ -60,8 +60,8 @@ class StageResult(NetworkResult):
     """One stage, as results.json describes it; of a stage under way only what it is to do."""
 
     kind: str
-    method: str = ""
-    title: str = ""
+    method: str | None = None
+    title: str | None = None
     input: str | None = None
     speedup: float | None = None
     steps: int | None = None
@@ -455,7 +455,7 @@ def _stage_grid(run: RunRecord) -> _Grid:
     rows = []
     for name, stage in run.stages.items():
         before = stage.start.top1 if stage.start else None
-        state = [name, stage.title, _setting(stage.steps), _number(stage.epochs, ".1f")]
+        state = [name, stage.title or "-", _setting(stage.steps), _number(stage.epochs, ".1f")]
         if name not in run.results.stages:
             logged = [entries for (_, of), entries in run.log.items() if of == name]
             state[1] = (

@@ -131,9 +131,15 @@ def save_network(
 def finish_stage(run: Run, name: str, results: dict[str, Any]) -> None:
     """Mark a stage as done, with what it found."""
     stage = run.config.stages[name]
-    method = run.config.stage_method(name)
-    head = {"kind": stage.kind, "method": method.name, "title": method.title, "input": stage.input}
-    run.done[name] = {**head, **results}
+    # Dense training is what every method starts from; none has a say in it.
+    method = run.config.stage_method(name) if stage.kind != "dense" else None
+    run.done[name] = {
+        "kind": stage.kind,
+        "method": method.name if method else None,
+        "title": method.title if method else None,
+        "input": stage.input,
+        **results,
+    }
     if run.is_main:
         folder = run.stage_folder(name)
         folder.mkdir(parents=True, exist_ok=True)
@@ -178,8 +184,10 @@ def stage_settings(config: Config, name: str) -> dict[str, Any]:
     current: str | None = name
     while current is not None:
         stages[current] = config.stages[current].model_dump()
-        method = config.stage_method(current)
-        stages[current]["method"] = {"name": method.name, **method.settings.model_dump()}
+        stages[current].pop("method")
+        if stages[current]["kind"] != "dense":
+            method = config.stage_method(current)
+            stages[current]["method"] = {"name": method.name, **method.settings.model_dump()}
         current = config.stages[current].input
     settings = config.model_dump(include={"seed", "model", "data", "training"})
     for section, keys in _HARMLESS.items():
@@ -288,4 +296,4 @@ def _git_commit() -> str | None:
 def _device(accelerator: Accelerator) -> str:
     if accelerator.device.type == "cuda":
         return torch.cuda.get_device_name(accelerator.device)
-    return f"CPU ({torch.get_num_threads()} threads)"
+    return f"CPU, {torch.get_num_threads()} thread(s)"

@@ -1,8 +1,10 @@
 """A tiny run that goes through every stage in seconds."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,10 +69,14 @@ RunMain = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture
 def run_main(tmp_path: Path) -> RunMain:
-    """Run train/main.py in a process of its own, on one rank or under torchrun on several."""
+    """Run train/main.py in processes of its own; ``kill_when`` a path exists, with SIGKILL."""
 
     def run(
-        config: dict[str, Any] | None, *arguments: str, ranks: int = 1, expect: int | None = 0
+        config: dict[str, Any] | None,
+        *arguments: str,
+        ranks: int = 1,
+        expect: int | None = 0,
+        kill_when: Path | None = None,
     ) -> subprocess.CompletedProcess[str]:
         command = [sys.executable]
         if ranks > 1:
@@ -81,16 +87,18 @@ def run_main(tmp_path: Path) -> RunMain:
             path.write_text(yaml.safe_dump(config, sort_keys=False))
             command += ["--config", str(path)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        result = subprocess.run(
-            [*command, *arguments],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            env=environment,
-            timeout=300,
-        )
+        options: dict[str, Any] = {"cwd": tmp_path, "env": environment, "text": True}
+        options |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        with subprocess.Popen([*command, *arguments], **options) as process:
+            while kill_when is not None and not kill_when.exists():
+                assert process.poll() is None, f"ended before {kill_when} was there"
+                time.sleep(0.005)
+            if kill_when is not None:
+                process.kill()
+                expect = -signal.SIGKILL
+            out, err = process.communicate(timeout=300)
         if expect is not None:
-            assert result.returncode == expect, result.stdout + result.stderr
-        return result
+            assert process.returncode == expect, out + err
+        return subprocess.CompletedProcess(command, process.returncode, out, err)
 
     return run

@@ -71,7 +71,7 @@ def test_the_whole_road(tiny_config, run_main):
     layers = [e for e in lines if e["event"] == "layers"]
     assert layers[-1]["layers"]["layer2.0.conv1"]["correlation"] == 0
     assert layers[0]["layers"]["layer2.0.conv1"]["correlation"] > 0
-    assert list((run / "tensorboard" / "regularize").glob("events.out.tfevents.*"))
+    assert list((run / "regularize").glob("events.out.tfevents.*"))
 
 
 def test_a_done_stage_is_skipped_and_other_settings_are_refused(tiny_config, run_main):
@@ -90,39 +90,32 @@ def test_a_done_stage_is_skipped_and_other_settings_are_refused(tiny_config, run
 
 
 @pytest.mark.parametrize("loader", ["dali", "torchvision"])
-def test_an_interrupted_run_ends_with_the_same_weights(tiny_config, run_main, loader):
+def test_a_killed_run_ends_with_the_same_weights(tiny_config, run_main, loader):
     tiny_config["data"]["loader"] = loader
+    tiny_config["method"]["stabilize_steps"] = 40
     tiny_config["stages"] = {"regularize": tiny_config["stages"]["regularize"]}
     undisturbed = copy.deepcopy(tiny_config)
     undisturbed["output"] += "-undisturbed"
     run_main(undisturbed)
-    folder = Path(tiny_config["output"])
-    # Killed after the checkpoint of step 15: by hand, since nothing of the end may be there.
-    run_main(tiny_config)
-    (folder / "regularize" / "done.json").unlink()
-    (folder / "regularize" / "model.safetensors").unlink()
-    assert [p.name for p in sorted((folder / "regularize" / "checkpoints").iterdir())] == [
-        "step-00000010",
-        "step-00000015",
-    ]
-    # The newest is damaged, so the one before it is taken up.
-    damaged = folder / "regularize" / "checkpoints" / "step-00000015" / "model.safetensors"
-    content = bytearray(damaged.read_bytes())
+    checkpoints = Path(tiny_config["output"]) / "regularize" / "checkpoints"
+    run_main(tiny_config, kill_when=checkpoints / "step-00000015")
+    newest = max(checkpoints.glob("step-*"))
+    assert not (checkpoints.parent / "model.safetensors").exists()
+    # The newest checkpoint is damaged, so the one before it is taken up.
+    content = bytearray((newest / "model.safetensors").read_bytes())
     content[-1] ^= 1
-    damaged.write_bytes(content)
+    (newest / "model.safetensors").write_bytes(content)
+    refused = run_main(tiny_config, "seed=1", expect=2)
+    assert "seed was 0 and is 1" in refused.stderr
     resumed = run_main(tiny_config)
-    assert "step-00000015: model.safetensors is damaged" in resumed.stdout
-    assert "regularize: resumed after 10 steps" in resumed.stdout
-    assert (
-        largest_difference(weights(undisturbed, "regularize"), weights(tiny_config, "regularize"))
-        == 0
-    )
-    steps = [
-        entry["step"]
-        for entry in map(json.loads, (folder / "log.jsonl").read_text().splitlines())
-        if entry["event"] == "train"
-    ]
-    assert steps == sorted(set(steps)), "a step was logged twice"
+    assert f"{newest.name}: model.safetensors is damaged" in resumed.stdout
+    assert f"regularize: resumed after {int(newest.name[5:]) - 5} steps" in resumed.stdout
+    truth = weights(undisturbed, "regularize")
+    assert largest_difference(truth, weights(tiny_config, "regularize")) == 0
+    lines = (Path(tiny_config["output"]) / "log.jsonl").read_text().splitlines()
+    steps = [e["step"] for e in map(json.loads, lines) if e["event"] == "train"]
+    assert steps == [*range(2, 51, 2)], "steps missing or logged twice"
+    assert not checkpoints.exists(), "a stage that is done keeps none"
 
 
 def logged_losses(config: dict) -> torch.Tensor:
