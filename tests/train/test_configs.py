@@ -6,16 +6,22 @@ import pytest
 
 from tpp.describe import count
 from tpp.errors import UserError
-from tpp.models import build_model
+from tpp.models import Architecture, build_model
 from tpp.prune import prune_model
 from tpp.selection import prunable_layers, pruned_count, select_filters
 from train.config import Config, load_config, steps_for
+from train.preflight import check_plans
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 BASES = [path for path in CONFIGS if path.stem.endswith("base")]
 COMPLETE = [path for path in CONFIGS if path not in BASES]
-ROWS = [path for path in COMPLETE if path.parent.name in ("imagenet", "cifar10")]
+SHORTENED = [path for path in COMPLETE if path.stem.endswith("_short")]
+ROWS = [
+    path
+    for path in COMPLETE
+    if path.parent.name in ("imagenet", "cifar10") and path not in SHORTENED
+]
 
 # name: dense top-1, top-1, its deviation, published speedup, speedup by counted MACs
 PUBLISHED = {
@@ -151,10 +157,27 @@ def test_published_settings_of_tpp(
 
 def test_published_settings_of_l1() -> None:
     for config in of_kind("_l1_", "cifar10"):
-        assert [stage.kind for stage in config.stages.values()] == ["prune", "finetune", "evaluate"]
+        kinds = [stage.kind for stage in config.stages.values()]
+        assert kinds == ["evaluate", "prune", "finetune", "evaluate"]  # the dense network first
         assert config.method == {"name": "l1"}
         assert config.training.batch_size == 128
         check_finetuning(config, 5e-4, (120, [60, 90]))
+
+
+@pytest.mark.parametrize("path", SHORTENED, ids=by_name)
+def test_shortened_schedule_is_whole_and_alike_for_both(path: Path) -> None:
+    """Lambda reaches tau, every layer is zeroed out, and TPP and L1 differ in nothing else."""
+    config = load_config(path)
+    assert "Shortened beside the published settings" in head(path)
+    method = config.stage_method("tpp_regularize")
+    growth = method._growth
+    assert growth.strength(growth.growth_steps) == growth.tau == 1.0
+    plan = check_plans(config, Architecture("cifar_resnet56", 10, {}))
+    assert plan is not None and len(plan.active_layers) == 27
+    assert growth.zeroed(53, growth.total_steps - 1)  # the last conv1 is number 53 of 0..55
+    tpp_stage, l1_stage = config.stages["tpp_finetune"], config.stages["l1_finetune"]
+    assert (tpp_stage.epochs, tpp_stage.optimizer) == (l1_stage.epochs, l1_stage.optimizer)
+    assert config.stages["tpp_regularize"].input == config.stages["l1_prune"].input == "dense"
 
 
 def check_finetuning(
