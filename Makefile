@@ -19,7 +19,7 @@ $(READY): requirements.txt
 	@touch $(READY)
 
 demo: setup
-	@$(BIN)/accelerate launch --config_file launch/accelerate/one_process.yaml train/main.py
+	@$(BIN)/accelerate launch --quiet --config_file launch/accelerate/one_process.yaml train/main.py
 
 test: lint types unit
 

@@ -215,7 +215,8 @@ class TrainingStage:
             "data_wait": report.data_wait,
         }
         self._monitor.scalars("train", step, values, prefix="train/")
-        self._monitor.advance(step, f"loss {loss:.3f}  top-1 {report.top1:.1f}%")
+        task = report.loss_terms["task"]
+        self._monitor.advance(step, f"loss {task:.3f}  top-1 {report.top1:.1f}%")
 
     def _on_step(self, step: int) -> bool:
         """Evaluate, save and show what is due after ``step`` steps; whether that took time."""
