@@ -66,6 +66,13 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
+def broadcast_buffers(model: nn.Module) -> None:
+    """Give every rank the main rank's buffers: the BatchNorm statistics that are saved."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
+
+
 def convert_sync_batchnorm(model: nn.Module) -> nn.Module:
     """Let every BatchNorm use the statistics of all ranks.
 

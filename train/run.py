@@ -22,6 +22,7 @@ from tpp.models import Architecture, architecture_of, example_input_for
 from tpp.plan import PruningPlan
 from train.checkpoint import write_json
 from train.config import Config, StageSection
+from train.distributed import broadcast_buffers
 from train.evaluate import Accuracy, evaluate
 from train.monitor import say
 from train.weights import load_starting_weights
@@ -74,6 +75,14 @@ def load_input(run: Run, stage: StageSection) -> nn.Module:
         return load_starting_weights(run.config.model, run.architecture, run.config.seed)
 
 
+def place(run: Run, model: nn.Module) -> nn.Module:
+    """Move a network to this rank's device, in the memory format that the run computes in."""
+    model.to(run.accelerator.device)
+    if run.config.training.channels_last:
+        model.to(memory_format=torch.channels_last)
+    return model
+
+
 def choose_plan(run: Run, name: str, model: nn.Module, method: Method) -> PruningPlan | None:
     """The stage's plan: its own from before, its input's, or one chosen now and written down."""
     stage = run.config.stages[name]
@@ -93,6 +102,8 @@ def choose_plan(run: Run, name: str, model: nn.Module, method: Method) -> Prunin
 
 def evaluate_network(run: Run, model: nn.Module) -> Accuracy:
     """Evaluate over the validation images, shared over the ranks."""
+    # Each rank has normalised its own batches; what is measured must be what is saved.
+    broadcast_buffers(model)
     training, accelerator = run.config.training, run.accelerator
     local_batch = training.batch_size // (accelerator.num_processes * training.accumulation)
     batches = eval_batches(

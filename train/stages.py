@@ -21,6 +21,7 @@ from train.run import (
     evaluate_network,
     finish_stage,
     load_input,
+    place,
     save_network,
     take_up_done,
     write_results,
@@ -125,7 +126,7 @@ def _prune_stage(run: Run, name: str, stage: StageSection) -> dict[str, Any]:
 
 
 def _evaluate_stage(run: Run, name: str, stage: StageSection) -> dict[str, Any]:
-    model = load_input(run, stage).to(run.accelerator.device)
+    model = place(run, load_input(run, stage))
     return {
         **evaluate_network(run, model).to_dict(),
         **run.count_fields(count(model)),

@@ -9,8 +9,6 @@ import sys
 import time
 from typing import Any
 
-import torch
-
 from data_pipelines.loaders import train_batches
 from tpp.describe import count
 from tpp.errors import UserError
@@ -30,6 +28,7 @@ from train.run import (
     choose_plan,
     evaluate_network,
     load_input,
+    place,
     save_network,
     stage_settings,
 )
@@ -64,9 +63,7 @@ class TrainingStage:
         self._network = load_input(run, stage)
         plan = choose_plan(run, self._name, self._network, self._method)
         counts = count(self._network)
-        self._network.to(run.accelerator.device)
-        if self._training.channels_last:
-            self._network.to(memory_format=torch.channels_last)
+        place(run, self._network)
         if self._training.sync_batchnorm:
             self._network = convert_sync_batchnorm(self._network)
 

@@ -139,6 +139,16 @@ def test_one_rank_and_two_ranks_give_the_same_trajectory(tiny_config, run_main):
     assert torch.allclose(logged_losses(tiny_config), logged_losses(two), rtol=1e-4, atol=1e-6)
 
 
+def test_two_ranks_measure_the_network_that_they_save(tiny_config, run_main):
+    """Each rank's BatchNorm has its own statistics; rank 0's are saved, and must be measured."""
+    tiny_config["stages"] = {"dense": tiny_config["stages"]["dense"], "evaluate": {}}
+    run_main(tiny_config, ranks=2)
+    stages = results(tiny_config)["stages"]
+    assert stages["dense"]["top1"] == stages["evaluate"]["top1"]
+    assert stages["dense"]["loss"] == pytest.approx(stages["evaluate"]["loss"], rel=1e-6)
+    assert stages["evaluate"]["images"] == 40
+
+
 def test_accumulation_equals_one_large_batch_without_batchnorm(tiny_config, run_main):
     tiny_config["model"] = {"name": "mlp7_linear"}
     tiny_config["data"] |= {
