@@ -683,7 +683,8 @@ def _draw_accuracy(axes: Axes, runs: Sequence[RunRecord], branches: Sequence[_Br
         axes.plot([], [], color=_PALE, linestyle=":", label="filters removed")
     if len(branches) == 1:
         _mark_stages(axes, branches[0])
-    _finish(axes, "steps, all stages")
+    # Runs end near the top, and below their ends there is room.
+    _finish(axes, "steps, all stages", legend="lower right")
 
 
 def _draw_results(
@@ -809,7 +810,7 @@ def _draw_loss(axes: Axes, branches: Sequence[_Branch]) -> None:
     _finish(axes, "steps, all stages")
 
 
-def _finish(axes: Axes, xlabel: str) -> None:
+def _finish(axes: Axes, xlabel: str, legend: str = "best") -> None:
     axes.set_xlabel(xlabel)
     axes.xaxis.set_major_formatter(FuncFormatter(_steps_label))
     axes.margins(x=0.01)
@@ -817,7 +818,7 @@ def _finish(axes: Axes, xlabel: str) -> None:
     if not axes.get_lines():
         axes.text(0.5, 0.5, "not logged", transform=axes.transAxes, ha="center", color=_PALE)
     elif axes.get_legend_handles_labels()[1]:
-        axes.legend(loc="best")
+        axes.legend(loc=legend, frameon=True, framealpha=0.9, edgecolor="none")
 
 
 def _steps_label(step: float, _: int | None = None) -> str:
