@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tpp.errors import UserError
+from tpp.files import aside_of, sync
 from tpp.models import (
     Architecture,
     architecture_of,
@@ -336,30 +337,21 @@ def _sha256(tensor: Tensor) -> str:
 
 
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside = aside_of(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # One entry only: safetensors writes several in random order, and the same checkpoint
         # should be the same bytes.
         save_file(tensors, aside, metadata={FORMAT: json.dumps(metadata)})
-        _sync(aside)
+        sync(aside)
         _verify(aside, metadata)
         aside.replace(path)
-        _sync(path.parent)
+        sync(path.parent)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot write the checkpoint: {error}") from None
     finally:
         with suppress(OSError):
             aside.unlink()
-
-
-def _sync(path: Path) -> None:
-    """Have the disk hold a file's bytes, or a folder's entries, before going on."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _verify(path: Path, metadata: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tpp.errors import UserError
+from tpp.files import write_whole
 
 FORMAT = "tpp-pruning-plan"
 VERSION = 1
@@ -104,10 +105,7 @@ class PruningPlan:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON; the file appears whole or not at all."""
-        path = Path(path)
-        aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        aside.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
-        aside.replace(path)
+        write_whole(Path(path), json.dumps(self.to_dict(), indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "PruningPlan":

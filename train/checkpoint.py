@@ -8,7 +8,6 @@ Position in the data and augmentation follow from the step alone, see ``data_pip
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -19,6 +18,8 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import Optimizer
+
+from tpp.files import aside_of, sync
 
 VERSION = 1
 _STEP = re.compile(r"step-(\d{8,})")
@@ -44,7 +45,7 @@ class TrainingState:
 def save_state(folder: Path, state: TrainingState, *, keep: int) -> Path:
     """Write ``state`` below ``folder`` and drop all but the ``keep`` newest; returns its path."""
     target = folder / f"step-{state.step:08d}"
-    aside = folder / f".{target.name}.{os.getpid()}.tmp"
+    aside = aside_of(target)
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     tensors, optimizer = _flatten_optimizer(state.optimizer)
@@ -60,10 +61,10 @@ def save_state(folder: Path, state: TrainingState, *, keep: int) -> Path:
     }
     (aside / "state.json").write_text(json.dumps(content, indent=1))
     for path in (*aside.iterdir(), aside):
-        _sync(path)
+        sync(path)
     shutil.rmtree(target, ignore_errors=True)
     aside.rename(target)
-    _sync(folder)
+    sync(folder)
     for old in sorted(_steps(folder), reverse=True)[keep:]:
         shutil.rmtree(folder / f"step-{old:08d}")
     return target
@@ -140,21 +141,6 @@ def optimizer_to_cpu(optimizer: Optimizer) -> dict[str, Any]:
     }
 
 
-def write_json(path: Path, data: Any) -> None:
-    """Write JSON that appears whole or not at all."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    aside.write_text(json.dumps(data, indent=1) + "\n")
-    aside.replace(path)
-
-
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -8,7 +8,6 @@ one makes no sense in the new: ``pruning.ratios``, ``model.args``, and ``method`
 
 import difflib
 import math
-import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from tpp.errors import UserError
+from tpp.files import write_whole
 from tpp.methods import method_class
 from tpp.methods.base import Method
 
@@ -343,9 +343,7 @@ def load_config(path: str | Path | None, overrides: Iterable[str] = ()) -> Confi
 def save_config(config: Config, path: Path) -> None:
     """Write the resolved configuration: every key, defaults included."""
     text = yaml.dump(config.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
+    write_whole(path, text)
 
 
 class _Loader(yaml.SafeLoader):

@@ -55,18 +55,18 @@ def main() -> None:
             return
         from train.distributed import make_accelerator
         from train.preflight import preflight
+        from train.stages import open_run, run_stages
 
         accelerator = make_accelerator(config.training)
-        found = preflight(config, accelerator)
+        run = open_run(config, accelerator, preflight(config, accelerator))
     except UserError:
         if os.environ.get("RANK", "0") != "0":
             sys.exit(2)  # every rank found the same mistake; one of them says so
         raise
 
     from train.report import show_end
-    from train.stages import run_stages
 
-    run = run_stages(config, accelerator, found)
+    run_stages(run)
     if run.is_main:
         show_end(run.folder)
     accelerator.end_training()

@@ -19,6 +19,7 @@ from rich.progress import (
 )
 from torch.utils.tensorboard import SummaryWriter
 
+from tpp.files import write_whole
 from tpp.regularizer import LayerStatistics
 
 
@@ -124,6 +125,4 @@ def _drop_later_entries(log: Path, stage: str, start_step: int) -> None:
             continue  # the line that was being written at the kill
         if entry["stage"] != stage or entry.get("step", 0) <= start_step:
             kept.append(line)
-    aside = log.with_name(f".{log.name}.tmp")
-    aside.write_text("".join(f"{line}\n" for line in kept))
-    aside.replace(log)
+    write_whole(log, "".join(f"{line}\n" for line in kept))

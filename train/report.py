@@ -12,13 +12,12 @@ import html
 import io
 import itertools
 import json
-import os
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import matplotlib
 import yaml
@@ -31,6 +30,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tpp.errors import UserError, run_command
+from tpp.files import write_whole
 from train.config import PublishedSection
 
 LogEntry = dict[str, Any]
@@ -228,10 +228,10 @@ def write_report(runs: Sequence[RunRecord], output: Path) -> tuple[Path, Path]:
     page = _page(runs, pictures).encode()
     try:
         output.mkdir(parents=True, exist_ok=True)
-        return (
-            _write_whole(output / "report.html", page),
-            _write_whole(output / "report.png", pictures[0]),
-        )
+        paths = output / "report.html", output / "report.png"
+        for path, content in zip(paths, (page, pictures[0]), strict=True):
+            write_whole(path, content)
+        return paths
     except OSError as error:
         raise UserError(f"{output}: cannot write the report ({error.strerror})") from None
 
@@ -810,7 +810,7 @@ def _draw_loss(axes: Axes, branches: Sequence[_Branch]) -> None:
     _finish(axes, "steps, all stages")
 
 
-def _finish(axes: Axes, xlabel: str, legend: str = "best") -> None:
+def _finish(axes: Axes, xlabel: str, legend: Literal["best", "lower right"] = "best") -> None:
     axes.set_xlabel(xlabel)
     axes.xaxis.set_major_formatter(FuncFormatter(_steps_label))
     axes.margins(x=0.01)
@@ -884,14 +884,6 @@ def _grids(runs: Sequence[RunRecord]) -> list[_Grid]:
 def _image(png: bytes, text: str) -> str:
     data = base64.b64encode(png).decode()
     return f'<img alt="{html.escape(text)}" src="data:image/png;base64,{data}">'
-
-
-def _write_whole(path: Path, content: bytes) -> Path:
-    """Write a file that appears whole or not at all."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    aside.write_bytes(content)
-    aside.replace(path)
-    return path
 
 
 def main() -> None:

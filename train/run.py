@@ -17,10 +17,10 @@ from data_pipelines.loaders import ImageTransform, eval_batches
 from tpp.checkpoint import load_model, save_model
 from tpp.describe import Counts
 from tpp.errors import UserError
+from tpp.files import write_whole
 from tpp.methods.base import Method
 from tpp.models import Architecture, architecture_of, example_input_for
 from tpp.plan import PruningPlan
-from train.checkpoint import write_json
 from train.config import Config, StageSection
 from train.distributed import broadcast_buffers
 from train.evaluate import Accuracy, evaluate
@@ -28,6 +28,7 @@ from train.monitor import say
 from train.weights import load_starting_weights
 
 MODEL_FILE = "model.safetensors"
+PLAN_FILE = "plan.json"
 
 
 @dataclass
@@ -84,20 +85,29 @@ def place(run: Run, model: nn.Module) -> nn.Module:
 
 
 def choose_plan(run: Run, name: str, model: nn.Module, method: Method) -> PruningPlan | None:
-    """The stage's plan: its own from before, its input's, or one chosen now and written down."""
+    """The plan of a stage that begins: what its input was regularised for, or chosen now.
+
+    The plan of the run's first stage that has one is also the run's.
+    """
     stage = run.config.stages[name]
-    if stage.kind not in ("regularize", "prune"):
+    planning = [n for n, s in run.config.stages.items() if s.kind in ("regularize", "prune")]
+    if name not in planning:
         return None
-    for owner in (name, stage.input):
-        if owner is not None and (run.stage_folder(owner) / "plan.json").exists():
-            return PruningPlan.load(run.stage_folder(owner) / "plan.json")
-    plan = method.select(model, run.config.pruning.ratios, example_input=example_input_for(model))
-    run.accelerator.wait_for_everyone()
+    if stage.input is not None and run.config.stages[stage.input].kind == "regularize":
+        plan = load_plan(run, stage.input)
+    else:
+        example = example_input_for(model)
+        plan = method.select(model, run.config.pruning.ratios, example_input=example)
     if run.is_main:
-        plan.save(run.stage_folder(name) / "plan.json")
-        if not (run.folder / "plan.json").exists():
-            plan.save(run.folder / "plan.json")
+        plan.save(run.stage_folder(name) / PLAN_FILE)
+        if name == planning[0]:
+            plan.save(run.folder / PLAN_FILE)
     return plan
+
+
+def load_plan(run: Run, name: str) -> PruningPlan:
+    """The plan that a stage wrote down when it began."""
+    return PruningPlan.load(run.stage_folder(name) / PLAN_FILE)
 
 
 def evaluate_network(run: Run, model: nn.Module) -> Accuracy:
@@ -154,10 +164,8 @@ def finish_stage(run: Run, name: str, results: dict[str, Any]) -> None:
     if run.is_main:
         folder = run.stage_folder(name)
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(
-            folder / "done.json",
-            {"settings": stage_settings(run.config, name), "results": run.done[name]},
-        )
+        marker = {"settings": stage_settings(run.config, name), "results": run.done[name]}
+        write_whole(folder / "done.json", json.dumps(marker, indent=1) + "\n")
         write_results(run, "running")
         say(f"{name}: {_summary(run.done[name])}")
     run.accelerator.wait_for_everyone()
@@ -260,23 +268,21 @@ def write_results(run: Run, status: str) -> None:
         if stage["start"] and stage["input"] and stages[stage["input"]]["top1"] is None:
             # Pruning needs no data, so what it cost is measured when finetuning begins.
             stages[stage["input"]].update(stage["start"])
-    write_json(
-        run.folder / "results.json",
-        {
-            "name": run.config.name,
-            "seed": run.config.seed,
-            "status": status,
-            "model": run.config.model.name,
-            "wall_seconds": sum(stage["wall_seconds"] for stage in stages.values()),
-            "versions": _versions(),
-            "git_commit": _git_commit(),
-            "device": _device(run.accelerator),
-            "ranks": run.accelerator.num_processes,
-            "published": run.config.published.model_dump() if run.config.published else None,
-            "dense": {**dense, "parameters": run.dense.parameters, "macs": run.dense.macs},
-            "stages": stages,
-        },
-    )
+    results = {
+        "name": run.config.name,
+        "seed": run.config.seed,
+        "status": status,
+        "model": run.config.model.name,
+        "wall_seconds": sum(stage["wall_seconds"] for stage in stages.values()),
+        "versions": _versions(),
+        "git_commit": _git_commit(),
+        "device": _device(run.accelerator),
+        "ranks": run.accelerator.num_processes,
+        "published": run.config.published.model_dump() if run.config.published else None,
+        "dense": {**dense, "parameters": run.dense.parameters, "macs": run.dense.macs},
+        "stages": stages,
+    }
+    write_whole(run.folder / "results.json", json.dumps(results, indent=1) + "\n")
 
 
 def _versions() -> dict[str, str]:

@@ -29,11 +29,11 @@ from train.run import (
 from train.training import TrainingStage
 
 
-def run_stages(config: Config, accelerator: Accelerator, found: Preflight) -> Run:
-    """Run every stage that is not done yet.
+def open_run(config: Config, accelerator: Accelerator, found: Preflight) -> Run:
+    """Take up what the run folder holds already; nothing is written.
 
     Raises:
-        UserError: a stage was done with other settings, or its input is missing.
+        UserError: a stage was done with other settings.
     """
     data = config.data
     run = Run(
@@ -55,7 +55,17 @@ def run_stages(config: Config, accelerator: Accelerator, found: Preflight) -> Ru
     )
     for name in config.stages:
         take_up_done(run, name)
-    accelerator.wait_for_everyone()
+    return run
+
+
+def run_stages(run: Run) -> None:
+    """Run every stage that is not done yet.
+
+    Raises:
+        UserError: a stage was broken off with other settings, or an image cannot be read.
+    """
+    config = run.config
+    run.accelerator.wait_for_everyone()
     if run.is_main:
         run.folder.mkdir(parents=True, exist_ok=True)
         save_config(config, run.folder / "config.yaml")
@@ -76,7 +86,6 @@ def run_stages(config: Config, accelerator: Accelerator, found: Preflight) -> Ru
         finish_stage(run, name, {**results, "wall_seconds": time.perf_counter() - started})
     if run.is_main:
         write_results(run, "finished")
-    return run
 
 
 def _prune_stage(run: Run, name: str, stage: StageSection) -> dict[str, Any]:
@@ -90,7 +99,6 @@ def _prune_stage(run: Run, name: str, stage: StageSection) -> dict[str, Any]:
     plan = choose_plan(run, name, model, method)
     assert plan is not None
     if run.is_main:
-        plan.save(folder / "plan.json")
         if stage.input is not None:
             source = run.stage_folder(stage.input) / MODEL_FILE
         else:  # straight from the starting weights, whatever kind of file they came in

@@ -28,6 +28,7 @@ from train.run import (
     choose_plan,
     evaluate_network,
     load_input,
+    load_plan,
     place,
     save_network,
     stage_settings,
@@ -61,16 +62,17 @@ class TrainingStage:
         if run.is_main:
             self._folder.mkdir(parents=True, exist_ok=True)
         self._network = load_input(run, stage)
-        plan = choose_plan(run, self._name, self._network, self._method)
         counts = count(self._network)
+        state, passed_over = newest_state(self._folder / "checkpoints")
+        if state is None:
+            plan = choose_plan(run, self._name, self._network, self._method)
+        else:
+            check_same_settings(run, self._name, state.extra["settings"])
+            plan = load_plan(run, self._name) if stage.kind == "regularize" else None
+            self._network.load_state_dict(state.model)
         place(run, self._network)
         if self._training.sync_batchnorm:
             self._network = convert_sync_batchnorm(self._network)
-
-        state, passed_over = newest_state(self._folder / "checkpoints")
-        if state is not None:
-            check_same_settings(run, self._name, state.extra["settings"])
-            self._network.load_state_dict(state.model)
         self._start = state.extra["start"] if state else self._measure_start()
         self._method.prepare(
             self._network,

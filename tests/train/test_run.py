@@ -118,6 +118,23 @@ def test_a_killed_run_ends_with_the_same_weights(tiny_config, run_main, loader):
     assert not checkpoints.exists(), "a stage that is done keeps none"
 
 
+def test_a_run_broken_off_before_its_first_checkpoint_plans_anew(tiny_config, run_main):
+    """The plan on the disk was made with other ratios; only a checkpoint makes it binding."""
+    tiny_config["stages"] = {"regularize": tiny_config["stages"]["regularize"]}
+    plan = Path(tiny_config["output"]) / "regularize" / "plan.json"
+    run_main(tiny_config, kill_when=plan)
+    half = PruningPlan.load(plan)
+    tiny_config["pruning"] = {"ratios": {"layer*.conv1": 0.25}}
+    run_main(tiny_config)
+    quarter = PruningPlan.load(plan)
+    assert [len(gone) for gone in half.pruned.values()] == [8, 16, 32]
+    assert [len(gone) for gone in quarter.pruned.values()] == [4, 8, 16]
+    assert PruningPlan.load(Path(tiny_config["output"]) / "plan.json") == quarter
+    weight = weights(tiny_config, "regularize")["layer3.0.conv1.weight"]
+    zero = (weight.abs().amax((1, 2, 3)) == 0).nonzero().flatten().tolist()
+    assert zero == quarter.pruned["layer3.0.conv1"]
+
+
 def logged_losses(config: dict) -> torch.Tensor:
     lines = (Path(config["output"]) / "log.jsonl").read_text().splitlines()
     entries = [entry for entry in map(json.loads, lines) if entry["event"] == "train"]
