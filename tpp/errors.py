@@ -14,10 +14,16 @@ class UserError(Exception):
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run a command-line entry point; end a user's mistake in one line and exit code 2."""
+    """Run a command-line entry point; end a user's mistake in one line and exit code 2.
+
+    Ctrl-C ends it in one line too, with the shell's exit code for that, 130.
+    """
     try:
         main()
     except UserError as error:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

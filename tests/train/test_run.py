@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import tpp
 from tpp.errors import run_command
+from tpp.models import build_model
 from tpp.plan import PruningPlan
 from train.main import main
 
@@ -215,6 +216,25 @@ def test_l1_and_scratch(tiny_config, run_main):
     stages = results(tiny_config)["stages"]
     assert stages["l1_prune"]["macs"] == stages["scratch_prune"]["macs"]
     assert stages["scratch_prune"]["top1"] is not None, "measured when finetuning began"
+
+
+def test_pruning_straight_from_foreign_weights(tiny_config, tmp_path, run_main):
+    """A state_dict with a wrapper's prefixes, inside a dict, as public weights often come."""
+    torch.manual_seed(5)
+    network = build_model("cifar_resnet8", 4)
+    tensors = {f"module.{name}": tensor for name, tensor in network.state_dict().items()}
+    torch.save({"state_dict": tensors, "best_prec1": 50.0}, tmp_path / "public.th")
+    tiny_config["model"]["checkpoint"] = str(tmp_path / "public.th")
+    tiny_config["method"] = {"name": "l1"}
+    kept = {name: tiny_config["stages"][name] for name in ("prune", "finetune", "evaluate")}
+    tiny_config["stages"] = {"dense": {"kind": "evaluate"}, **kept}
+    run_main(tiny_config)
+    found = results(tiny_config)
+    assert found["dense"]["top1"] == found["stages"]["dense"]["top1"] is not None
+    gone = PruningPlan.load(Path(tiny_config["output"]) / "plan.json").pruned["layer1.0.conv1"]
+    norms = network.get_parameter("layer1.0.conv1.weight").abs().mean((1, 2, 3))
+    assert gone == sorted(norms.argsort()[:8].tolist())
+    assert found["stages"]["prune"]["removed_magnitude"] > 0
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,75 @@
+"""Evaluation against a loop over single images, and against a known network's known figure."""
+
+import re
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from PIL import Image
+
+from data_pipelines.index import scan_class_folders
+from data_pipelines.loaders import ImageTransform, eval_batches
+from tpp.models import build_model
+from train.evaluate import evaluate
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_evaluation_equals_a_loop_over_single_images(tiny_data):
+    torch.manual_seed(0)
+    model = build_model("cifar_resnet8", 4).eval()
+    index = scan_class_folders(tiny_data / "val")
+    right, loss = 0, 0.0
+    for file, label in zip(index.files, index.labels, strict=True):
+        pixels = np.array(Image.open(index.root / file).convert("RGB"), dtype=np.float32)
+        image = torch.from_numpy((pixels / 255 - 0.5) / 0.25).permute(2, 0, 1)[None]
+        logits = model(image)
+        right += int(logits.argmax() == label)
+        loss += F.cross_entropy(logits, torch.tensor([int(label)])).item()
+    transform = ImageTransform(
+        image_size=32, resize=None, augmentation="none", mean=(0.5,) * 3, std=(0.25,) * 3
+    )
+    batches = eval_batches(
+        index, transform, loader="dali", batch_size=7, rank=0, world_size=1, threads=1,
+        device=torch.device("cpu"),
+    )  # fmt: skip
+    found = evaluate(model, batches, Accelerator(cpu=True))
+    assert found.images == len(index.files) == 40
+    assert found.top1 == pytest.approx(100 * right / 40)
+    assert found.top5 == 100  # of four classes
+    assert found.loss == pytest.approx(loss / 40, rel=1e-4)
+
+
+def run_evaluate(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "train.evaluate", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600)
+
+
+def test_a_known_network_reaches_its_known_accuracy(shared_data, tmp_path):
+    """83.2% on the JPEG test set, to 0.2, for weights that reach 93.6% on lossless images."""
+    with tarfile.open(shared_data("cifar10-jpeg.tar.gz")) as archive:
+        members = [m for m in archive.getmembers() if m.name.startswith("cifar10/test/")]
+        archive.extractall(tmp_path, members, filter="data")
+    result = run_evaluate(
+        "--checkpoint", str(shared_data("resnet56-cifar10.th")), "--model", "cifar_resnet56",
+        "--data", str(tmp_path / "cifar10" / "test"), "--batch-size", "500", "--threads", "2",
+        "--precision", "bf16",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    found = re.search(r"top-1 ([\d.]+)%.* over ([\d,]+) images", result.stdout)
+    assert found is not None and found[2] == "10,000"
+    assert float(found[1]) == pytest.approx(83.2, abs=0.2)
+
+
+def test_mistakes_are_one_line(shared_data, tiny_data):
+    weights = str(shared_data("resnet56-cifar10.th"))
+    unnamed = run_evaluate("--checkpoint", weights, "--data", str(tiny_data / "val"))
+    assert unnamed.returncode == 2
+    assert unnamed.stderr.endswith("does not say which network it holds; name it with --model\n")
+    assert unnamed.stderr.count("\n") == 1
