@@ -1,5 +1,6 @@
 """A run's folder: done markers that let stages be skipped, and results.json."""
 
+import functools
 import json
 import platform
 import subprocess
@@ -296,7 +297,9 @@ def _versions() -> dict[str, str]:
     return found
 
 
+@functools.cache
 def _git_commit() -> str | None:
+    """The commit of the code that runs: asked for once, as the checkout may move on meanwhile."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(
