@@ -21,7 +21,7 @@ from nvidia.dali.plugin.pytorch import DALIGenericIterator
 from nvidia.dali.types import DALIDataType, DALIImageType
 
 from data_pipelines.augment import ImageTransform, flips, frames, random_resized_windows
-from data_pipelines.loaders import Batch, Request, open_image
+from data_pipelines.batch import Batch, Request, open_image
 from data_pipelines.order import Float64s, Int64s
 from tpp.errors import UserError
 

@@ -6,38 +6,18 @@ samples in the same order with the same crops and flips, and their pixels differ
 """
 
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor
 
 from data_pipelines.augment import UNIFORMS, ImageTransform
+from data_pipelines.batch import Batch, Request
 from data_pipelines.index import ImageIndex
 from data_pipelines.order import Float64s, Int64s, rank_samples, sample_images, uniforms
 from tpp.errors import UserError
 
 LOADERS = ("auto", "dali", "torchvision")
-
-Batch = tuple[Tensor, Tensor]
-"""Images, float32 (b, c, h, w), normalised; labels, int64 (b,). Both on the device asked for."""
-
-
-@dataclass(frozen=True, eq=False)
-class Request:
-    """One batch for a loader to make.
-
-    Attributes:
-        paths: the image files, b of them.
-        labels: int64, shape (b,).
-        uniforms: random numbers of each sample's augmentation, shape (b, UNIFORMS), or (b, 0)
-            for evaluation.
-    """
-
-    paths: list[str]
-    labels: Int64s
-    uniforms: Float64s
 
 
 def train_batches(
@@ -139,23 +119,6 @@ def resolve_loader(name: str) -> str:
             "nvidia-dali-cuda130 (or the one for your CUDA), or set data.loader=torchvision"
         ) from None
     return "dali"
-
-
-def open_image(path: str, channels: int) -> Image.Image:
-    """Decode an image file with PIL, as RGB (3 channels) or grey (1); EXIF rotation is ignored.
-
-    Raises:
-        UserError: the file cannot be read or decoded.
-    """
-    try:
-        with Image.open(path) as image:
-            grey16 = image.mode.startswith("I")
-            # PIL's own conversion clips 16-bit grey at 255.
-            decoded = image.point(lambda value: value / 257) if grey16 else image
-            return decoded.convert("L" if channels == 1 else "RGB")
-    # PIL reports a damaged file by any of these, depending on the format.
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: cannot read this image ({error})") from None
 
 
 def _batches(

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as F
 
 from data_pipelines.augment import ImageTransform, flips, frames, random_resized_windows
-from data_pipelines.loaders import Batch, Request, open_image
+from data_pipelines.batch import Batch, Request, open_image
 from tpp.errors import UserError
 
 

@@ -14,15 +14,9 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from data_pipelines.augment import UNIFORMS, flips, random_resized_windows
+from data_pipelines.batch import Batch, open_image
 from data_pipelines.index import ImageIndex, scan_class_folders
-from data_pipelines.loaders import (
-    Batch,
-    ImageTransform,
-    eval_batches,
-    open_image,
-    resolve_loader,
-    train_batches,
-)
+from data_pipelines.loaders import ImageTransform, eval_batches, resolve_loader, train_batches
 from data_pipelines.order import permutation, uniforms
 from tpp.errors import UserError
 
