@@ -144,7 +144,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
         data[-1] ^= 1
         aside.write_bytes(data)
 
-    monkeypatch.setattr(checkpoint, "_sync", damage)
+    monkeypatch.setattr(checkpoint, "sync", damage)
     with pytest.raises(UserError, match=r"cannot write the checkpoint: the bytes of .* are not"):
         save_model(path, model, extra={"new": 1})
     assert path.read_bytes() == before
