@@ -2,7 +2,7 @@
 
     accelerate launch train/main.py [--config FILE] [--dry-run] [key.sub=value ...]
 
-With no --config it runs the demo. Also under torchrun, python and srun.
+With no --config it runs the demo. Also under torchrun and python.
 """
 
 import argparse
