@@ -5,6 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
+from benchmarks.gpu import trajectory
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -30,3 +35,10 @@ def test_an_unknown_part_is_one_line():
     result = gpu("--parts", "penalti")
     assert result.returncode == 2
     assert result.stderr == "error: --parts: no part 'penalti'; there are: trajectory, penalty\n"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_cpu_and_gpu_give_the_same_trajectory():
+    found = trajectory(torch.device("cuda"), tiny=False)
+    assert found["loss_relative_difference_first"] < 1e-5
+    assert found["weights_relative_difference"] < 1e-3
