@@ -5,7 +5,9 @@ whichever of them reads it. The random numbers are the sample's own (order.unifo
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,6 +54,23 @@ class ImageTransform:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     channels: int = 3
+
+    @classmethod
+    def prepared(cls, preprocessing: Mapping[str, Any], *, augmentation: str) -> "ImageTransform":
+        """The transform of a network whose images are prepared as its checkpoint says.
+
+        Args:
+            preprocessing: image_size, resize, mean, std and channels; plain data.
+            augmentation: of training; a checkpoint says nothing of it.
+
+        Raises:
+            TypeError: a value is missing, or there is one more.
+        """
+        values: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value
+            for key, value in preprocessing.items()
+        }
+        return cls(augmentation=augmentation, **values)
 
     def __post_init__(self) -> None:
         if self.image_size < 1:

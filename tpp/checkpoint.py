@@ -153,6 +153,19 @@ def read_metadata(path: PathLike) -> CheckpointInfo:
         return _parse(path, file)
 
 
+def find_metadata(path: PathLike) -> CheckpointInfo | None:
+    """What a file says about itself, None if it is not one of ours; its tensors are not read.
+
+    Raises:
+        UserError: the file is missing, or one of ours that is damaged or of another version.
+    """
+    path = Path(path)
+    if not _is_safetensors(path):
+        return None
+    with _open(path) as file:
+        return _parse(path, file) if FORMAT in (file.metadata() or {}) else None
+
+
 def load_tensors(path: PathLike) -> tuple[dict[str, Tensor], CheckpointInfo | None]:
     """Read the tensors of one of our checkpoints, any safetensors file, or a ``.pth`` file.
 

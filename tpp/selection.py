@@ -62,6 +62,25 @@ def l1_scores(weight: Tensor) -> Tensor:
     return rows.to(torch.promote_types(rows.dtype, torch.float32)).abs().mean(1)
 
 
+def pruned_counts(
+    model: nn.Module, ratios: Mapping[str, float], *, example_input: Tensor | None = None
+) -> dict[str, int]:
+    """How many filters every matched layer loses, in network order; no weight is looked at.
+
+    Raises:
+        UserError: see :func:`select_filters`.
+    """
+    from tpp.channels import find_channels
+
+    layers = prunable_layers(model)
+    counts = {
+        layer: pruned_count(ratio, layers[layer].weight.shape[0])
+        for layer, ratio in layer_ratios(model, ratios).items()
+    }
+    find_channels(model, [layer for layer in counts if counts[layer]], example_input=example_input)
+    return counts
+
+
 def select_filters(
     model: nn.Module, ratios: Mapping[str, float], *, example_input: Tensor | None = None
 ) -> PruningPlan:
@@ -80,18 +99,13 @@ def select_filters(
         UserError: see :func:`layer_ratios`; or a layer's filters cannot be removed on their own,
             for they feed an addition with another layer's, or are the network's output.
     """
-    from tpp.channels import find_channels
-
-    chosen = layer_ratios(model, ratios)
     layers = prunable_layers(model)
-    active = [layer for layer, ratio in chosen.items() if ratio > 0]
-    find_channels(model, active, example_input=example_input)
     filters, pruned = {}, {}
-    for layer, ratio in chosen.items():
+    for layer, count in pruned_counts(model, ratios, example_input=example_input).items():
         weight = layers[layer].weight
         filters[layer] = weight.shape[0]
         order = torch.argsort(l1_scores(weight), stable=True)
-        pruned[layer] = sorted(order[: pruned_count(ratio, weight.shape[0])].tolist())
+        pruned[layer] = sorted(order[:count].tolist())
     return PruningPlan(filters, pruned)
 
 

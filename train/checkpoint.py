@@ -17,7 +17,6 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.optim import Optimizer
 
 from tpp.files import aside_of, sync
 
@@ -49,7 +48,8 @@ def save_state(folder: Path, state: TrainingState, *, keep: int) -> Path:
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     tensors, optimizer = _flatten_optimizer(state.optimizer)
-    save_file({k: v.contiguous() for k, v in state.model.items()}, aside / "model.safetensors")
+    model = {name: tensor.cpu().contiguous() for name, tensor in state.model.items()}
+    save_file(model, aside / "model.safetensors")
     save_file(tensors, aside / "optimizer.safetensors")
     hashes = {path.name: _sha256(path) for path in sorted(aside.iterdir())}
     content = {
@@ -113,7 +113,7 @@ def _flatten_optimizer(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dic
     for index, entries in state["state"].items():
         for key, value in entries.items():
             if isinstance(value, Tensor):
-                tensors[f"{index}.{key}"] = value.detach().contiguous()
+                tensors[f"{index}.{key}"] = value.detach().cpu().contiguous()
             else:
                 values.setdefault(str(index), {})[key] = value
     return tensors, {"values": values, "param_groups": state["param_groups"]}
@@ -127,18 +127,6 @@ def _unflatten_optimizer(tensors: Mapping[str, Tensor], rest: Mapping[str, Any])
         index, key = name.split(".", 1)
         state.setdefault(int(index), {})[key] = tensor
     return {"state": state, "param_groups": rest["param_groups"]}
-
-
-def optimizer_to_cpu(optimizer: Optimizer) -> dict[str, Any]:
-    """The optimiser's state_dict with every tensor on the CPU."""
-    state = optimizer.state_dict()
-    return {
-        "state": {
-            index: {k: v.cpu() if isinstance(v, Tensor) else v for k, v in entries.items()}
-            for index, entries in state["state"].items()
-        },
-        "param_groups": state["param_groups"],
-    }
 
 
 def _sha256(path: Path) -> str:

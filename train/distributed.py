@@ -16,22 +16,21 @@ from train.config import TrainingSection
 _MIXED_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
-def make_accelerator(training: TrainingSection) -> Accelerator:
+def make_accelerator(precision: str) -> Accelerator:
     """Start or join the process group and pick this rank's device.
 
     Raises:
-        UserError: fp16 without a GPU, a batch that the ranks cannot share evenly, or an engine
-            that is not supported.
+        UserError: fp16 without a GPU, or an engine that is not supported.
     """
     cpu = not torch.cuda.is_available()
-    if cpu and training.precision == "fp16":
+    if cpu and precision == "fp16":
         raise UserError("training.precision: fp16 needs a GPU; use bf16 or fp32 on the CPU")
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("1", "true"):
         raise UserError(
             "DeepSpeed is not supported by this version; launch without --use_deepspeed "
             "(data parallelism over any number of ranks works with torchrun or accelerate launch)"
         )
-    accelerator = Accelerator(cpu=cpu, mixed_precision=_MIXED_PRECISION[training.precision])
+    accelerator = Accelerator(cpu=cpu, mixed_precision=_MIXED_PRECISION[precision])
     if accelerator.distributed_type not in (
         DistributedType.NO,
         DistributedType.MULTI_GPU,
@@ -41,7 +40,6 @@ def make_accelerator(training: TrainingSection) -> Accelerator:
             f"{accelerator.distributed_type.value} is not supported by this version; "
             "use plain data parallelism"
         )
-    check_batch_size(training, accelerator.num_processes)
     return accelerator
 
 

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 from data_pipelines.index import ImageIndex, scan_class_folders
 from data_pipelines.loaders import ImageTransform, eval_batches, resolve_loader
-from tpp.checkpoint import load_model, load_tensors, load_weights
+from tpp.checkpoint import find_metadata, load_model, load_weights
 from tpp.errors import UserError, run_command
 from tpp.models import build_model, input_shape
-from train.config import TrainingSection
 from train.distributed import make_accelerator, sum_over_ranks
 
 
@@ -95,8 +94,7 @@ def main() -> None:
     index = scan_class_folders(arguments.data)
     model, transform = _load(Path(arguments.checkpoint), arguments.model, index)
     loader = resolve_loader(arguments.loader)
-    training = TrainingSection(precision=arguments.precision)
-    accelerator = make_accelerator(training.model_copy(update={"batch_size": 2**20}))
+    accelerator = make_accelerator(arguments.precision)
     accuracy = evaluate(
         model.to(accelerator.device),
         eval_batches(
@@ -121,7 +119,7 @@ def main() -> None:
 
 def _load(path: Path, name: str | None, index: ImageIndex) -> tuple[nn.Module, ImageTransform]:
     """The network, and how images are prepared for it."""
-    tensors, info = load_tensors(path)
+    info = find_metadata(path)
     classes = len(index.classes)
     if info is not None:
         model = load_model(path)
@@ -145,10 +143,8 @@ def _load(path: Path, name: str | None, index: ImageIndex) -> tuple[nn.Module, I
             "std": (0.229, 0.224, 0.225)[:channels],
             "channels": channels,
         }
-    del tensors
-    prepared = {k: tuple(v) if isinstance(v, list) else v for k, v in prepared.items()}
     try:
-        return model, ImageTransform(augmentation="none", **prepared)
+        return model, ImageTransform.prepared(prepared, augmentation="none")
     except TypeError:
         raise UserError(f"{path} does not say how images are prepared for it") from None
 

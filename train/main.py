@@ -57,7 +57,7 @@ def main() -> None:
         from train.preflight import preflight
         from train.stages import open_run, run_stages
 
-        accelerator = make_accelerator(config.training)
+        accelerator = make_accelerator(config.training.precision)
         run = open_run(config, accelerator, preflight(config, accelerator))
     except UserError:
         if os.environ.get("RANK", "0") != "0":

@@ -12,7 +12,7 @@ from data_pipelines.loaders import resolve_loader
 from tpp.errors import UserError
 from tpp.models import Architecture, build_on_meta
 from tpp.plan import PruningPlan
-from tpp.selection import layer_ratios, prunable_layers, pruned_count
+from tpp.selection import prunable_layers, pruned_counts
 from train.config import Config
 from train.distributed import check_batch_size
 from train.weights import starting_weights_exist
@@ -32,7 +32,8 @@ def preflight(config: Config, accelerator: Accelerator) -> Preflight:
 
     Raises:
         UserError: the batch cannot be shared evenly, no class folders, a pattern that matches no
-            layer, a schedule too short to zero every layer out, a missing checkpoint or loader.
+            layer or one whose filters cannot be removed, a schedule too short to zero every
+            layer out, a missing checkpoint or loader.
     """
     check_batch_size(config.training, accelerator.num_processes)
     resolve_loader(config.data.loader)
@@ -86,12 +87,7 @@ def check_plans(config: Config, architecture: Architecture) -> PruningPlan | Non
 def stand_in_plan(model: nn.Module, ratios: dict[str, float]) -> PruningPlan:
     """A plan with the right number of filters per layer, the last ones for want of weights."""
     layers = prunable_layers(model)
-    chosen = layer_ratios(model, ratios)
-    filters = {layer: layers[layer].weight.shape[0] for layer in chosen}
-    return PruningPlan(
-        filters,
-        {
-            layer: list(range(count - pruned_count(chosen[layer], count), count))
-            for layer, count in filters.items()
-        },
-    )
+    counts = pruned_counts(model, ratios)
+    filters = {layer: layers[layer].weight.shape[0] for layer in counts}
+    gone = {layer: range(filters[layer] - count, filters[layer]) for layer, count in counts.items()}
+    return PruningPlan.from_indices(filters, gone)

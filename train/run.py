@@ -20,7 +20,7 @@ from tpp.describe import Counts
 from tpp.errors import UserError
 from tpp.files import write_whole
 from tpp.methods.base import Method
-from tpp.models import Architecture, architecture_of, example_input_for
+from tpp.models import Architecture, example_input_for
 from tpp.plan import PruningPlan
 from train.config import Config, StageSection
 from train.distributed import broadcast_buffers
@@ -141,13 +141,7 @@ def save_network(
     }
     if accuracy is not None:
         extra["accuracy"] = accuracy.to_dict()
-    save_model(
-        path,
-        {key: value.cpu() for key, value in model.state_dict().items()},
-        architecture=architecture_of(model),
-        preprocessing=run.config.data.preprocessing(),
-        extra=extra,
-    )
+    save_model(path, model, preprocessing=run.config.data.preprocessing(), extra=extra)
 
 
 def finish_stage(run: Run, name: str, results: dict[str, Any]) -> None:
@@ -160,6 +154,10 @@ def finish_stage(run: Run, name: str, results: dict[str, Any]) -> None:
         "method": method.name if method else None,
         "title": method.title if method else None,
         "input": stage.input,
+        # What only training stages have.
+        "start": None,
+        "steps": None,
+        "epochs": None,
         **results,
     }
     if run.is_main:

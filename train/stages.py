@@ -6,7 +6,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from data_pipelines.loaders import ImageTransform, resolve_loader
-from tpp.checkpoint import load_model, read_metadata, save_model
+from tpp.checkpoint import load_model, network_of, read_metadata, save_model
 from tpp.describe import count
 from tpp.models import build_on_meta
 from tpp.prune import prune_checkpoint
@@ -35,21 +35,15 @@ def open_run(config: Config, accelerator: Accelerator, found: Preflight) -> Run:
     Raises:
         UserError: a stage was done with other settings.
     """
-    data = config.data
     run = Run(
         config=config,
         accelerator=accelerator,
         train_index=found.train_index,
         val_index=found.val_index,
-        transform=ImageTransform(
-            image_size=data.image_size,
-            resize=data.resize,
-            augmentation=data.augmentation,
-            mean=tuple(data.mean),
-            std=tuple(data.std),
-            channels=data.channels,
+        transform=ImageTransform.prepared(
+            config.data.preprocessing(), augmentation=config.data.augmentation
         ),
-        loader=resolve_loader(data.loader),
+        loader=resolve_loader(config.data.loader),
         architecture=found.architecture,
         dense=count(build_on_meta(found.architecture)),
     )
@@ -106,15 +100,8 @@ def _prune_stage(run: Run, name: str, stage: StageSection) -> dict[str, Any]:
             save_network(run, name, source, model, None)
         prune_checkpoint(source, plan, output)
         pruned = load_model(output)
-        method.after_removal(pruned, run.config.seed)
-        info = read_metadata(output)
-        save_model(
-            output,
-            pruned,
-            architecture=info.architecture,
-            preprocessing=info.preprocessing,
-            extra=info.extra,
-        )
+        if method.after_removal(pruned, run.config.seed):
+            save_model(output, pruned, extra=read_metadata(output).extra)
     run.accelerator.wait_for_everyone()
     layers = prunable_layers(model)
     removed = [
@@ -125,11 +112,8 @@ def _prune_stage(run: Run, name: str, stage: StageSection) -> dict[str, Any]:
         "top1": None,
         "top5": None,
         "loss": None,
-        **run.count_fields(count(load_model(output))),
+        **run.count_fields(count(network_of(read_metadata(output), source=str(output)))),
         "removed_magnitude": max(removed, default=0.0),
-        "start": None,
-        "steps": None,
-        "epochs": None,
     }
 
 
@@ -138,7 +122,4 @@ def _evaluate_stage(run: Run, name: str, stage: StageSection) -> dict[str, Any]:
     return {
         **evaluate_network(run, model).to_dict(),
         **run.count_fields(count(model)),
-        "start": None,
-        "steps": None,
-        "epochs": None,
     }

@@ -4,6 +4,7 @@ Dense training, the regularised stage and finetuning differ in their settings an
 method does, not in code.
 """
 
+import math
 import shutil
 import sys
 import time
@@ -14,7 +15,7 @@ from tpp.describe import count
 from tpp.errors import UserError
 from tpp.methods.base import Method, Settings, TrainingContext
 from tpp.models import example_input_for
-from train.checkpoint import TrainingState, newest_state, optimizer_to_cpu, save_state
+from train.checkpoint import TrainingState, newest_state, save_state
 from train.config import StageSection, steps_for
 from train.distributed import convert_sync_batchnorm
 from train.evaluate import Accuracy
@@ -49,7 +50,7 @@ class TrainingStage:
         dense = self._stage.kind == "dense"
         self._method = Method(Settings()) if dense else run.config.stage_method(name)
 
-        images, batch = len(run.train_index.files), self._training.batch_size
+        images, batch = len(run.train_index), self._training.batch_size
         epochs = self._stage.epochs
         self._epochs_per_step = batch / images
         self._evaluate_steps = steps_for(self._training.evaluate_every, images, batch)
@@ -198,7 +199,7 @@ class TrainingStage:
 
     def _on_report(self, step: int, report: Report) -> None:
         loss = sum(report.loss_terms.values())
-        if loss != loss or abs(loss) == float("inf"):
+        if not math.isfinite(loss):
             raise UserError(
                 f"stage {self._name}: the loss is {loss} at step {step} (learning rate "
                 f"{report.lr:g}); the last good checkpoint is in {self._folder / 'checkpoints'}"
@@ -243,8 +244,8 @@ class TrainingStage:
             "start": self._start,
             "elapsed": self._elapsed(),
         }
-        tensors = {key: value.cpu() for key, value in self._network.state_dict().items()}
-        state = TrainingState(step, tensors, optimizer_to_cpu(self._optimizer), extra)
+        model, optimizer = self._network.state_dict(), self._optimizer.state_dict()
+        state = TrainingState(step, model, optimizer, extra)
         save_state(self._folder / "checkpoints", state, keep=self._training.keep_checkpoints)
 
     def _elapsed(self) -> float:

@@ -6,7 +6,7 @@ from urllib.parse import urlparse
 import torch
 from torch import nn
 
-from tpp.checkpoint import load_model, load_tensors, load_weights
+from tpp.checkpoint import find_metadata, load_model, load_weights
 from tpp.errors import UserError
 from tpp.models import Architecture, build_model
 from train.config import ModelSection
@@ -39,7 +39,7 @@ def load_starting_weights(model: ModelSection, architecture: Architecture, seed:
         torch.manual_seed(seed)
         return build_model(architecture.name, architecture.num_classes, **architecture.args)
     path = _local_file(model)
-    _, info = load_tensors(path)
+    info = find_metadata(path)
     if info is not None:
         if info.architecture != architecture:
             raise UserError(

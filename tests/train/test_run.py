@@ -243,6 +243,7 @@ def test_pruning_straight_from_foreign_weights(tiny_config, tmp_path, run_main):
         (["data.root=/nowhere"], "/nowhere"),
         (["training.batch_size=15", "training.accumulation=2"], "training.batch_size: 15"),
         (['pruning.ratios={"conv99*": 0.5}'], "'conv99*' matches no Conv2d or Linear layer"),
+        (['pruning.ratios={"layer1.0.conv2": 0.5}'], "cannot be removed alone"),
         (["method.stabilize_steps=3"], "stabilize_steps (K_s) is 3"),
         (["model.num_classes=7"], "model.num_classes is 7"),
         (["model.name=resnet5O"], "resnet50"),

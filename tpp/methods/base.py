@@ -78,8 +78,9 @@ class Method:
         """Whether the regularised stage is done after ``step`` steps."""
         return True
 
-    def after_removal(self, model: nn.Module, seed: int) -> None:
-        """Change the pruned network's weights before it is finetuned."""
+    def after_removal(self, model: nn.Module, seed: int) -> bool:
+        """Change the pruned network's weights before it is finetuned; whether it did."""
+        return False
 
     def scalars(self, step: int) -> dict[str, float]:
         """Values by name to show in TensorBoard beside the loss."""

@@ -12,7 +12,7 @@ class Scratch(Method):
     name = "scratch"
     title = "Scratch"
 
-    def after_removal(self, model: nn.Module, seed: int) -> None:
+    def after_removal(self, model: nn.Module, seed: int) -> bool:
         """Initialise every layer anew, as its own class does by default, from ``seed``."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -23,3 +23,4 @@ class Scratch(Method):
                 if isinstance(module, nn.Conv2d):
                     # The initialisation of the residual networks pruned here (He et al. 2015).
                     nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        return True
