@@ -1,7 +1,8 @@
 """Which tensors lose what when a filter goes, worked out from the network's own graph."""
 
 import difflib
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from tpp.errors import UserError
 from tpp.models import example_input_for, meta_copy
+from tpp.plan import PruningPlan
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,12 @@ class LayerChannels:
         filters: its number of filters (output channels or neurons).
         weight: ``state_dict`` name of its weight; filter i is row i.
         bias: ``state_dict`` name of its bias, None if it has none.
-        norms: names of the BatchNorm modules that normalise exactly these channels, in order.
+        norms: names of the BatchNorm modules that normalise exactly these channels, in order. One
+            that several layers feed is named with the first of them only.
+        tied: the other layers asked for that lose the same filters, because they are added to or
+            multiplied with these (or are a depthwise convolution of them).
+        groups: parts of the filters, equal and in a row, that must each lose as many: the groups
+            of a convolution in groups; 1 where any filters can go, as in a depthwise one.
         slices: all tensors that shrink: the layer's own, those of BatchNorms and depthwise
             convolutions on the way, and the consumers' input channels.
     """
@@ -50,6 +57,8 @@ class LayerChannels:
     weight: str
     bias: str | None
     norms: tuple[str, ...]
+    tied: tuple[str, ...]
+    groups: int
     slices: tuple[Slice, ...]
 
 
@@ -64,7 +73,8 @@ def find_channels(
 
     Args:
         model: any classifier of images.
-        layers: names of Conv2d or Linear layers.
+        layers: names of Conv2d or Linear layers. Layers that are tied by an addition are found
+            together or not at all: name all of them.
         example_input: a batch to trace with, (1, channels, height, width); by default what the
             model's architecture expects, see :func:`tpp.models.example_input_for`.
 
@@ -73,8 +83,8 @@ def find_channels(
 
     Raises:
         UserError: the model cannot be run on the input; there is no such layer; or its filters
-            cannot go alone, because they feed an addition together with another layer's, are the
-            network's output, or reach an operation that cannot be narrowed.
+            cannot go, because they feed an addition together with those of a layer that is not
+            named, are the network's output, or reach an operation that cannot be narrowed.
     """
     layers = list(layers)
     if not layers:
@@ -84,7 +94,7 @@ def find_channels(
         _check_layer(layer, modules)
     if example_input is None:
         example_input = example_input_for(model)
-    trace = _Trace(model, example_input)
+    trace = _Trace(model, example_input, layers)
     return {layer: trace.channels(layer) for layer in layers}
 
 
@@ -94,18 +104,35 @@ def _check_layer(layer: str, modules: dict[str, nn.Module]) -> None:
         near = difflib.get_close_matches(layer, prunable, n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else f"there are {len(prunable)}"
         raise UserError(f"no Conv2d or Linear layer is called {layer!r}; {hint}")
-    module = modules[layer]
-    if isinstance(module, nn.Conv2d) and module.groups > 1:
-        raise UserError(
-            f"{layer}: a convolution in {module.groups} groups cannot lose single filters"
-            + ("; prune the layer that feeds it" if _is_depthwise(module) else "")
-        )
+
+
+def check_plan(plan: PruningPlan, channels: Mapping[str, LayerChannels]) -> None:
+    """Check that what a plan removes can be removed.
+
+    Raises:
+        UserError: tied layers lose different filters, or the groups of a convolution lose
+            different numbers of filters.
+    """
+    for layer in plan.active_layers:
+        found = channels[layer]
+        for other in found.tied:
+            if plan.pruned[other] != plan.pruned[layer]:
+                raise UserError(
+                    f"plan: {layer} and {other} are tied and must lose the same filters"
+                )
+        per_group = found.filters // found.groups
+        lost = Counter(index // per_group for index in plan.pruned[layer])
+        if len(set(lost.values())) > 1 or len(lost) < found.groups:
+            raise UserError(
+                f"plan: {layer}: each of its {found.groups} groups must lose as many filters"
+            )
 
 
 class _Trace:
     """The dependency graph of one model, and the names of what is in it."""
 
-    def __init__(self, model: nn.Module, example_input: Tensor) -> None:
+    def __init__(self, model: nn.Module, example_input: Tensor, layers: list[str]) -> None:
+        self.order = {layer: position for position, layer in enumerate(layers)}
         # The graph is read off autograd's, whatever mode the caller is in.
         with torch.inference_mode(False), torch.enable_grad():
             copy = meta_copy(model).requires_grad_()
@@ -132,7 +159,7 @@ class _Trace:
         filters = module.weight.shape[0]
         pruner = self.graph.get_pruner_of_module(module)
         group = self.graph.get_pruning_group(module, pruner.prune_out_channels, range(filters))
-        self._check_group(layer, group)
+        tied = self._check_group(layer, group)
         norms: list[str] = []
         slices: list[Slice] = []
         for item in group:
@@ -143,16 +170,42 @@ class _Trace:
             name = self.names[target]
             inputs = self.graph.is_in_channel_pruning_fn(item.dep.handler)
             slices += [Slice(t, dim, positions) for t, dim in _tensors(name, target, inputs)]
-            if isinstance(target, _BatchNorm) and target.num_features == filters:
+            if (
+                isinstance(target, _BatchNorm)
+                and target.num_features == filters
+                and self._fed_by(item.dep.target, {layer, *tied}) == layer
+            ):
                 norms.append(name)
         for entry in slices:
             if entry.tensor in self.shared:
                 raise UserError(f"{layer}: {entry.tensor} is shared with another layer")
         bias = f"{layer}.bias" if module.bias is not None else None
-        return LayerChannels(layer, filters, f"{layer}.weight", bias, tuple(norms), tuple(slices))
+        groups = 1 if _is_depthwise(module) else getattr(module, "groups", 1)
+        return LayerChannels(
+            layer, filters, f"{layer}.weight", bias, tuple(norms), tied, groups, tuple(slices)
+        )
 
-    def _check_group(self, layer: str, group: Any) -> None:
-        """Refuse a layer whose filters cannot be removed on their own."""
+    def _fed_by(self, norm: Any, layers: set[str]) -> str:
+        """Of some tied layers the one whose filters a BatchNorm normalises; the first of several.
+
+        Back from the BatchNorm to the nearest layers: an addition on the way leads to all that
+        are added.
+        """
+        found, nodes, seen = set(), [norm], set()
+        while nodes:
+            node = nodes.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            name = self.names.get(node.module)
+            if name in layers:
+                found.add(name)
+            elif not isinstance(node.module, nn.Conv2d | nn.Linear) or _is_depthwise(node.module):
+                nodes += node.inputs
+        return min(found, key=self.order.__getitem__)
+
+    def _check_group(self, layer: str, group: Any) -> tuple[str, ...]:
+        """The layers that lose the same filters; refuses a layer whose filters cannot go."""
         partners = []
         obstacle = None
         for item in group:
@@ -163,22 +216,27 @@ class _Trace:
                 raise UserError(f"{layer}: its filters are the network's output and must stay")
             if isinstance(module, nn.Conv2d | nn.Linear):
                 name = self.names[module]
-                if getattr(module, "groups", 1) > 1 and not _is_depthwise(module):
+                in_groups = getattr(module, "groups", 1) > 1 and not _is_depthwise(module)
+                if in_groups and name != layer:
                     raise UserError(
                         f"{layer}: feeds {name}, a convolution in {module.groups} groups that "
                         "cannot lose single channels"
                     )
-                if propagates and name != layer and not _is_depthwise(module):
+                goes_along = _is_depthwise(module) and name not in self.order
+                if propagates and name != layer and not goes_along:
                     partners.append(name)
             else:
                 obstacle = obstacle or self._obstacle(node)
-        if partners:
+        missing = sorted(set(partners) - self.order.keys())
+        if missing:
             raise UserError(
                 f"{layer}: its filters are added to or multiplied with those of "
-                f"{', '.join(sorted(set(partners)))} and cannot be removed alone"
+                f"{', '.join(missing)} and cannot be removed alone: prune all of these layers, "
+                "by the same ratio, or none"
             )
         if obstacle:
             raise UserError(f"{layer}: its filters reach {obstacle}")
+        return tuple(sorted(set(partners), key=self.order.__getitem__))
 
     def _obstacle(self, node: Any) -> str | None:
         """What keeps channels from being followed through ``node``, None if nothing does."""

@@ -303,8 +303,8 @@ def _fit_module(module: nn.Module, shapes: Mapping[str, tuple[int, ...] | None])
     if isinstance(module, nn.Conv2d) and shape is not None and len(shape) == 4:
         if module.groups == module.in_channels == module.out_channels and shape[1] == 1:
             module.groups = module.in_channels = module.out_channels = shape[0]
-        elif module.groups == 1:
-            module.out_channels, module.in_channels = shape[:2]
+        elif shape[0] % module.groups == 0:
+            module.out_channels, module.in_channels = shape[0], shape[1] * module.groups
         inputs = module.in_channels // module.groups
         _resize(module, "weight", (module.out_channels, inputs, *module.kernel_size))
         _resize(module, "bias", (module.out_channels,))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tpp.channels import LayerChannels, find_channels
+from tpp.channels import LayerChannels, check_plan, find_channels
 from tpp.checkpoint import (
     CheckpointInfo,
     PathLike,
@@ -44,7 +44,7 @@ def prune_tensors(
         All tensors: new ones where something was taken out, the given ones elsewhere.
 
     Raises:
-        UserError: the plan does not fit the tensors.
+        UserError: the plan does not fit the tensors, see also :func:`tpp.channels.check_plan`.
     """
     gone: dict[str, dict[int, list[Tensor]]] = {}
     for layer in plan.active_layers:
@@ -60,6 +60,7 @@ def prune_tensors(
         for entry in channels[layer].slices:
             dims = gone.setdefault(entry.tensor, {})
             dims.setdefault(entry.dim, []).append(entry.positions[pruned].flatten())
+    check_plan(plan, channels)
     result = dict(tensors)
     for name, dims in gone.items():
         for dim, positions in dims.items():

@@ -1,15 +1,16 @@
 """The regularised stage for any training loop: three calls a step."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from tpp.channels import LayerChannels, find_channels
+from tpp.channels import check_plan, find_channels
 from tpp.errors import UserError
-from tpp.penalty import block_penalty, entry_decay
+from tpp.penalty import BlockBatch, entry_decay, layer_blocks, make_batches
 from tpp.plan import PruningPlan
 from tpp.schedule import GrowthSchedule
 from tpp.selection import prunable_layers
@@ -57,8 +58,9 @@ class Regularizer:
         example_input: a batch to trace the network with, see :func:`tpp.select_filters`.
 
     Raises:
-        UserError: the plan does not fit the model, a layer's filters cannot be removed, or the
-            stabilise phase ends before the last layer is zeroed.
+        UserError: the plan does not fit the model, a layer's filters cannot be removed, the
+            stabilise phase ends before the last layer is zeroed, or weights are split over ranks
+            (ZeRO stage 3, FSDP).
     """
 
     def __init__(
@@ -80,6 +82,8 @@ class Regularizer:
         self.world_size = world_size
         layers = prunable_layers(model)
         for layer, filters in plan.filters.items():
+            if layer in layers:
+                _check_whole(layer, layers[layer])
             if layer not in layers or layers[layer].weight.shape[0] != filters:
                 found = layers[layer].weight.shape[0] if layer in layers else "no such layer"
                 raise UserError(
@@ -87,32 +91,78 @@ class Regularizer:
                     f"model has {found}"
                 )
         self._model = model
-        self._channels = find_channels(model, plan.active_layers, example_input=example_input)
-        self._numbers = {layer: number for number, layer in enumerate(layers)}
-        if plan.active_layers:
-            self.growth.check_zero_out(max(self._numbers[name] for name in plan.active_layers))
+        active = plan.active_layers
+        channels = find_channels(model, active, example_input=example_input)
+        check_plan(plan, channels)
+        numbers = {layer: number for number, layer in enumerate(layers)}
+        self._numbers = {layer: numbers[layer] for layer in active}
+        if active:
+            self.growth.check_zero_out(max(self._numbers.values()))
+        self._layers = {layer: layers[layer] for layer in active}
+        # Biases, BatchNorm scales and shifts: where they are found, as they may be replaced.
+        self._vectors: dict[str, list[tuple[nn.Module, str]]] = {
+            layer: [(layers[layer], "bias")] * (channels[layer].bias is not None)
+            + [
+                (norm, name)
+                for norm in map(model.get_submodule, channels[layer].norms)
+                for name, _ in norm.named_parameters(recurse=False)
+            ]
+            for layer in active
+        }
         row_sizes = {name: layers[name].weight[0].numel() for name in plan.filters}
-        self.units = work_units(plan, row_sizes, rank=rank, world_size=world_size)
+        groups = {name: getattr(layers[name], "groups", 1) for name in plan.filters}
+        self.units = work_units(plan, row_sizes, rank=rank, world_size=world_size, groups=groups)
+        self._batches: list[BlockBatch] = make_batches(
+            [
+                (unit.layer, block)
+                for unit in self.units
+                for block in layer_blocks(
+                    plan.filters[unit.layer], plan.pruned[unit.layer], groups[unit.layer], unit.rows
+                )
+            ],
+            row_sizes,
+        )
+        self._entry_mask = _mask(
+            [
+                (plan.filters[unit.layer], unit.rows)
+                for unit in self.units
+                for _ in self._vectors[unit.layer]
+            ]
+        )
         self._indices: dict[tuple[str, str, torch.device], Tensor] = {}
 
+    @torch.compiler.disable
     def penalty_terms(self, step: int) -> dict[str, Tensor]:
         """The penalty of 0-based ``step`` in its parts, ``gram`` and ``decay``; each a scalar."""
         strength = self.growth.strength(step)
+        if strength == 0.0:
+            device = next(self._model.parameters()).device
+            return {"gram": torch.zeros((), device=device), "decay": torch.zeros((), device=device)}
+        return self.penalty_terms_at(strength)
+
+    def penalty_terms_at(self, strength: float | Tensor) -> dict[str, Tensor]:
+        """The penalty in its parts at a given lambda.
+
+        Args:
+            strength: lambda; a scalar tensor on the model's device where it is to change between
+                replays of a captured CUDA graph.
+        """
         device = next(self._model.parameters()).device
         gram = torch.zeros((), device=device)
         decay = torch.zeros((), device=device)
-        if strength == 0.0:
-            return {"gram": gram, "decay": decay}
-        for unit in self.units:
-            channels = self._channels[unit.layer]
-            weight = self._model.get_parameter(channels.weight)
-            block = self._index(unit.layer, "block", weight.device, unit.rows)
-            kept = self._index(unit.layer, "kept", weight.device, self.plan.kept(unit.layer))
-            unit_gram, unit_decay = block_penalty(weight, block, kept)
-            gram = gram + unit_gram
-            decay = decay + unit_decay
-            for vector in self._vectors(channels):
-                decay = decay + entry_decay(vector, block)
+        for batch in self._batches:
+            weights = [self._weight(name) for name in batch.names]
+            batch_gram, batch_decay = batch.penalty(weights)
+            gram = gram + batch_gram
+            decay = decay + batch_decay
+        vectors = [
+            getattr(module, name)
+            for unit in self.units
+            for module, name in self._vectors[unit.layer]
+        ]
+        if vectors:
+            self._entry_mask = self._entry_mask.to(device)
+            decay = decay + entry_decay(vectors, self._entry_mask)
         scale = strength * self.world_size
         return {"gram": self.gram_weight * scale * gram, "decay": scale * decay}
 
@@ -121,21 +171,24 @@ class Regularizer:
 
         A scalar to add to the task loss: ``lambda * (gram_weight * gram + decay)`` summed over
         layers, in float32 whatever the autocast.
+
+        Raises:
+            UserError: the weights have been split over ranks since (ZeRO stage 3, FSDP).
         """
         terms = self.penalty_terms(step)
         return terms["gram"] + terms["decay"]
 
+    @torch.compiler.disable
     @torch.no_grad()
     def after_step(self, step: int) -> None:
         """Hold the layers whose turn has come at zero; call it after the optimiser's ``step``."""
-        for layer in self.plan.active_layers:
-            if self.growth.zeroed(self._numbers[layer], step):
-                channels = self._channels[layer]
-                weight = self._model.get_parameter(channels.weight)
-                rows = self._index(layer, "pruned", weight.device, self.plan.pruned[layer])
+        for layer, number in self._numbers.items():
+            if self.growth.zeroed(number, step):
+                weight = self._weight(layer)
+                rows = self._index(layer, "pruned", weight.device)
                 weight.index_fill_(0, rows, 0.0)
-                for vector in self._vectors(channels):
-                    vector.index_fill_(0, rows, 0.0)
+                for module, name in self._vectors[layer]:
+                    getattr(module, name).index_fill_(0, rows, 0.0)
 
     def finished(self, step: int) -> bool:
         """Whether ``step`` steps are all that the stage needs."""
@@ -158,27 +211,44 @@ class Regularizer:
     def statistics(self) -> dict[str, LayerStatistics]:
         """Magnitudes and correlations per pruned layer, for monitoring."""
         result = {}
-        for layer in self.plan.active_layers:
-            weight = self._model.get_parameter(self._channels[layer].weight)
-            rows = weight.detach().flatten(1).float()
-            pruned = rows[self._index(layer, "pruned", rows.device, self.plan.pruned[layer])]
-            kept = rows[self._index(layer, "kept", rows.device, self.plan.kept(layer))]
+        for layer in self._layers:
+            rows = self._weight(layer).detach().flatten(1).float()
+            pruned = rows[self._index(layer, "pruned", rows.device)]
+            kept = rows[self._index(layer, "kept", rows.device)]
             values = torch.stack(
                 [pruned.abs().mean(), kept.abs().mean(), (pruned @ kept.T).square().mean()]
             )
             result[layer] = LayerStatistics(*values.tolist())
         return result
 
-    def _vectors(self, channels: LayerChannels) -> list[Tensor]:
-        """Bias, BN scale and BN shift: one entry per filter."""
-        names = [channels.bias] if channels.bias else []
-        for norm in channels.norms:
-            module = self._model.get_submodule(norm)
-            names += [f"{norm}.{name}" for name, _ in module.named_parameters(recurse=False)]
-        return [self._model.get_parameter(name) for name in names]
+    def _weight(self, layer: str) -> Tensor:
+        module = self._layers[layer]
+        _check_whole(layer, module)
+        return module.weight
 
-    def _index(self, layer: str, kind: str, device: torch.device, rows: Any) -> Tensor:
+    def _index(self, layer: str, kind: str, device: torch.device) -> Tensor:
         key = (layer, kind, device)
         if key not in self._indices:
-            self._indices[key] = torch.tensor(list(rows), dtype=torch.int64, device=device)
+            rows = self.plan.pruned[layer] if kind == "pruned" else self.plan.kept(layer)
+            self._indices[key] = torch.tensor(rows, dtype=torch.int64, device=device)
         return self._indices[key]
+
+
+def _mask(parts: Iterable[tuple[int, Iterable[int]]]) -> Tensor:
+    """Ones at chosen positions of vectors laid one after the other: (length, positions) each."""
+    masks = [torch.zeros(0)]
+    for length, positions in parts:
+        mask = torch.zeros(length)
+        mask[list(positions)] = 1.0
+        masks.append(mask)
+    return torch.cat(masks)
+
+
+def _check_whole(layer: str, module: nn.Conv2d | nn.Linear) -> None:
+    """Refuse a weight of which this rank holds but a part."""
+    weight = getattr(module, "weight", None)
+    if weight is None or isinstance(weight, DTensor) or weight.dim() < 2 or weight.numel() == 0:
+        raise UserError(
+            f"{layer}: its weight is split over ranks (ZeRO stage 3 or FSDP), and the penalty "
+            "needs whole filters; use DistributedDataParallel or ZeRO stage 0, 1 or 2"
+        )

@@ -62,51 +62,66 @@ def l1_scores(weight: Tensor) -> Tensor:
     return rows.to(torch.promote_types(rows.dtype, torch.float32)).abs().mean(1)
 
 
-def pruned_counts(
-    model: nn.Module, ratios: Mapping[str, float], *, example_input: Tensor | None = None
-) -> dict[str, int]:
-    """How many filters every matched layer loses, in network order; no weight is looked at.
-
-    Raises:
-        UserError: see :func:`select_filters`.
-    """
-    from tpp.channels import find_channels
-
-    layers = prunable_layers(model)
-    counts = {
-        layer: pruned_count(ratio, layers[layer].weight.shape[0])
-        for layer, ratio in layer_ratios(model, ratios).items()
-    }
-    find_channels(model, [layer for layer in counts if counts[layer]], example_input=example_input)
-    return counts
-
-
 def select_filters(
-    model: nn.Module, ratios: Mapping[str, float], *, example_input: Tensor | None = None
+    model: nn.Module,
+    ratios: Mapping[str, float],
+    *,
+    example_input: Tensor | None = None,
+    scores: Mapping[str, Tensor] | None = None,
 ) -> PruningPlan:
     """Choose the filters to remove: in every matched layer the lowest mean absolute weights.
+
+    Layers whose filters are added to or multiplied with each other lose the same filters, those
+    with the lowest sum of scores, and have to be matched together, by one ratio. A convolution in
+    groups loses the lowest of every group, since the groups stay equal.
 
     Args:
         model: any network; only its Conv2d and Linear layers are looked at.
         ratios: layer-name pattern to pruning ratio in [0, 1), see :func:`layer_ratios`.
         example_input: a batch to trace the network with, (1, channels, height, width); by
             default what the architecture expects, 224x224 where it does not say.
+        scores: per layer how much each filter is worth, (n,), instead of :func:`l1_scores`.
 
     Returns:
         A plan with the matched layers; ties are broken towards the lower index.
 
     Raises:
-        UserError: see :func:`layer_ratios`; or a layer's filters cannot be removed on their own,
-            for they feed an addition with another layer's, or are the network's output.
+        UserError: see :func:`layer_ratios`; or a layer's filters cannot be removed, for they feed
+            an addition with those of a layer that is not matched or by another ratio, or are the
+            network's output.
     """
+    # It needs Torch-Pruning, whose import takes seconds.
+    from tpp.channels import find_channels
+
     layers = prunable_layers(model)
-    filters, pruned = {}, {}
-    for layer, count in pruned_counts(model, ratios, example_input=example_input).items():
-        weight = layers[layer].weight
-        filters[layer] = weight.shape[0]
-        order = torch.argsort(l1_scores(weight), stable=True)
-        pruned[layer] = sorted(order[:count].tolist())
+    chosen = layer_ratios(model, ratios)
+    filters = {layer: layers[layer].weight.shape[0] for layer in chosen}
+    active = [layer for layer, ratio in chosen.items() if pruned_count(ratio, filters[layer])]
+    channels = find_channels(model, active, example_input=example_input)
+    pruned: dict[str, list[int]] = {layer: [] for layer in chosen}
+    for layer in active:
+        found = channels[layer]
+        for other in found.tied:
+            if chosen[other] != chosen[layer]:
+                raise UserError(
+                    f"{layer} and {other} are tied (added to or multiplied with each other) and "
+                    f"need the same ratio, not {chosen[layer]} and {chosen[other]}"
+                )
+        total = sum(
+            l1_scores(layers[name].weight) if scores is None else scores[name]
+            for name in sorted((layer, *found.tied))
+        )
+        assert isinstance(total, Tensor)
+        pruned[layer] = _lowest(total, chosen[layer], found.groups)
     return PruningPlan(filters, pruned)
+
+
+def _lowest(scores: Tensor, ratio: float, groups: int) -> list[int]:
+    """The filters with the lowest scores, as many of every group; sorted indices."""
+    per_group = len(scores) // groups
+    count = pruned_count(ratio, per_group)
+    order = torch.argsort(scores.view(groups, per_group), dim=1, stable=True)[:, :count].cpu()
+    return sorted((order + per_group * torch.arange(groups)[:, None]).flatten().tolist())
 
 
 def _few(names: list[str], limit: int = 6) -> str:

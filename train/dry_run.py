@@ -51,7 +51,8 @@ def dry_run(config: Config, *, ranks: int) -> None:
     console.print(f"speedup: {counts.macs / pruned.macs:.4f}x fewer MACs\n")
     layers = prunable_layers(dense)
     row_sizes = {layer: layers[layer].weight[0].numel() for layer in plan.filters}
-    costs = rank_costs(plan, row_sizes, ranks)
+    groups = {layer: getattr(layers[layer], "groups", 1) for layer in plan.filters}
+    costs = rank_costs(plan, row_sizes, ranks, groups=groups)
     average = mean(costs)
     console.print(
         f"penalty: {sum(costs):,} multiply-adds per step, shared over {ranks} rank(s): "

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from torch import nn
 
@@ -12,7 +13,7 @@ from data_pipelines.loaders import resolve_loader
 from tpp.errors import UserError
 from tpp.models import Architecture, build_on_meta
 from tpp.plan import PruningPlan
-from tpp.selection import prunable_layers, pruned_counts
+from tpp.selection import prunable_layers, select_filters
 from train.config import Config
 from train.distributed import check_batch_size
 from train.weights import starting_weights_exist
@@ -87,7 +88,5 @@ def check_plans(config: Config, architecture: Architecture) -> PruningPlan | Non
 def stand_in_plan(model: nn.Module, ratios: dict[str, float]) -> PruningPlan:
     """A plan with the right number of filters per layer, the last ones for want of weights."""
     layers = prunable_layers(model)
-    counts = pruned_counts(model, ratios)
-    filters = {layer: layers[layer].weight.shape[0] for layer in counts}
-    gone = {layer: range(filters[layer] - count, filters[layer]) for layer, count in counts.items()}
-    return PruningPlan.from_indices(filters, gone)
+    last_go = {name: -torch.arange(len(layer.weight)) for name, layer in layers.items()}
+    return select_filters(model, ratios, scores=last_go)

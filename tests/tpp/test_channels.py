@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from tpp.channels import find_channels
+from tpp.channels import check_plan, find_channels
 from tpp.errors import UserError
 from tpp.models import build_model
+from tpp.plan import PruningPlan
 from tpp.selection import prunable_layers
 
 
@@ -147,6 +148,59 @@ def test_a_depthwise_convolution_and_both_norms_go_along():
     assert ("features.2.conv.2.weight", 1) in slices
 
 
+def test_tied_layers_are_found_together_each_with_its_own_norm():
+    layers = ["layer2.0.conv2", "layer2.0.downsample.0", "layer2.1.conv2"]
+    found = find_channels(build_model("resnet18", 10), layers)
+    norms = {layer: channels.norms for layer, channels in found.items()}
+    assert norms == {
+        "layer2.0.conv2": ("layer2.0.bn2",),
+        "layer2.0.downsample.0": ("layer2.0.downsample.1",),
+        "layer2.1.conv2": ("layer2.1.bn2",),
+    }
+    for layer in layers:
+        assert found[layer].tied == tuple(other for other in layers if other != layer)
+
+
+class PreActivation(nn.Module):
+    """Two layers added, and the sum normalised: one BatchNorm for both."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.norm = nn.Conv2d(3, 6, 3), nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6)
+        self.head = nn.Conv2d(6, 2, 1)
+
+    def forward(self, x):
+        return self.head(self.norm(self.a(x) + self.b(x)).relu()).mean((2, 3))
+
+
+def test_a_norm_of_a_sum_is_named_once():
+    found = find_channels(PreActivation(), ["a", "b"], example_input=torch.zeros(1, 3, 8, 8))
+    assert found["a"].norms == ("norm",) and found["b"].norms == ()
+
+
+def test_a_depthwise_convolution_can_be_asked_for_with_its_feeder():
+    layers = ["features.2.conv.0.0", "features.2.conv.1.0"]
+    found = find_channels(build_model("mobilenet_v2", 10), layers)
+    assert found[layers[0]].norms == ("features.2.conv.0.1",)
+    assert found[layers[1]].norms == ("features.2.conv.1.1",)
+    assert found[layers[1]].tied == (layers[0],) and found[layers[1]].groups == 1
+
+
+def test_a_plan_that_cannot_be_carried_out_is_refused():
+    model = build_model("resnet18", 10)
+    tied = ["layer2.0.conv2", "layer2.0.downsample.0", "layer2.1.conv2"]
+    pruned = {tied[0]: [1], tied[1]: [1], tied[2]: [2]}
+    plan = PruningPlan(dict.fromkeys(tied, 128), pruned)
+    with pytest.raises(UserError, match=r"layer2\.0\.conv2 and layer2\.1\.conv2 are tied"):
+        check_plan(plan, find_channels(model, tied))
+    grouped = PruningPlan({"layer1.0.conv2": 128}, {"layer1.0.conv2": [0, 4]})
+    channels = find_channels(build_model("resnext50_32x4d", 10), ["layer1.0.conv2"])
+    with pytest.raises(UserError, match="each of its 32 groups must lose as many filters"):
+        check_plan(grouped, channels)
+    even = PruningPlan({"layer1.0.conv2": 128}, {"layer1.0.conv2": list(range(1, 128, 4))})
+    check_plan(even, channels)
+
+
 class Shared(nn.Module):
     def __init__(self):
         super().__init__()
@@ -195,8 +249,11 @@ class Padded(Normed):
         ),
         (lambda: build_model("cifar_resnet8", 10), "layer1.0.conv2", "layer2.0.conv2"),
         (lambda: build_model("resnext50_32x4d", 10), "layer1.0.conv1", "feeds layer1.0.conv2"),
-        (lambda: build_model("resnext50_32x4d", 10), "layer1.0.conv2", "in 32 groups"),
-        (lambda: build_model("mobilenet_v2", 10), "features.1.conv.0.0", "that feeds it"),
+        (
+            lambda: build_model("mobilenet_v2", 10),
+            "features.2.conv.1.0",
+            "with those of features.2.conv.0.0 and cannot be removed alone: prune all",
+        ),
         (lambda: build_model("shufflenet_v2_x0_5", 10), "conv1.0", "cannot be followed"),
         (Normed, "conv", "conv: its filters reach norm, a GroupNorm"),
         (Normed, "idle", "idle: not used"),

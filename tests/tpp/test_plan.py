@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import tpp
+from tpp.models import build_model
 from tpp.plan import PruningPlan
 from tpp.selection import layer_ratios, pruned_count
 
@@ -105,3 +106,43 @@ def test_a_pattern_that_matches_nothing_is_refused():
 def test_the_output_layer_cannot_be_pruned():
     with pytest.raises(tpp.UserError, match="5"):
         tpp.select_filters(network(), {"5": 0.5}, example_input=torch.zeros(1, 3, 8, 8))
+
+
+STREAM = ("layer2.0.conv2", "layer2.0.downsample.0", "layer2.1.conv2")
+
+
+def test_tied_layers_lose_the_lowest_sums_of_scores():
+    torch.manual_seed(0)
+    model = build_model("resnet18", 10)
+    weights = [model.get_submodule(layer).weight.detach() for layer in STREAM]
+    sums = sum(weight.abs().flatten(1).mean(1) for weight in weights)
+    expected = sorted(sums.argsort()[: 128 // 4].tolist())
+    plan = tpp.select_filters(model, dict.fromkeys(STREAM, 0.25))
+    assert plan.pruned == dict.fromkeys(STREAM, expected)
+    alone = weights[0].abs().flatten(1).mean(1).argsort()[:32]
+    assert sorted(alone.tolist()) != expected
+
+
+def test_tied_layers_need_one_ratio():
+    ratios = {**dict.fromkeys(STREAM, 0.25), STREAM[2]: 0.5}
+    message = r"layer2\.0\.conv2 and layer2\.1\.conv2 are tied .* same ratio, not 0\.25 and 0\.5"
+    with pytest.raises(tpp.UserError, match=message):
+        tpp.select_filters(build_model("resnet18", 10), ratios)
+
+
+def test_every_group_of_a_convolution_loses_as_many():
+    torch.manual_seed(0)
+    model = build_model("resnext50_32x4d", 10)
+    scores = model.layer1[0].conv2.weight.detach().abs().flatten(1).mean(1).view(32, 4)
+    pruned = tpp.select_filters(model, {"layer1.0.conv2": 0.3}).pruned["layer1.0.conv2"]
+    assert len(pruned) == 64  # ceil(0.3 * 4) of each group of 4
+    for group in range(32):
+        lowest = scores[group].argsort()[:2] + 4 * group
+        assert set(lowest.tolist()) == {i for i in pruned if i // 4 == group}
+
+
+def test_scores_of_ones_own():
+    scores = {"0": torch.tensor([3.0, 1.0, 2.0, 9.0, 0.0, 5.0])}
+    example = torch.zeros(1, 3, 8, 8)
+    plan = tpp.select_filters(network(), {"0": 0.5}, example_input=example, scores=scores)
+    assert plan.pruned == {"0": [1, 2, 4]}

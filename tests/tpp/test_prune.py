@@ -132,6 +132,50 @@ def test_removing_filters_equals_zeroing_them(name, data):
         torch.testing.assert_close(actual / scale, expected / scale, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("name", "ratios", "norms"),
+    [
+        (
+            "resnet18",
+            {"layer2.?.conv2": 0.4, "layer2.0.downsample.0": 0.4, "layer2.1.conv1": 0.7},
+            {
+                "layer2.0.conv2": "layer2.0.bn2",
+                "layer2.1.conv2": "layer2.1.bn2",
+                "layer2.0.downsample.0": "layer2.0.downsample.1",
+                "layer2.1.conv1": "layer2.1.bn1",
+            },
+        ),
+        (
+            "mobilenet_v2",
+            {"features.3.conv.0.0": 0.4, "features.3.conv.1.0": 0.4},
+            {
+                "features.3.conv.0.0": "features.3.conv.0.1",
+                "features.3.conv.1.0": "features.3.conv.1.1",
+            },
+        ),
+        (
+            "resnext50_32x4d",
+            {"layer[12].*.conv2": 0.4},
+            {f"layer1.{i}.conv2": f"layer1.{i}.bn2" for i in range(3)}
+            | {f"layer2.{i}.conv2": f"layer2.{i}.bn2" for i in range(4)},
+        ),
+    ],
+)
+def test_tied_and_grouped_filters_equal_zeroed_ones(name, ratios, norms, tmp_path):
+    model = randomised(name, torch.float64).eval()
+    plan = select_filters(model, ratios)
+    assert plan.pruned.keys() == norms.keys()
+    expected = zeroed(model, plan, norms)
+    save_model(tmp_path / "dense.safetensors", model)
+    prune_checkpoint(tmp_path / "dense.safetensors", plan, tmp_path / "pruned.safetensors")
+    pruned = load_model(tmp_path / "pruned.safetensors").eval()
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1)).double()
+    with torch.no_grad():
+        logits, ours = expected(images), pruned(images)
+    assert logits.std() > 0
+    torch.testing.assert_close(ours, logits, rtol=0, atol=1e-10 * logits.abs().max().item())
+
+
 def half(model, layers):
     return select_filters(model, dict.fromkeys(layers, 0.5))
 

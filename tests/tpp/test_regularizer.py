@@ -1,10 +1,14 @@
-"""The regulariser against METHOD's equations, applied to gradients by hand in float64."""
+"""The regulariser against a plain float64 reference that shares no code with it."""
 
 import copy
+import gc
 
 import pytest
+import reference
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tpp
 from tpp import GrowthSchedule, PruningPlan, Regularizer
@@ -12,27 +16,45 @@ from tpp.models import build_model
 
 
 class Net(nn.Module):
-    """Conv with BN, conv with bias and no BN, linear with bias."""
+    """All that the regulariser must know what to do with.
+
+    ``stem`` and ``project`` are added (tied), with a BatchNorm each; ``expand`` feeds the depthwise
+    ``depthwise``; ``grouped`` is in groups, with bias and without BatchNorm; then linear layers.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 6, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(6)
-        self.conv2 = nn.Conv2d(6, 5, 3, padding=1, bias=True)
-        self.fc1 = nn.Linear(5 * 16, 7)
-        self.fc2 = nn.Linear(7, 4)
+        self.stem, self.bn1 = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.expand, self.bn2 = nn.Conv2d(8, 12, 1, bias=False), nn.BatchNorm2d(12)
+        self.depthwise = nn.Conv2d(12, 12, 3, padding=1, groups=12, bias=False)
+        self.bn3 = nn.BatchNorm2d(12)
+        self.project, self.bn4 = nn.Conv2d(12, 8, 1, bias=True), nn.BatchNorm2d(8)
+        self.mix = nn.Conv2d(8, 8, 1)
+        self.grouped = nn.Conv2d(8, 12, 3, stride=2, groups=4)
+        self.fc1, self.fc2 = nn.Linear(12 * 4, 7), nn.Linear(7, 4)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.bn1(self.conv1(x)).relu()
-        x = self.conv2(x).relu()
+        x = self.bn1(self.stem(x))
+        y = self.bn2(self.expand(x)).relu()
+        y = self.bn3(self.depthwise(y)).relu()
+        x = (x + self.bn4(self.project(y))).relu()
+        x = self.grouped(self.mix(x).relu()).relu()
         return self.fc2(self.fc1(x.flatten(1)).relu())
 
 
-EXAMPLE = torch.zeros(1, 3, 4, 4, dtype=torch.float64)
+EXAMPLE = torch.zeros(1, 3, 6, 6, dtype=torch.float64)
 PLAN = PruningPlan(
-    {"conv1": 6, "conv2": 5, "fc1": 7}, {"conv1": [0, 4], "conv2": [1, 2, 3], "fc1": [6]}
+    {"stem": 8, "expand": 12, "depthwise": 12, "project": 8, "grouped": 12, "fc1": 7},
+    {
+        "stem": [0, 4, 5],
+        "expand": [1, 2, 7, 11],
+        "depthwise": [1, 2, 7, 11],
+        "project": [0, 4, 5],
+        "grouped": [0, 2, 3, 4, 7, 8, 9, 11],
+        "fc1": [6],
+    },
 )
-NORMS = {"conv1": "bn1"}
+NORMS = {"stem": ["bn1"], "expand": ["bn2"], "depthwise": ["bn3"], "project": ["bn4"]}
 
 
 def network() -> Net:
@@ -40,52 +62,167 @@ def network() -> Net:
     net = Net().double()
     with torch.no_grad():
         for parameter in net.parameters():
-            parameter.copy_(torch.randn_like(parameter))
+            parameter.copy_(0.4 * torch.randn_like(parameter))
     return net
 
 
-def gradients_by_hand(net: nn.Module, strength: float, gram_weight: float):
-    """METHOD.md, section 2, term by term."""
-    grads = {name: torch.zeros_like(p) for name, p in net.named_parameters()}
-    for layer, pruned in PLAN.pruned.items():
-        weight = net.get_parameter(f"{layer}.weight").detach()
-        W = weight.flatten(1)
-        n = len(W)
-        mask = torch.zeros(n, n, dtype=W.dtype)
-        mask[pruned, :] = 1
-        mask[:, pruned] = 1
-        gram = (4 * gram_weight * strength / n**2) * (mask * (W @ W.T)) @ W
-        grads[f"{layer}.weight"] += gram.view_as(weight)
-        grads[f"{layer}.weight"][pruned] += strength * weight[pruned]
-        vectors = [f"{layer}.bias"] if f"{layer}.bias" in grads else []
-        if layer in NORMS:
-            vectors += [f"{NORMS[layer]}.weight", f"{NORMS[layer]}.bias"]
-        for name in vectors:
-            grads[name][pruned] += strength * net.get_parameter(name).detach()[pruned]
-    return grads
+def regularizers(net: nn.Module, world_size: int, **settings) -> list[Regularizer]:
+    return [
+        Regularizer(net, PLAN, rank=rank, world_size=world_size, example_input=EXAMPLE, **settings)
+        for rank in range(world_size)
+    ]
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
-def test_gradients_of_all_ranks_average_to_the_equations(world_size):
-    growth = GrowthSchedule(0.1, 1.0, 2, stabilize_steps=1000)
-    step = 7  # lambda = 0.1 * floor(7 / 2) = 0.3
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7, 40])
+def test_value_and_gradient_of_all_ranks_average_to_the_reference(world_size, channels_last):
+    growth = GrowthSchedule(0.1, 1.0, 2, stabilize_steps=2000)
+    step = 7
     net = network()
-    truth = gradients_by_hand(net, 0.3, 50.0)
-    total = {name: torch.zeros_like(p) for name, p in net.named_parameters()}
-    for rank in range(world_size):
-        replica = copy.deepcopy(net)
-        regularizer = Regularizer(
-            replica, PLAN, rank=rank, world_size=world_size, gram_weight=50.0,
-            growth=growth, example_input=EXAMPLE,
-        )  # fmt: skip
-        penalty = regularizer.penalty(step)
-        if penalty.requires_grad:
-            penalty.backward()
-        for name, parameter in replica.named_parameters():
-            if parameter.grad is not None:
-                total[name] += parameter.grad / world_size
-    for name, gradient in truth.items():
-        assert (total[name] - gradient).norm() <= 1e-10 * max(gradient.norm(), 1e-30), name
+    truth = copy.deepcopy(net)
+    strength = reference.growth(step, 0.1, 1.0, 2)
+    assert strength == pytest.approx(0.3)
+    expected = reference.penalty(truth, PLAN.pruned, NORMS, strength, 50.0)
+    expected.backward()
+    if channels_last:
+        net.to(memory_format=torch.channels_last)
+    value = 0.0
+    for regularizer in regularizers(net, world_size, gram_weight=50.0, growth=growth):
+        share = regularizer.penalty(step) / world_size
+        value += share.item()
+        if share.requires_grad:
+            share.backward()
+    assert value == pytest.approx(expected.item(), rel=1e-10)
+    for (name, ours), theirs in zip(net.named_parameters(), truth.parameters(), strict=True):
+        if theirs.grad is None or not theirs.grad.any():
+            assert ours.grad is None or not ours.grad.any(), name
+        else:
+            assert (ours.grad - theirs.grad).norm() <= 1e-10 * theirs.grad.norm(), name
+
+
+def task_loss(net: nn.Module, step: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(step)
+    dtype = next(net.parameters()).dtype
+    images = torch.randn(16, 3, 6, 6, generator=generator, dtype=torch.float64).to(dtype)
+    return F.cross_entropy(net(images), torch.randint(0, 4, (16,), generator=generator))
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_weights_after_200_steps_are_those_of_the_reference(world_size):
+    steps, delta, zero_out = 200, 0.02, 10
+    start = network()
+    truth = copy.deepcopy(start)
+    reference.train(
+        truth, task_loss, PLAN.pruned, NORMS, steps=steps, schedule=(delta, 1.0, 2, zero_out),
+        gram_weight=5.0, lr=0.01, momentum=0.9, weight_decay=5e-4,
+    )  # fmt: skip
+    growth = GrowthSchedule(delta, 1.0, 2, stabilize_steps=100, zero_out_interval=zero_out)
+    assert growth.growth_steps == 100
+    net = copy.deepcopy(start)
+    ranks = regularizers(net, world_size, gram_weight=5.0, growth=growth)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+    for step in range(steps):
+        optimizer.zero_grad()
+        penalty = sum(rank.penalty(step) for rank in ranks) / world_size
+        (task_loss(net, step) + penalty).backward()
+        optimizer.step()
+        ranks[0].after_step(step)
+    for (name, ours), theirs in zip(net.named_parameters(), truth.parameters(), strict=True):
+        assert (ours - theirs).norm() <= 1e-9 * theirs.norm(), name
+        moved = (theirs - start.get_parameter(name)).norm()
+        assert moved > 1e-3 * theirs.norm(), f"{name} did not move: nothing was compared"
+    for layer, gone in PLAN.pruned.items():  # all have had their turn
+        assert not net.get_submodule(layer).weight[gone].any(), layer
+        assert net.get_submodule(layer).weight[PLAN.kept(layer)].abs().min() > 0, layer
+
+
+def test_a_strength_in_a_tensor_can_change_without_another_call():
+    net = network()
+    regularizer = Regularizer(net, PLAN, example_input=EXAMPLE)
+    strength = torch.tensor(0.25, dtype=torch.float64)
+    terms = regularizer.penalty_terms_at(strength)
+    expected = regularizer.penalty_terms_at(0.25)
+    assert terms["gram"].item() == expected["gram"].item()
+    assert terms["decay"].item() == expected["decay"].item()
+
+
+class CountOps(TorchDispatchMode):
+    """Counts what would be kernel launches on a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.ops.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def operations(net: nn.Module, ratio: float, pattern: str = "layer*.conv1") -> list[str]:
+    regularizer = Regularizer(net, tpp.select_filters(net, {pattern: ratio}))
+    regularizer.penalty(10_000).backward()  # indices reach their device
+    with CountOps() as count:
+        regularizer.penalty(10_000).backward()
+    return count.ops
+
+
+def test_the_number_of_operations_does_not_grow_with_the_filters():
+    net = build_model("cifar_resnet8", 10)
+    assert len(operations(net, 0.1)) == len(operations(net, 0.9))
+
+
+def test_layers_of_one_shape_are_multiplied_together():
+    few = operations(build_model("cifar_resnet20", 10), 0.5)
+    many = operations(build_model("cifar_resnet56", 10), 0.5)
+    # 9 and 27 layers; in either network those of one stage have one shape, but for the first.
+    assert few.count("bmm.default") == many.count("bmm.default") == 5
+    assert few.count("bmm.out") == many.count("bmm.out") == 10
+
+
+def test_no_graph_is_kept_between_steps():
+    def alive() -> int:
+        return sum(type(o).__name__ == "_BatchPenaltyBackward" for o in gc.get_objects())
+
+    regularizer = Regularizer(network(), PLAN, example_input=EXAMPLE)
+    gc.collect()
+    gc.disable()  # what only a collection would free is kept, too
+    try:
+        penalty = regularizer.penalty(100)
+        assert alive() > 0
+        penalty.backward()
+        del penalty
+        assert alive() == 0
+    finally:
+        gc.enable()
+
+
+def twelve_steps(net: nn.Module, compiled: bool) -> None:
+    growth = GrowthSchedule(0.02, 1.0, 2, stabilize_steps=100, zero_out_interval=10)
+    regularizer = Regularizer(net, PLAN, growth=growth, example_input=EXAMPLE)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
+
+    def one_step(step: int, images: torch.Tensor, labels: torch.Tensor) -> None:
+        loss = F.cross_entropy(net(images), labels) + regularizer.penalty(step)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        regularizer.after_step(step)
+
+    run = torch.compile(one_step, backend="eager") if compiled else one_step
+    for step in range(12):
+        generator = torch.Generator().manual_seed(step)
+        images = torch.randn(16, 3, 6, 6, generator=generator, dtype=torch.float64)
+        run(step, images, torch.randint(0, 4, (16,), generator=generator))
+
+
+def test_a_compiled_step_takes_the_same_path():
+    plain, compiled = network(), network()
+    twelve_steps(plain, compiled=False)
+    twelve_steps(compiled, compiled=True)
+    for name, truth in plain.named_parameters():
+        assert not torch.equal(truth, network().get_parameter(name)), name
+        ours = compiled.get_parameter(name)
+        assert (ours - truth).norm() <= 1e-9 * truth.norm(), name
 
 
 def test_no_penalty_before_the_first_update():
@@ -101,17 +238,19 @@ def test_layers_are_held_at_zero_and_nothing_else_is_touched():
     regularizer = Regularizer(net, PLAN, growth=growth, example_input=EXAMPLE)
     before = copy.deepcopy(net.state_dict())
     begin = growth.growth_steps
-    regularizer.after_step(begin + 19)  # conv1 is number 0, conv2 number 1
+    regularizer.after_step(begin + 69)  # fc1 is number 6 of the layers, stem number 0
     after = net.state_dict()
-    for name in ("conv1.weight", "bn1.weight", "bn1.bias"):
-        expected = before[name].clone()
-        expected[PLAN.pruned["conv1"]] = 0
-        assert torch.equal(after[name], expected), name
-    for name in before:
-        if not name.startswith(("conv1", "bn1")):
-            assert torch.equal(after[name], before[name]), name
-    regularizer.after_step(begin + 30)
-    assert net.conv2.bias[PLAN.pruned["conv2"]].abs().max() == 0
+    zeroed = {"fc1"} ^ PLAN.pruned.keys()
+    for layer in zeroed:
+        vectors = [f"{norm}.{name}" for norm in NORMS.get(layer, []) for name in ("weight", "bias")]
+        vectors += [f"{layer}.bias"] * (f"{layer}.bias" in before)
+        for name in (f"{layer}.weight", *vectors):
+            expected = before.pop(name).clone()
+            expected[PLAN.pruned[layer]] = 0
+            assert torch.equal(after[name], expected), name
+    for name, untouched in before.items():
+        assert torch.equal(after[name], untouched), name
+    regularizer.after_step(begin + 70)
     assert net.fc1.bias[PLAN.pruned["fc1"]].abs().max() == 0
     assert net.fc1.bias[0] != 0
 
@@ -121,11 +260,11 @@ def test_training_drives_correlations_down_and_ends_at_zero():
     net = network().float()
     with torch.no_grad():
         for parameter in net.parameters():
-            parameter.mul_(0.3)
+            parameter.mul_(0.75)
     regularizer = Regularizer(net, PLAN, growth=growth, example_input=EXAMPLE.float())
     optimizer = torch.optim.SGD(net.parameters(), lr=0.001, momentum=0.9)
-    first = regularizer.statistics()["conv1"]
-    kept_before = net.conv1.weight[PLAN.kept("conv1")].detach().clone()
+    first = regularizer.statistics()["stem"]
+    kept_before = net.stem.weight[PLAN.kept("stem")].detach().clone()
     step = 0
     while not regularizer.finished(step):
         optimizer.zero_grad()
@@ -133,18 +272,18 @@ def test_training_drives_correlations_down_and_ends_at_zero():
         optimizer.step()
         regularizer.after_step(step)
         step += 1
-    last = regularizer.statistics()["conv1"]
+    last = regularizer.statistics()["stem"]
     assert step == growth.total_steps
     assert last.pruned_magnitude == 0 and last.correlation == 0
     assert first.pruned_magnitude > 0.1 and first.correlation > 0.01
     # Without a task loss the kept filters only lose what they shared with the pruned ones.
     assert last.kept_magnitude > 0.5 * first.kept_magnitude
-    assert net.conv1.weight[PLAN.kept("conv1")].norm() <= kept_before.norm()
+    assert net.stem.weight[PLAN.kept("stem")].norm() <= kept_before.norm()
 
 
 def test_a_plan_for_another_model_is_refused():
-    plan = PruningPlan({"conv1": 8}, {"conv1": [1]})
-    with pytest.raises(tpp.UserError, match="conv1: 8 filters planned, model has 6"):
+    plan = PruningPlan({"mix": 9}, {"mix": [1]})
+    with pytest.raises(tpp.UserError, match="mix: 9 filters planned, model has 8"):
         Regularizer(network(), plan, example_input=EXAMPLE)
     with pytest.raises(tpp.UserError, match="conv9: 8 filters planned, model has no such layer"):
         Regularizer(network(), PruningPlan({"conv9": 8}, {"conv9": [1]}), example_input=EXAMPLE)
