@@ -122,6 +122,8 @@ class Regularizer:
             ],
             row_sizes,
         )
+        if gram_weight == 0:  # nothing but decay: no need to multiply anything
+            self._batches = []
         self._entry_mask = _mask(
             [
                 (plan.filters[unit.layer], unit.rows)
@@ -134,6 +136,8 @@ class Regularizer:
     @torch.compiler.disable
     def penalty_terms(self, step: int) -> dict[str, Tensor]:
         """The penalty of 0-based ``step`` in its parts, ``gram`` and ``decay``; each a scalar."""
+        for layer, module in self._layers.items():
+            _check_whole(layer, module)
         strength = self.growth.strength(step)
         if strength == 0.0:
             device = next(self._model.parameters()).device
@@ -150,6 +154,10 @@ class Regularizer:
         device = next(self._model.parameters()).device
         gram = torch.zeros((), device=device)
         decay = torch.zeros((), device=device)
+        if not self._batches:
+            for unit in self.units:
+                rows = self._index(unit.layer, "owned", device)
+                decay = decay + 0.5 * self._weight(unit.layer)[rows].float().square().sum()
         for batch in self._batches:
             weights = [self._weight(name) for name in batch.names]
             batch_gram, batch_decay = batch.penalty(weights)
@@ -222,15 +230,17 @@ class Regularizer:
         return result
 
     def _weight(self, layer: str) -> Tensor:
-        module = self._layers[layer]
-        _check_whole(layer, module)
-        return module.weight
+        return self._layers[layer].weight
 
     def _index(self, layer: str, kind: str, device: torch.device) -> Tensor:
         key = (layer, kind, device)
         if key not in self._indices:
-            rows = self.plan.pruned[layer] if kind == "pruned" else self.plan.kept(layer)
-            self._indices[key] = torch.tensor(rows, dtype=torch.int64, device=device)
+            rows = {
+                "pruned": self.plan.pruned[layer],
+                "kept": self.plan.kept(layer),
+                "owned": next((unit.rows for unit in self.units if unit.layer == layer), ()),
+            }
+            self._indices[key] = torch.tensor(rows[kind], dtype=torch.int64, device=device)
         return self._indices[key]
 
 

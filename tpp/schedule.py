@@ -20,14 +20,15 @@ class GrowthSchedule:
         update_interval: steps between updates (K_u).
         stabilize_steps: length of the stabilise phase in steps (K_s).
         zero_out_interval: layer number q (counted over the network's Conv2d and Linear layers)
-            is held at zero from ``(q + 1) * zero_out_interval`` steps into the stabilise phase.
+            is held at zero from ``(q + 1) * zero_out_interval`` steps into the stabilise phase;
+            None for never.
     """
 
     delta: float = 1e-4
     tau: float = 1.0
     update_interval: int = 10
     stabilize_steps: int = 10_000
-    zero_out_interval: int = 100
+    zero_out_interval: int | None = 100
 
     @property
     def growth_steps(self) -> int:
@@ -54,6 +55,8 @@ class GrowthSchedule:
 
     def zeroed(self, layer_number: int, step: int) -> bool:
         """Whether layer number ``layer_number`` is held at zero after 0-based ``step``."""
+        if self.zero_out_interval is None:
+            return False
         return step - self.growth_steps >= (layer_number + 1) * self.zero_out_interval
 
     def check_zero_out(self, last_layer_number: int) -> None:
@@ -62,6 +65,8 @@ class GrowthSchedule:
         Raises:
             UserError: ``stabilize_steps`` ends before the last layer's turn.
         """
+        if self.zero_out_interval is None:
+            return
         needed = (last_layer_number + 1) * self.zero_out_interval + 1
         if self.stabilize_steps < needed:
             raise UserError(

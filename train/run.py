@@ -88,26 +88,44 @@ def place(run: Run, model: nn.Module) -> nn.Module:
 def choose_plan(run: Run, name: str, model: nn.Module, method: Method) -> PruningPlan | None:
     """The plan of a stage that begins: what its input was regularised for, or chosen now.
 
-    The plan of the run's first stage that has one is also the run's.
+    None for a stage that begins without one: its method picks the filters later.
     """
     stage = run.config.stages[name]
-    planning = [n for n, s in run.config.stages.items() if s.kind in ("regularize", "prune")]
-    if name not in planning:
+    if stage.kind not in ("regularize", "prune"):
         return None
-    if stage.input is not None and run.config.stages[stage.input].kind == "regularize":
+    if stage.kind == "regularize" and method.picks != "before":
+        return None
+    if stage.input is not None and _regularizes_for_a_plan(run.config, stage.input):
         plan = load_plan(run, stage.input)
     else:
         example = example_input_for(model)
         plan = method.select(model, run.config.pruning.ratios, example_input=example)
-    if run.is_main:
-        plan.save(run.stage_folder(name) / PLAN_FILE)
-        if name == planning[0]:
-            plan.save(run.folder / PLAN_FILE)
+    save_plan(run, name, plan)
     return plan
 
 
+def save_plan(run: Run, name: str, plan: PruningPlan) -> None:
+    """Write down a stage's plan; that of the run's first stage that has one is also the run's."""
+    if run.is_main:
+        plan.save(run.stage_folder(name) / PLAN_FILE)
+        config = run.config
+        with_plan = (
+            other
+            for other, stage in config.stages.items()
+            if stage.kind == "prune" or _regularizes_for_a_plan(config, other)
+        )
+        if name == next(with_plan):
+            plan.save(run.folder / PLAN_FILE)
+
+
+def _regularizes_for_a_plan(config: Config, name: str) -> bool:
+    """Whether a stage readies the network for the removal of filters that it knows."""
+    kind = config.stages[name].kind
+    return kind == "regularize" and config.stage_method(name).picks != "after"
+
+
 def load_plan(run: Run, name: str) -> PruningPlan:
-    """The plan that a stage wrote down when it began."""
+    """The plan that a stage wrote down."""
     return PruningPlan.load(run.stage_folder(name) / PLAN_FILE)
 
 
@@ -188,6 +206,8 @@ _HARMLESS = {
     "training": {
         "log_every",
         "statistics_every",
+        "trainability_every",
+        "trainability_images",
         "checkpoint_every",
         "keep_checkpoints",
         "evaluate_batch_size",

@@ -100,6 +100,24 @@ def test_value_and_gradient_of_all_ranks_average_to_the_reference(world_size, ch
             assert (ours.grad - theirs.grad).norm() <= 1e-10 * theirs.grad.norm(), name
 
 
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_without_the_gram_term_it_is_decay_alone(world_size):
+    net = network()
+    truth = copy.deepcopy(net)
+    expected = reference.penalty(truth, PLAN.pruned, NORMS, 0.25, 0.0)
+    expected.backward()
+    value = 0.0
+    for regularizer in regularizers(net, world_size, gram_weight=0.0):
+        share = sum(regularizer.penalty_terms_at(0.25).values()) / world_size
+        value += share.item()
+        share.backward()
+    assert value == pytest.approx(expected.item(), rel=1e-6)  # summed up in float32
+    for (name, ours), theirs in zip(net.named_parameters(), truth.parameters(), strict=True):
+        if theirs.grad is not None:
+            gap = (ours.grad - theirs.grad).norm() if ours.grad is not None else theirs.grad.norm()
+            assert gap <= 1e-6 * theirs.grad.norm(), name
+
+
 def task_loss(net: nn.Module, step: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(step)
     dtype = next(net.parameters()).dtype

@@ -13,7 +13,8 @@ from train.config import Config, load_config, steps_for
 from train.preflight import check_plans
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+# A sweep is no configuration of a run; tests/train/test_sweep.py has it.
+CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.stem != "table1")
 BASES = [path for path in CONFIGS if path.stem.endswith("base")]
 COMPLETE = [path for path in CONFIGS if path not in BASES]
 SHORTENED = [path for path in COMPLETE if path.stem.endswith("_short")]
@@ -43,6 +44,58 @@ PUBLISHED = {
     "resnet56_l1_pr0.7": (93.78, 92.26, 0.17, 3.59, 3.593),
     "resnet56_l1_pr0.9": (93.78, 86.75, 0.31, 11.41, 11.578),
     "resnet56_l1_pr0.95": (93.78, 83.03, 0.07, 19.31, 19.846),
+    "resnet56_scratch_pr0.9": (93.78, 88.36, 0.20, 11.41, 11.578),
+    "resnet56_l1_orthp_pr0.9": (93.78, 86.01, 0.34, 11.41, 11.578),
+    "resnet56_l1_kernorth_pr0.9": (93.78, 84.78, 0.34, 11.41, 11.578),
+    "resnet56_l1_orthconv_pr0.9": (93.78, 84.52, 0.27, 11.41, 11.578),
+    "resnet56_kernorth_l1_pr0.9": (93.78, 85.47, 0.20, 11.41, 11.578),
+    "resnet56_orthconv_l1_pr0.9": (93.78, 86.70, 0.07, 11.41, 11.578),
+    "resnet56_greg1_pr0.9": (93.78, None, None, None, 11.578),
+    "resnet56_greg2_pr0.9": (93.78, None, None, None, 11.578),
+}
+# name: its method with what the authors of each set, and the regularised stage's iterations
+RIVALS = {
+    "resnet56_scratch_pr0.9": ({"name": "scratch"}, None),
+    "resnet56_l1_orthp_pr0.9": ({"name": "l1+orthp", "gain": 2**0.5}, None),
+    "resnet56_l1_kernorth_pr0.9": (
+        {"name": "l1+kernorth", "strength": 0.1, "squared": False},
+        None,
+    ),
+    "resnet56_l1_orthconv_pr0.9": (
+        {"name": "l1+orthconv", "strength": 0.1, "squared": False},
+        None,
+    ),
+    "resnet56_kernorth_l1_pr0.9": (
+        {"name": "kernorth+l1", "strength": 0.1, "squared": False},
+        50_000,
+    ),
+    "resnet56_orthconv_l1_pr0.9": (
+        {"name": "orthconv+l1", "strength": 0.1, "squared": False},
+        50_000,
+    ),
+    "resnet56_greg1_pr0.9": (
+        {
+            "name": "greg1",
+            "delta": 1e-4,
+            "tau": 1.0,
+            "update_interval": 10,
+            "stabilize_steps": 10_000,
+        },
+        110_000,
+    ),
+    "resnet56_greg2_pr0.9": (
+        {
+            "name": "greg2",
+            "pick_delta": 1e-5,
+            "pick_ceiling": 0.01,
+            "kept_decay": -1e-4,
+            "delta": 1e-4,
+            "tau": 1.0,
+            "update_interval": 10,
+            "stabilize_steps": 10_000,
+        },
+        119_000,
+    ),
 }
 REMOVED_PERCENT = {"0.3": 31.14, "0.5": 49.82, "0.7": 70.58, "0.9": 90.45, "0.95": 95.18}
 
@@ -64,7 +117,11 @@ def load(name: str) -> Config:
 
 
 def of_kind(kind: str, dataset: str) -> list[Config]:
-    return [load(path.stem) for path in ROWS if kind in path.stem and path.parent.name == dataset]
+    return [
+        load(path.stem)
+        for path in ROWS
+        if kind in path.stem and path.parent.name == dataset and path.stem not in RIVALS
+    ]
 
 
 @pytest.mark.parametrize("path", COMPLETE, ids=by_name)
@@ -92,7 +149,10 @@ def test_head_says_what_to_expect_and_what_to_type(path: Path) -> None:
     assert f"accelerate launch train/main.py --config {by_name(path)} " in text + " "
     assert "data.root=/path/to/" in text
     dense, top1, std, _, speedup = PUBLISHED[path.stem]
-    assert f"top-1 {top1 or dense:.2f}" in text
+    if "_greg" in path.stem:
+        assert "no published figure" in text
+    else:
+        assert f"top-1 {top1 or dense:.2f}" in text
     for part in ("Reproduces:", "Expect:", "Takes:", "Run"):
         assert part in text
     if speedup is not None:
@@ -162,6 +222,23 @@ def test_published_settings_of_l1() -> None:
         assert config.method == {"name": "l1"}
         assert config.training.batch_size == 128
         check_finetuning(config, 5e-4, (120, [60, 90]))
+
+
+@pytest.mark.parametrize("name", RIVALS)
+def test_rivals_differ_from_tpp_in_their_method_alone(name: str) -> None:
+    config, tpp = load(name), load("resnet56_tpp_pr0.9")
+    method, iterations = RIVALS[name]
+    assert config.method == method
+    assert (config.pruning, config.data) == (tpp.pruning, tpp.data)
+    assert (config.training, config.model) == (tpp.training, tpp.model)
+    assert config.stages["finetune"] == tpp.stages["finetune"]
+    assert ("regularize" in config.stages) == (iterations is not None)
+    if iterations is not None:
+        stage = config.stages["regularize"]
+        assert stage.optimizer == tpp.stages["regularize"].optimizer
+        steps = config.stage_method("regularize").steps()
+        assert iterations == (steps or steps_for(stage.epochs or 0, 50_000, 128))
+        assert f"{iterations:,}" in head(next(path for path in ROWS if path.stem == name))
 
 
 @pytest.mark.parametrize("path", SHORTENED, ids=by_name)
@@ -247,7 +324,8 @@ def test_lengths_that_the_heads_state() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [name for name, figures in PUBLISHED.items() if figures[4] and "_l1_" not in name]
+    "name",
+    [name for name, f in PUBLISHED.items() if f[4] and "_l1_" not in name and name not in RIVALS],
 )
 def test_ratios_give_the_published_speedup(name: str) -> None:
     config = load(name)

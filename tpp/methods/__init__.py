@@ -1,4 +1,4 @@
-"""Pruning methods by name, one file each.
+"""Pruning methods by name, one small file each (or one for two that differ in when they act).
 
 A new method is a new file with a subclass of :class:`~tpp.methods.base.Method` and its name;
 nothing else changes.
@@ -19,7 +19,8 @@ def available_methods() -> dict[str, type[Method]]:
     if not _METHODS:
         for module in pkgutil.iter_modules(__path__):
             for item in vars(importlib.import_module(f"{__name__}.{module.name}")).values():
-                if isinstance(item, type) and issubclass(item, Method) and item is not Method:
+                # A class without a name of its own is what several methods have in common.
+                if isinstance(item, type) and issubclass(item, Method) and "name" in vars(item):
                     _METHODS[item.name] = item
     return _METHODS
 

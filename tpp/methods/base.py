@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
@@ -24,7 +24,9 @@ class TrainingContext:
 
     Attributes:
         stage: kind of the stage, ``regularize`` or ``finetune``.
-        plan: filters that go, or went; None for a plan that the method has yet to make.
+        plan: the filters that a regularised stage drives out, where they are picked before it
+            (see :attr:`Method.picks`); None for all else.
+        ratios: layer-name pattern to share of the filters to remove.
         rank: this process's rank.
         world_size: number of ranks over which gradients are averaged.
         example_input: a batch to trace the network with.
@@ -32,6 +34,7 @@ class TrainingContext:
 
     stage: str
     plan: PruningPlan | None
+    ratios: Mapping[str, float]
     rank: int
     world_size: int
     example_input: Tensor
@@ -42,11 +45,21 @@ class Method:
 
     The training loop knows a method by its hooks ``prepare``, ``loss_terms``, ``after_step`` and
     ``finished`` and nothing else. ``select`` and ``after_removal`` belong to the pruning stage.
+
+    Attributes:
+        name: in configurations.
+        title: in tables and plots.
+        settings_type: class of the hyper-parameters.
+        picks: when the filters to remove are picked, as seen from the regularised stage:
+            ``before`` it, by ``select``; ``during`` it, by the method itself, which then shows
+            them as ``plan``; or ``after`` it, when the pruning stage calls ``select``. Without a
+            regularised stage the pruning stage always calls ``select``.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     settings_type: ClassVar[type[Settings]] = Settings
+    picks: ClassVar[Literal["before", "during", "after"]] = "before"
 
     def __init__(self, settings: Any) -> None:
         self.settings = settings
@@ -56,6 +69,11 @@ class Method:
     ) -> PruningPlan:
         """Choose the filters to remove; by default those with the smallest L1 norms."""
         return select_filters(model, ratios, example_input=example_input)
+
+    @property
+    def plan(self) -> PruningPlan | None:
+        """The filters that were picked ``during`` the stage; None as long as none were."""
+        return None
 
     def check(self, model: nn.Module, plan: PruningPlan) -> None:
         """Raise UserError if the settings do not suit this model and plan (before training)."""

@@ -1,0 +1,58 @@
+"""What the methods that train with an orthogonality term in the loss have in common."""
+
+from typing import Annotated, ClassVar
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from tpp.methods import base
+from tpp.orthogonality import Form, OrthogonalityPenalty
+
+
+class Settings(base.Settings):
+    """Hyper-parameters of an orthogonality term.
+
+    The papers define the sum over layers of squared Frobenius norms. The public code of OrthConv,
+    and after it that of TPP, sums the norms themselves with weight 0.1; these are the defaults.
+
+    Attributes:
+        strength: weight of the term in the loss.
+        squared: whether the norms are squared.
+    """
+
+    strength: Annotated[float, Field(ge=0)] = 0.1
+    squared: bool = False
+
+
+class OrthogonalTraining(base.Method):
+    """L1 pruning with an orthogonality term in one of its training stages.
+
+    Attributes:
+        form: the measure, see :class:`tpp.orthogonality.OrthogonalityPenalty`.
+        stage: kind of the stage that has the term: ``finetune``, or ``regularize`` for training
+            of the dense network, after which filters are picked from the weights as they are then.
+    """
+
+    settings_type: ClassVar[type[base.Settings]] = Settings
+    form: ClassVar[Form]
+    stage: ClassVar[str]
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        self._penalty: OrthogonalityPenalty | None = None
+
+    def prepare(self, model: nn.Module, context: base.TrainingContext) -> None:
+        """Share the layers out among the ranks, if this is the stage that has the term."""
+        if context.stage == self.stage:
+            self._penalty = OrthogonalityPenalty(
+                model,
+                self.form,
+                strength=self.settings.strength,
+                squared=self.settings.squared,
+                rank=context.rank,
+                world_size=context.world_size,
+            )
+
+    def loss_terms(self, step: int) -> dict[str, Tensor]:
+        """The orthogonality term, this rank's share."""
+        return {"orthogonality": self._penalty()} if self._penalty else {}
