@@ -1,14 +1,18 @@
 """What only a GPU can show, in parts that resume where they stopped.
 
-    python -m benchmarks.gpu [--parts NAME,NAME] [--again] [--output FILE]
+    python -m benchmarks.gpu --data CIFAR10 [--parts NAME,NAME] [--again] [--output FILE]
 
 trajectory  the regularised stage on the CPU and on the GPU from the same weights and batches, in
             float32: how far losses and weights are apart after each step
+graph       the penalty replayed from a CUDA graph while weights and lambda change, against eager
 penalty     a training step of ResNet-50 at 2.31x, batch 256, bf16, with and without the penalty,
-            in turn: the penalty's share of the step
+            in turn: the penalty's share of the step and of its memory; and the textbook way
+resnet56    the PR 0.9 column of the paper's Table 1: dense, TPP, L1 and GReg-1 by the published
+            schedules in full, on the folder ``--data`` with CIFAR-10's train/ and test/
 
 Each part's result is written to benchmarks/results/gpu.json as soon as it is there, and a part
-that has one is skipped. ``--device cpu --tiny`` tries the script where there is no GPU.
+that has one is skipped. After ``--minutes`` resnet56 saves what it has in ``--work`` and stops;
+the next call goes on. ``--device cpu --tiny`` tries the script where there is no GPU.
 """
 
 import argparse
@@ -18,6 +22,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +30,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks import resnet56
+from benchmarks.penalty import textbook_penalty
 from tpp.errors import UserError, run_command
 from tpp.models import build_model, example_input_for
 from tpp.plan import PruningPlan
@@ -38,9 +45,29 @@ RATIOS_2_31X = {"layer[1-3]*conv[1-2]": 0.60, "layer4*conv[1-2]": 0.21}
 Result = dict[str, Any]
 
 
-def trajectory(device: torch.device, tiny: bool) -> Result:
+@dataclass(frozen=True)
+class Options:
+    """Where and how the parts run.
+
+    Attributes:
+        device: CUDA, or the CPU to try the script.
+        tiny: sizes for trying the script.
+        data: folder with CIFAR-10.
+        work: folder for what is resumed from.
+        minutes: when to stop and save.
+    """
+
+    device: torch.device
+    tiny: bool = False
+    data: Path | None = None
+    work: Path = Path("runs/gpu")
+    minutes: float = 7.0
+
+
+def trajectory(options: Options) -> Result:
     """Compare the CPU's and the device's trajectory over a regularised stage in float32."""
-    steps, batch = (4, 8) if tiny else (20, 128)
+    device = options.device
+    steps, batch = (4, 8) if options.tiny else (20, 128)
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     torch.manual_seed(0)
@@ -88,8 +115,57 @@ def _regularize(
     return losses, [parameter.detach().cpu() for parameter in model.parameters()]
 
 
-def penalty(device: torch.device, tiny: bool) -> Result:
+def graph(options: Options) -> Result:
+    """Replay the penalty from a CUDA graph; on the CPU, which has none, call it again."""
+    device = options.device
+    torch.manual_seed(0)
+    model = build_model("cifar_resnet20", 10).to(device)
+    regularizer = Regularizer(model, select_filters(model, {"layer*.conv1": 0.5}))
+    strength = torch.zeros((), device=device)
+
+    def backward() -> Tensor:
+        for parameter in model.parameters():
+            parameter.grad = None
+        terms = regularizer.penalty_terms_at(strength)
+        value = terms["gram"] + terms["decay"]
+        value.backward()
+        return value
+
+    def gradients() -> Tensor:
+        found = [p.grad.flatten().clone() for p in model.parameters() if p.grad is not None]
+        return torch.cat(found)
+
+    value, replay = backward(), backward
+    if device.type == "cuda":
+        captured = torch.cuda.CUDAGraph()
+        for parameter in model.parameters():
+            parameter.grad = None
+        with torch.cuda.graph(captured):
+            value = backward()
+
+        def replay() -> Tensor:
+            captured.replay()
+            return value
+
+    worst = 0.0
+    for turn in range(1, 6):
+        strength.fill_(0.2 * turn)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.1)
+        replayed, of_replay = replay().item(), gradients()
+        kept = [parameter.grad for parameter in model.parameters()]
+        eager, of_eager = backward().item(), gradients()
+        for parameter, grad in zip(model.parameters(), kept, strict=True):
+            parameter.grad = grad  # the graph writes into these
+        worst = max(worst, abs(replayed / eager - 1))
+        worst = max(worst, ((of_replay - of_eager).norm() / of_eager.norm()).item())
+    return {"relative_difference": worst}
+
+
+def penalty(options: Options) -> Result:
     """Time a training step with and without the penalty, in turn."""
+    device, tiny = options.device, options.tiny
     batch, side, pairs = (2, 64, 2) if tiny else (256, 224, 30)
     torch.manual_seed(0)
     model = build_model("resnet50", 1000).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -100,26 +176,56 @@ def penalty(device: torch.device, tiny: bool) -> Result:
     images = images.contiguous(memory_format=torch.channels_last)
     labels = torch.randint(0, 1000, (batch,), device=device)
 
-    def step(with_penalty: bool) -> float:
+    def step(extra: Callable[[], Tensor] | None) -> tuple[float, int]:
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
         started = _now(device)
         with torch.autocast(device.type, dtype=torch.bfloat16):
             loss = F.cross_entropy(model(images), labels)
-        if with_penalty:
-            loss = loss + regularizer.penalty(10_000)
+        if extra is not None:
+            loss = loss + extra()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        return _now(device) - started
+        taken = _now(device) - started
+        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+        return taken, peak
 
-    for _ in range(3 if not tiny else 1):
-        step(True), step(False)
-    pairs_of_times = [(step(True), step(False)) for _ in range(pairs)]
+    ways: dict[str, Callable[[], Tensor] | None] = {
+        "without": None,
+        "ours": lambda: regularizer.penalty(10_000),
+        "textbook": lambda: textbook_penalty(model, plan, 1.0),
+    }
+    found: dict[str, list[tuple[float, int]]] = {name: [] for name in ways}
+    warm_up = 1 if tiny else 3
+    for turn in range(warm_up + pairs):
+        for name, extra in ways.items():
+            # The textbook way launches thousands of kernels: a few turns tell.
+            if name != "textbook" or turn < warm_up + 5:
+                taken = step(extra)
+                if turn >= warm_up:
+                    found[name].append(taken)
+    ratios = [a[0] / b[0] for a, b in zip(found["ours"], found["without"], strict=True)]
+    times = {name: statistics.median(t for t, _ in taken) for name, taken in found.items()}
+    peaks = {name: max(peak for _, peak in taken) for name, taken in found.items()}
     return {
         "batch": batch,
-        "step_ms": 1e3 * statistics.median(without for _, without in pairs_of_times),
-        "step_with_penalty_ms": 1e3 * statistics.median(full for full, _ in pairs_of_times),
-        "ratio": statistics.median(full / without for full, without in pairs_of_times),
+        "step_ms": 1e3 * times["without"],
+        "step_with_penalty_ms": 1e3 * times["ours"],
+        "ratio": statistics.median(ratios),
+        "step_with_textbook_penalty_ms": 1e3 * times["textbook"],
+        "peak_mib": peaks["without"] / 2**20,
+        "peak_with_penalty_mib": peaks["ours"] / 2**20,
     }
+
+
+def resnet56_column(options: Options) -> Result:
+    """The PR 0.9 column of Table 1, by the published schedules in full."""
+    if options.tiny:
+        data = resnet56.random_images(128, options.device)
+        return resnet56.run(data, options.work, minutes=options.minutes, steps_limit=2)
+    data = resnet56.load_or_refuse(options.data, options.device)
+    return resnet56.run(data, options.work, minutes=options.minutes)
 
 
 def _now(device: torch.device) -> float:
@@ -128,9 +234,11 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-PARTS: dict[str, Callable[[torch.device, bool], Result]] = {
+PARTS: dict[str, Callable[[Options], Result]] = {
     "trajectory": trajectory,
+    "graph": graph,
     "penalty": penalty,
+    "resnet56": resnet56_column,
 }
 
 
@@ -146,19 +254,28 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, to try the script")
     parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--data", type=Path, help="CIFAR-10: train/ and test/ of class folders")
+    parser.add_argument("--work", type=Path, default=Options.work, help="kept between calls")
+    parser.add_argument("--minutes", type=float, default=Options.minutes, help="then save and stop")
     arguments = parser.parse_args()
     unknown = [name for name in arguments.parts.split(",") if name not in PARTS]
     if unknown:
         raise UserError(f"--parts: no part {unknown[0]!r}; there are: {', '.join(PARTS)}")
     if arguments.device != "cpu" and not torch.cuda.is_available():
         raise UserError("no GPU here; to try the script: --device cpu --tiny --output FILE")
-    device = torch.device(arguments.device)
+    options = Options(
+        device=torch.device(arguments.device),
+        tiny=arguments.tiny,
+        data=arguments.data,
+        work=arguments.work,
+        minutes=arguments.minutes,
+    )
     done = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
     for name in arguments.parts.split(","):
-        if name in done and not arguments.again:
+        if done.get(name, {}).get("complete", name in done) and not arguments.again:
             print(f"{name}: done before")
             continue
-        done[name] = {**PARTS[name](device, arguments.tiny), "on": _machine(device)}
+        done[name] = {**PARTS[name](options), "on": _machine(options.device)}
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps(done, indent=1) + "\n")
         print(f"{name}: {json.dumps(done[name])}")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu import trajectory
+from benchmarks.gpu import Options, graph, trajectory
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -20,25 +20,54 @@ def gpu(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_every_part_runs_at_tiny_sizes_and_is_not_run_twice(tmp_path):
     output = tmp_path / "gpu.json"
-    first = gpu("--device", "cpu", "--tiny", "--output", str(output))
+    tiny = ("--device", "cpu", "--tiny", "--output", str(output), "--work", str(tmp_path / "work"))
+    stopped = gpu(*tiny, "--parts", "resnet56", "--minutes", "0")
+    assert stopped.returncode == 0, stopped.stderr
+    assert not json.loads(output.read_text())["resnet56"]["complete"]
+    first = gpu(*tiny)
     assert first.returncode == 0, first.stderr
     results = json.loads(output.read_text())
-    assert set(results) == {"trajectory", "penalty"}
+    assert set(results) == {"trajectory", "graph", "penalty", "resnet56"}
+    assert results["graph"]["relative_difference"] < 1e-6
+    column = results["resnet56"]
+    assert column["complete"]
+    assert list(column["stages"]) == [
+        "dense", "tpp_regularize", "tpp_finetune", "l1_finetune", "greg1_regularize",
+        "greg1_finetune",
+    ]  # fmt: skip
+    assert all(stage["steps"] == 2 for stage in column["stages"].values())
     # The CPU against itself: nothing may differ, or the comparison compares the wrong things.
     assert results["trajectory"]["weights_relative_difference"] == 0
     assert results["penalty"]["ratio"] > 0
-    again = gpu("--device", "cpu", "--tiny", "--output", str(output))
-    assert again.stdout.count("done before") == 2
+    again = gpu(*tiny)
+    assert again.stdout.count("done before") == 4
 
 
 def test_an_unknown_part_is_one_line():
     result = gpu("--parts", "penalti")
     assert result.returncode == 2
-    assert result.stderr == "error: --parts: no part 'penalti'; there are: trajectory, penalty\n"
+    expected = (
+        "error: --parts: no part 'penalti'; there are: trajectory, graph, penalty, resnet56\n"
+    )
+    assert result.stderr == expected
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_the_column_needs_images(tmp_path):
+    result = gpu("--device", "cpu", "--parts", "resnet56", "--output", str(tmp_path / "gpu.json"))
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: resnet56: needs --data") and "\n" in result.stderr
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+@needs_gpu
 def test_cpu_and_gpu_give_the_same_trajectory():
-    found = trajectory(torch.device("cuda"), tiny=False)
+    found = trajectory(Options(torch.device("cuda")))
     assert found["loss_relative_difference_first"] < 1e-5
     assert found["weights_relative_difference"] < 1e-3
+
+
+@needs_gpu
+def test_a_cuda_graph_replays_the_penalty():
+    assert graph(Options(torch.device("cuda")))["relative_difference"] < 1e-6
