@@ -42,18 +42,15 @@ class Block:
         block: the pruned filters B of this block, as rows of the layer's weight.
         others: the matrix's other pruned filters, which belong to other blocks.
         kept: the matrix's kept filters K.
+        rows: all filters of the matrix, a stretch of the weight's rows.
         filters: n of the layer, all groups together.
     """
 
     block: tuple[int, ...]
     others: tuple[int, ...]
     kept: tuple[int, ...]
+    rows: range
     filters: int
-
-    @property
-    def order(self) -> tuple[int, ...]:
-        """All rows of the gram matrix, the block's first and the kept ones last."""
-        return (*self.block, *self.others, *self.kept)
 
 
 class BlockBatch:
@@ -66,19 +63,24 @@ class BlockBatch:
 
     def __init__(self, blocks: Mapping[str, Sequence[Block]]) -> None:
         self.names = list(blocks)
-        first = blocks[self.names[0]][0]
-        self.size, self.rows = len(first.block), len(first.order)
-        self.first_kept = self.rows - len(first.kept)
-        self.filters = first.filters
-        self._orders = [
-            torch.tensor([row for block in blocks[name] for row in block.order], dtype=torch.int64)
-            for name in self.names
+        every = [block for of_weight in blocks.values() for block in of_weight]
+        self.filters = every[0].filters
+        self.rows = len(every[0].rows)
+        # A gram matrix's rows stand together in the weight: which of these stretches are needed.
+        stretches = [[block.rows[0] // self.rows for block in of] for of in blocks.values()]
+        all_of_them = list(range(self.filters // self.rows))
+        self._stretches = [
+            None if of == all_of_them else torch.tensor(of, dtype=torch.int64) for of in stretches
         ]
-        # Where all of a weight's rows are there, putting them back is a gather as well.
-        self._inverses = [
-            order.argsort() if len(order) == self.filters else None for order in self._orders
-        ]
-        self._placed: dict[torch.device, tuple[list[Tensor], list[Tensor | None]]] = {}
+        self._block, self._kept, self._others = (
+            torch.tensor([[row % self.rows for row in rows] for rows in of_kind]).long()
+            for of_kind in zip(*((b.block, b.kept, b.others) for b in every), strict=True)
+        )
+        size, kept = self._block.shape[1], self._kept.shape[1]
+        # The product of the whole matrix M o G with W has a block of zeros that could be left
+        # out; below so many multiply-adds per weight, leaving it out costs more in copies.
+        self.whole_product = self.rows**2 - size * (self.rows + kept) <= 64 * self.rows
+        self._placed: dict[torch.device, _Indices] = {}
 
     def penalty(self, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Gram penalty and filter decay of the blocks.
@@ -101,36 +103,66 @@ class BlockBatch:
             weights = [w if w.dtype in exact else w.float() for w in weights]
             return _BatchPenalty.apply(self, *weights)
 
-    def gather(self, weights: Sequence[Tensor]) -> Tensor:
-        """The gram matrices' filters, in each the block's first, kept ones last: (m, rows, d)."""
-        orders, _ = self._indices(weights[0].device)
-        parts = [
-            _flat(weight).index_select(0, order)
-            for weight, order in zip(weights, orders, strict=True)
-        ]
-        rows = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return rows.view(-1, self.rows, rows.shape[1])
+    def stack(self, weights: Sequence[Tensor]) -> Tensor:
+        """The gram matrices' filters, (matrices, rows, d); a view if it is all of one weight."""
+        indices = self.indices(weights[0].device)
+        parts = []
+        for weight, stretches in zip(weights, indices.stretches, strict=True):
+            rows = _flat(weight).unflatten(0, (-1, self.rows))
+            parts.append(rows if stretches is None else rows.index_select(0, stretches))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def scatter(self, rows: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
-        """What :meth:`gather` took, back where it was in every weight; zero elsewhere."""
-        orders, inverses = self._indices(rows.device)
-        parts = rows.flatten(0, 1).split([len(order) for order in orders])
+    def unstack(self, grad: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+        """Gradients of the weights from that of what :meth:`stack` made; zero elsewhere."""
+        indices = self.indices(grad.device)
+        counts = [self.filters // self.rows if of is None else len(of) for of in indices.stretches]
         result = []
-        for weight, part, order, inverse in zip(weights, parts, orders, inverses, strict=True):
-            if inverse is not None:
-                flat = part.index_select(0, inverse)
-            else:
-                flat = part.new_zeros(weight.shape[0], part.shape[1]).index_copy_(0, order, part)
-            result.append(_unflat(flat, weight))
+        for weight, stretches, part in zip(
+            weights, indices.stretches, grad.split(counts), strict=True
+        ):
+            if stretches is not None:
+                whole = part.new_zeros(self.filters // self.rows, *part.shape[1:])
+                part = whole.index_copy_(0, stretches, part)
+            result.append(_unflat(part.flatten(0, 1), weight))
         return result
 
-    def _indices(self, device: torch.device) -> tuple[list[Tensor], list[Tensor | None]]:
+    def indices(self, device: torch.device) -> "_Indices":
+        """Where blocks and kept filters stand in the stacked matrices, on ``device``."""
         if device not in self._placed:
-            self._placed[device] = (
-                [order.to(device) for order in self._orders],
-                [None if inverse is None else inverse.to(device) for inverse in self._inverses],
+            first = self.rows * torch.arange(len(self._block))[:, None]
+            self._placed[device] = _Indices(
+                stretches=[None if of is None else of.to(device) for of in self._stretches],
+                columns=self._block.unsqueeze(2).to(device),
+                block=(self._block + first).flatten().to(device),
+                kept=(self._kept + first).flatten().to(device),
+                others=(self._others + first).flatten().to(device),
+                kept_columns=self._kept.unsqueeze(1).to(device),
+                weight_of_column=torch.ones(len(self._kept), 1, self.rows)
+                .scatter_(2, self._kept.unsqueeze(1), 2.0)
+                .to(device),
             )
         return self._placed[device]
+
+
+@dataclass(frozen=True)
+class _Indices:
+    """Of a batch of m gram matrices with blocks of b and k kept filters, on one device.
+
+    Attributes:
+        stretches: per weight which of its matrices are in the batch; None for all.
+        columns: (m, b, 1) the block's filters, as columns of their matrix.
+        block, kept, others: all blocks', kept and other filters, as rows of the stacked matrices.
+        kept_columns: (m, 1, k) kept filters as columns.
+        weight_of_column: (m, 1, rows) 2 for kept filters, 1 for pruned ones.
+    """
+
+    stretches: list[Tensor | None]
+    columns: Tensor
+    block: Tensor
+    kept: Tensor
+    others: Tensor
+    kept_columns: Tensor
+    weight_of_column: Tensor
 
 
 class _BatchPenalty(torch.autograd.Function):
@@ -138,33 +170,48 @@ class _BatchPenalty(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, batch: BlockBatch, *weights: Tensor) -> tuple[Tensor, Tensor]:
-        rows = batch.gather(weights)
-        block = rows[:, : batch.size]
-        gram = block @ rows.mT
-        # The rows are gathered once more in backward rather than kept: G is the smaller by far.
-        ctx.save_for_backward(gram, *weights)
+        indices = batch.indices(weights[0].device)
+        W = batch.stack(weights)
+        W_B = _select(W, indices.block)
+        G_B = W_B @ W.mT
+        # Of the weights' copies nothing is kept for backward: G is the smaller by far.
+        ctx.save_for_backward(G_B, *weights)
         ctx.batch = batch
-        # 2 * (kept columns) + 1 * (pruned columns) = (all columns) + (kept columns)
-        kept = gram[:, :, batch.first_kept :]
-        value = (gram.square().sum() + kept.square().sum()) / batch.filters**2
-        return value, 0.5 * block.square().sum()
+        value = (G_B.square() * indices.weight_of_column).sum() / batch.filters**2
+        return value, 0.5 * W_B.square().sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_gram: Tensor, grad_decay: Tensor) -> tuple[Tensor | None, ...]:
-        gram, *weights = ctx.saved_tensors
-        batch = ctx.batch
-        rows = batch.gather(weights)
-        block = rows[:, : batch.size]
-        factors = gram * (grad_gram * (4.0 / batch.filters**2))
-        # The decay of row i is one more multiple of row i: it costs a diagonal, not a pass over W.
-        factors.diagonal(dim1=1, dim2=2).add_(grad_decay)
-        grad = torch.empty_like(rows)
-        torch.bmm(factors, rows, out=grad[:, : batch.size])
-        grad[:, batch.size : batch.first_kept] = 0.0
-        kept = factors[:, :, batch.first_kept :].mT
-        torch.bmm(kept, block, out=grad[:, batch.first_kept :])
-        return None, *batch.scatter(grad, weights)
+        G_B, *weights = ctx.saved_tensors
+        batch: BlockBatch = ctx.batch
+        indices = batch.indices(G_B.device)
+        W = batch.stack(weights)
+        M_B = G_B * (grad_gram * (4.0 / batch.filters**2))
+        # The decay of filter i is one more multiple of filter i: it costs an entry, not a pass
+        # over the weights.
+        M_B.scatter_add_(2, indices.columns, grad_decay.to(M_B.dtype).expand(indices.columns.shape))
+        M_BK = M_B.gather(2, indices.kept_columns.expand(-1, M_B.shape[1], -1))
+        if batch.whole_product:
+            M = M_B.new_zeros(len(W) * batch.rows, batch.rows)
+            M.index_copy_(0, indices.block, M_B.flatten(0, 1))
+            M_K = M_B.new_zeros(len(W), M_BK.shape[2], batch.rows)
+            M_K.scatter_(2, indices.columns.mT.expand(-1, M_K.shape[1], -1), M_BK.mT)
+            M.index_copy_(0, indices.kept, M_K.flatten(0, 1))
+            grad = M.view(-1, batch.rows, batch.rows) @ W
+        else:
+            grad = torch.empty_like(W)
+            rows = grad.view(-1, W.shape[2])
+            rows.index_copy_(0, indices.block, (M_B @ W).flatten(0, 1))
+            W_B = _select(W, indices.block)
+            rows.index_copy_(0, indices.kept, (M_BK.mT @ W_B).flatten(0, 1))
+            rows.index_fill_(0, indices.others, 0.0)
+        return None, *batch.unstack(grad, weights)
+
+
+def _select(W: Tensor, rows: Tensor) -> Tensor:
+    """Rows of stacked matrices, equally many of each: (matrices, b, d)."""
+    return W.flatten(0, 1).index_select(0, rows).view(len(W), -1, W.shape[2])
 
 
 def make_batches(
@@ -181,10 +228,10 @@ def make_batches(
     for name, block in blocks:
         row_size = row_sizes[name]
         shape = (row_size, len(block.block), len(block.others), len(block.kept), block.filters)
-        entries[shape] = entries.get(shape, 0) + row_size * len(block.order)
+        entries[shape] = entries.get(shape, 0) + row_size * len(block.rows)
         if shape not in batches or entries[shape] > _BATCH_ENTRIES:
             batches.setdefault(shape, []).append({})
-            entries[shape] = row_size * len(block.order)
+            entries[shape] = row_size * len(block.rows)
         batches[shape][-1].setdefault(name, []).append(block)
     return [BlockBatch(batch) for of_shape in batches.values() for batch in of_shape]
 
@@ -210,6 +257,7 @@ def layer_blocks(
                 block=tuple(row for row in members if row in owned),
                 others=tuple(row for row in members if row in gone and row not in owned),
                 kept=tuple(row for row in members if row not in gone),
+                rows=members,
                 filters=filters,
             )
         )

@@ -75,6 +75,7 @@ def test_blocks_of_many_layers_add_up_to_the_whole(several, data):
         ]  # fmt: skip
         sizes = {str(number): weight[0].numel() for number, (weight, _, _) in enumerate(several)}
         for batch in make_batches(blocks, sizes):
+            batch.whole_product = data.draw(st.booleans())  # two ways to the same gradient
             gram, decay = batch.penalty([ours[int(name)] for name in batch.names])
             total = total + gram + 3.0 * decay
     for weight, (_, pruned, groups) in zip(truth, several, strict=True):
@@ -99,6 +100,17 @@ def test_a_convolution_in_groups_costs_what_the_dense_one_that_it_is_costs():
     assert tpp.gram_penalty(conv.weight, pruned, groups=2).item() == pytest.approx(
         tpp.gram_penalty(dense, pruned).item(), rel=1e-12
     )
+
+
+def test_the_way_to_the_gradient_is_chosen_by_cost():
+    """Few pruned filters of many: the zeros are left out. Small layers: they cost nothing."""
+    ways = {
+        (filters, pruned): make_batches([("w", layer_blocks(filters, range(pruned))[0])], {"w": 9})[
+            0
+        ].whole_product
+        for filters, pruned in ((512, 108), (512, 256), (256, 154), (64, 20))
+    }
+    assert list(ways.values()) == [False, False, True, True]
 
 
 def test_large_layers_are_not_copied_side_by_side():
