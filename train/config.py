@@ -154,6 +154,9 @@ class TrainingSection(Section):
         evaluate_batch_size: per rank; null for that of training.
         log_every: steps between lines in log.jsonl and TensorBoard.
         statistics_every: steps between the per-layer statistics of the method.
+        trainability_every: steps between measurements of the Jacobian's singular values, from
+            before the first step to the end of every training stage; null for none.
+        trainability_images: validation images to measure them at, at most.
         checkpoint_every: steps between checkpoints that an interrupted stage resumes from.
         keep_checkpoints: how many of these are kept while the stage runs.
     """
@@ -167,6 +170,8 @@ class TrainingSection(Section):
     evaluate_batch_size: PositiveInt | None = None
     log_every: PositiveInt = 50
     statistics_every: PositiveInt = 250
+    trainability_every: PositiveInt | None = None
+    trainability_images: PositiveInt = 64
     checkpoint_every: PositiveInt = 1000
     keep_checkpoints: PositiveInt = 2
 
@@ -317,7 +322,7 @@ class Config(Section):
         try:
             return method(method.settings_type(**settings))
         except ValidationError as error:
-            raise ValueError("\n".join(_lines(error, method.settings_type, prefix=key))) from None
+            raise ValueError("\n".join(mistakes(error, method.settings_type, prefix=key))) from None
 
 
 def load_config(path: str | Path | None, overrides: Iterable[str] = ()) -> Config:
@@ -331,13 +336,13 @@ def load_config(path: str | Path | None, overrides: Iterable[str] = ()) -> Confi
         UserError: with one line per mistake, each naming the file and the key.
     """
     path = Path(path) if path is not None else DEMO
-    data = _read(path, ())
+    data = read_yaml(path)
     for override in overrides:
         data = _merge(data, _parse_override(override))
     try:
         return Config.model_validate(data)
     except ValidationError as error:
-        raise UserError("\n".join(f"{path}: {line}" for line in _lines(error, Config))) from None
+        raise UserError("\n".join(f"{path}: {line}" for line in mistakes(error, Config))) from None
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -387,7 +392,16 @@ def _parse(text: str, source: str) -> Any:
         raise UserError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
-def _read(path: Path, extended_by: tuple[Path, ...]) -> dict[str, Any]:
+def read_yaml(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A YAML file as plain data, with all that it extends merged in.
+
+    Args:
+        path: the file.
+        extended_by: the files that lead to it, the first one first.
+
+    Raises:
+        UserError: it cannot be read, is not YAML, or extends itself.
+    """
     try:
         resolved = path.resolve()
         text = path.read_text(encoding="utf-8")
@@ -405,7 +419,7 @@ def _read(path: Path, extended_by: tuple[Path, ...]) -> dict[str, Any]:
         return data
     if not isinstance(base, str):
         raise UserError(f"{path}: extends: expected the path of a YAML file")
-    return _merge(_read(path.parent / base, (*extended_by, resolved)), data)
+    return _merge(read_yaml(path.parent / base, (*extended_by, resolved)), data)
 
 
 def _merge(base: Any, new: Any, where: tuple[str, ...] = ()) -> Any:
@@ -439,7 +453,7 @@ def _parse_override(override: str) -> dict[str, Any]:
     return value
 
 
-def _lines(error: ValidationError, model: type[BaseModel], prefix: str = "") -> list[str]:
+def mistakes(error: ValidationError, model: type[BaseModel], prefix: str = "") -> list[str]:
     """One line for each mistake: the key, what is wrong, and what would be right."""
     lines = []
     for problem in error.errors():
@@ -454,7 +468,7 @@ def _lines(error: ValidationError, model: type[BaseModel], prefix: str = "") -> 
             )
         elif problem["type"] == "missing":
             message = "this key is missing"
-        elif "[key]" in problem["loc"]:
+        elif "[key]" in problem["loc"] and problem["type"] == "string_type":
             message = f"keys should be strings, not {problem['input']!r}"
         elif problem["type"] != "value_error":
             message = f"{message[0].lower()}{message[1:]}, not {problem['input']!r}"

@@ -1,6 +1,7 @@
 """Report runs beside each other and beside the published row: text, HTML and one picture.
 
     python -m train.report RUN [RUN ...] [--output DIR]
+    python -m train.report --table 1
 
 RUN is a run folder; what is drawn and tabled comes from its results.json, log.jsonl and
 config.yaml. A run that is still going is reported as far as it has come.
@@ -35,6 +36,7 @@ from train.config import PublishedSection
 
 LogEntry = dict[str, Any]
 
+TABLES = {"1": Path(__file__).resolve().parents[1] / "configs" / "cifar10" / "table1.yaml"}
 # What names a run and where it is, rather than what it does.
 _IDENTITY = ("name", "output", "published")
 # Weights of pruned filters end at exactly zero, which a log axis cannot show.
@@ -137,7 +139,7 @@ def load_run(folder: Path) -> RunRecord:
     """
     path = folder / "results.json"
     if path.exists():
-        results = _read_results(path)
+        results = read_results(path)
     elif (folder / "log.jsonl").exists():
         results = Results(name=folder.resolve().name)
     else:
@@ -239,7 +241,12 @@ def write_report(runs: Sequence[RunRecord], output: Path) -> tuple[Path, Path]:
 # Reading
 
 
-def _read_results(path: Path) -> Results:
+def read_results(path: Path) -> Results:
+    """Read a results.json.
+
+    Raises:
+        UserError: it cannot be read, or is not the results of a run.
+    """
     try:
         return Results.model_validate(json.loads(path.read_text(encoding="utf-8")))
     except ValidationError as error:
@@ -893,14 +900,36 @@ def main() -> None:
         description="Report runs beside each other and beside the published row.",
         epilog="example: python -m train.report runs/resnet56_tpp_pr0.9 runs/resnet56_l1_pr0.9",
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder")
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run folder")
     parser.add_argument(
         "--output",
         type=Path,
         metavar="DIR",
-        help="where report.html and report.png go; default: the first RUN",
+        help="where report.html and report.png go; default: the first RUN (with --table: the "
+        "folder of the sweep's runs; default: what the sweep's file says)",
+    )
+    parser.add_argument(
+        "--table",
+        choices=sorted(TABLES),
+        help="print a whole table of the paper, as far as its sweep has come",
+    )
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="with --table: another sweep of its kind"
     )
     arguments = parser.parse_args()
+    if bool(arguments.runs) == bool(arguments.table):
+        parser.error("name run folders, or a table with --table")
+    if arguments.config and not arguments.table:
+        parser.error("--config goes with --table")
+    if arguments.table:
+        from train.table import report_table  # it imports this module
+
+        report_table(
+            arguments.config or TABLES[arguments.table],
+            arguments.output,
+            Console(width=None if sys.stdout.isatty() else 100),
+        )
+        return
     runs = [load_run(folder) for folder in arguments.runs]
     console = _console()
     for grid in _grids(runs):

@@ -1,0 +1,179 @@
+"""A real SLURM cluster on this one machine: munge, the controller and two nodes."""
+
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "squeue", "sinfo")
+CONFIGURATION = """\
+ClusterName=tiny
+SlurmctldHost=localhost
+SlurmctldPort={controller}
+SlurmUser=root
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket
+StateSaveLocation={folder}/state
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdPidFile={folder}/slurmd-%n.pid
+SlurmdLogFile={folder}/slurmd-%n.log
+SlurmdSpoolDir={folder}/spool-%n
+SlurmdParameters=config_overrides
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+MpiDefault=none
+SwitchType=switch/none
+ReturnToService=2
+KillWait=2
+SchedulerParameters=sched_interval=1,bf_interval=1
+GresTypes=gpu
+NodeName=node1 NodeHostname=localhost Port={node1} CPUs=4 Gres=gpu:1
+NodeName=node2 NodeHostname=localhost Port={node2} CPUs=4 Gres=gpu:1
+PartitionName=all Nodes=node[1-2] Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+@dataclass
+class Cluster:
+    """Two nodes of 4 cores and one GPU each, as far as SLURM knows.
+
+    Attributes:
+        folder: configuration, state and logs of the daemons.
+        environment: what SLURM's commands need to find this cluster.
+    """
+
+    folder: Path
+    environment: dict[str, str]
+    daemons: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    def start(self, *command: str | Path) -> None:
+        """Start a daemon that stays in the foreground."""
+        with (self.folder / f"{Path(command[0]).name}.out").open("ab") as out:
+            self.daemons.append(
+                subprocess.Popen(command, env=self.environment, stdout=out, stderr=out)
+            )
+
+    def command(self, *command: str, **variables: str) -> str:
+        """Run a command, which has to succeed; returns what it prints."""
+        done = subprocess.run(
+            command,
+            env={**self.environment, **variables},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+        return done.stdout
+
+    def jobs(self) -> dict[str, str]:
+        """State of every job and array task that is not long gone, such as {"4_1": "RUNNING"}."""
+        # An array's pending tasks share a line unless -r asks for one each.
+        lines = self.command("squeue", "-h", "-r", "-t", "all", "-o", "%i %T").splitlines()
+        return dict(line.split() for line in lines)
+
+    def wait_until(self, what: str, condition: Callable[[], bool], seconds: float = 60) -> None:
+        """Wait for a condition; on failure say what the daemons logged."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            ended = [daemon.args for daemon in self.daemons if daemon.poll() is not None]
+            if ended or time.monotonic() > deadline:
+                logs = [*self.folder.glob("*.log"), *self.folder.glob("*.out")]
+                tails = [f"--- {log}\n{log.read_text()[-2000:]}" for log in sorted(logs)]
+                pytest.fail("\n".join((f"no {what}; ended: {ended}; {self.jobs()}", *tails)))
+            time.sleep(0.2)
+
+    def stop(self) -> None:
+        """End all jobs, then the daemons, the last one started first."""
+        if shutil.which("scancel"):
+            subprocess.run(["scancel", "--me"], env=self.environment, timeout=20, check=False)
+            deadline = time.monotonic() + 10
+            alive = ("RUNNING", "COMPLETING", "PENDING")
+            while time.monotonic() < deadline and set(self.jobs().values()) & set(alive):
+                time.sleep(0.2)
+        for daemon in reversed(self.daemons):
+            daemon.terminate()
+            try:
+                daemon.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                daemon.kill()
+                daemon.wait()
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on; all are held open until the last one is found."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for opened in sockets:
+            opened.bind(("127.0.0.1", 0))
+        return [opened.getsockname()[1] for opened in sockets]
+    finally:
+        for opened in sockets:
+            opened.close()
+
+
+@pytest.fixture(scope="session")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A running cluster with both nodes idle; all of it is gone afterwards.
+
+    With TPP_REQUIRE_SLURM=1, as CI sets it, a machine without SLURM is a failure, not a skip.
+    """
+    search = {**os.environ, "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"}
+    missing = [name for name in PROGRAMS if shutil.which(name, path=search["PATH"]) is None]
+    reason = f"needs {', '.join(missing)} (Debian: slurm-wlm and munge)" if missing else ""
+    if os.geteuid() != 0:
+        reason = "needs root, as SLURM's daemons run as root here"
+    if reason:
+        if os.environ.get("TPP_REQUIRE_SLURM") == "1":
+            pytest.fail(reason)
+        pytest.skip(reason)
+
+    folder = tmp_path_factory.mktemp("slurm")
+    controller, node1, node2 = free_ports(3)
+    text = CONFIGURATION.format(folder=folder, controller=controller, node1=node1, node2=node2)
+    (folder / "slurm.conf").write_text(text)
+    (folder / "gres.conf").write_text("Name=gpu File=/dev/null\n")  # a GPU only by name
+    (folder / "state").mkdir()
+    (folder / "munge.key").write_bytes(os.urandom(1024))
+    (folder / "munge.key").chmod(0o600)
+    cluster = Cluster(folder, {**search, "SLURM_CONF": str(folder / "slurm.conf")})
+    try:
+        cluster.start(
+            "munged",
+            "--foreground",
+            "--force",  # the socket's folder is a private one below /tmp
+            f"--key-file={folder}/munge.key",
+            f"--socket={folder}/munge.socket",
+            f"--pid-file={folder}/munged.pid",
+            f"--log-file={folder}/munged.log",
+            f"--seed-file={folder}/munged.seed",
+        )
+        cluster.wait_until("socket of munge", (folder / "munge.socket").exists, 20)
+        cluster.start("slurmctld", "-D", "-c")
+        for node in ("node1", "node2"):
+            cluster.start("slurmd", "-D", "-N", node)
+        cluster.wait_until("idle nodes", lambda: idle_nodes(cluster) == 2, 40)
+        yield cluster
+    finally:
+        cluster.stop()
+
+
+def idle_nodes(cluster: Cluster) -> int:
+    """How many nodes have nothing to do; none while the controller does not answer."""
+    done = subprocess.run(
+        ["sinfo", "-h", "-N", "-t", "idle", "-o", "%N"],
+        env=cluster.environment,
+        capture_output=True,
+        text=True,
+    )
+    return len(done.stdout.split()) if done.returncode == 0 else 0

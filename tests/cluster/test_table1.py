@@ -1,0 +1,140 @@
+"""slurm/table1.sh on a real scheduler: a tiny sweep as an array, with a task requeued half way."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from data_pipelines.demo import generate_demo
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def tiny_sweep(tmp_path: Path) -> Path:
+    """TPP on a ResNet-8 with two seeds."""
+    data = tmp_path / "data"
+    generate_demo(data, classes=4, train_per_class=16, val_per_class=4, image_size=32, seed=1)
+    base: dict[str, Any] = {
+        "model": {"name": "cifar_resnet8"},
+        "data": {
+            "root": str(data),
+            "loader": "torchvision",
+            "augmentation": "cifar",
+            "image_size": 32,
+            "resize": None,
+            "threads": 1,
+        },
+        "training": {"batch_size": 16, "checkpoint_every": 1, "evaluate_every": 100},
+    }
+    dense = {"name": "x", "stages": {"dense": {"epochs": 1, "optimizer": {"lr": 0.05}}}}
+    method = {
+        "name": "tpp",
+        "delta": 0.1,
+        "update_interval": 1,
+        "stabilize_steps": 30,
+        "zero_out_interval": 1,
+    }
+    stages = {
+        "regularize": {"optimizer": {"lr": 0.01}},
+        "prune": {},
+        "finetune": {"epochs": 1, "optimizer": {"lr": 0.02}},
+        "evaluate": {},
+    }
+    files = {
+        "dense.yaml": {**base, **dense},
+        "tpp.yaml": {**base, "method": method, "stages": stages},
+        "sweep.yaml": {
+            "name": "tiny",
+            "output": "unused",
+            "dense": "dense.yaml",
+            "methods": {"tpp": "tpp.yaml"},
+            "ratios": {"pr0.5": {"layer*.conv1": 0.5}},
+            "finetuning": {"lr0.02": {}, "lr0.002": {"optimizer": {"lr": 0.002}}},
+            "seeds": [0, 1],
+        },
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_text(yaml.safe_dump(content, sort_keys=False))
+    return tmp_path / "sweep.yaml"
+
+
+def submit(slurm, sweep: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    variables = {
+        "CONFIG": str(sweep),
+        "OUTPUT": str(sweep.parent / "runs"),
+        "PYTHON": sys.executable,
+        "OMP_NUM_THREADS": "1",
+    }
+    return subprocess.run(
+        ["bash", str(ROOT / "slurm" / "table1.sh"), *arguments],
+        cwd=sweep.parent,  # the script finds the repository by itself
+        env={**slurm.environment, **variables},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def ids(printed: str) -> list[str]:
+    return [line.rpartition("job ")[2] for line in printed.splitlines() if ": job " in line]
+
+
+def test_a_sweep_as_an_array_with_a_task_requeued(slurm, tiny_sweep: Path) -> None:
+    runs = tiny_sweep.parent / "runs"
+    done = submit(slurm, tiny_sweep, "--comment=x", "training.log_every=5")
+    assert done.returncode == 0, done.stderr
+    dense, array = ids(done.stdout)
+    assert done.stdout.startswith(f"dense network: job {dense}\nruns 1-2: job {array}\n")
+    jobs = slurm.jobs()
+    assert set(jobs) == {f"{dense}_0", f"{array}_1", f"{array}_2"}
+    assert jobs[f"{array}_1"] == jobs[f"{array}_2"] == "PENDING"
+    shown = slurm.command("scontrol", "show", "job", f"{array}_1")
+    assert "Comment=x" in shown and f"Dependency=afterok:{dense}_*" in shown
+    assert "Requeue=1" in shown and "gpu:1" in shown
+
+    # Both nodes work at once; one task is thrown out half way, and has to start again.
+    folder = runs / "tpp_pr0.5_seed0"
+    checkpoint = folder / "regularize" / "checkpoints" / "step-00000005"
+    slurm.wait_until("checkpoint of task 1", checkpoint.exists, 200)
+    assert (runs / "dense" / "dense" / "done.json").exists(), "the array has not waited"
+    slurm.command("scontrol", "requeue", f"{array}_1")
+    log = runs / "logs" / f"{array}_1.log"
+    slurm.wait_until("requeued task", lambda: slurm.jobs()[f"{array}_1"] == "PENDING", 60)
+    assert not (folder / "regularize" / "done.json").exists()
+    # SLURM puts a requeued job off for a while; nobody needs to wait here.
+    slurm.command("scontrol", "update", f"JobId={array}_1", "StartTime=now")
+    slurm.wait_until("end", lambda: set(slurm.jobs().values()) == {"COMPLETED"}, 250)
+
+    text = log.read_text()
+    assert text.count("run 1 (tpp_pr0.5_seed0): ") == 2, "the second attempt's log replaced it"
+    assert "regularize: resumed after" in text
+    for name in ("dense", "tpp_pr0.5_seed0", "tpp_pr0.5_seed1"):
+        results = json.loads((runs / name / "results.json").read_text())
+        assert results["status"] == "finished"
+    assert {"evaluate", "evaluate_lr0.002"} < set(results["stages"])
+    one, other = (
+        load_file(runs / f"tpp_pr0.5_seed{seed}" / "finetune" / "model.safetensors")
+        for seed in (0, 1)
+    )
+    assert any(not one[key].equal(other[key]) for key in one)
+
+    again = submit(slurm, tiny_sweep)
+    assert again.stdout == f"nothing to do: all runs in {runs} are done\n"
+
+
+def test_runs_are_cancelled_where_the_dense_network_fails(slurm, tiny_sweep: Path) -> None:
+    mistaken = submit(slurm, tiny_sweep, "training.batch=8")
+    assert mistaken.returncode == 2 and mistaken.stdout == ""
+    assert "did you mean 'batch_size'?" in mistaken.stderr
+    done = submit(slurm, tiny_sweep, f"data.root={tiny_sweep.parent / 'nowhere'}")
+    dense, array = ids(done.stdout)
+    ended = {f"{dense}_0": "FAILED", f"{array}_1": "CANCELLED", f"{array}_2": "CANCELLED"}
+    slurm.wait_until("end", lambda: ended.items() <= slurm.jobs().items(), 150)
+    log = (tiny_sweep.parent / "runs" / "logs" / f"{dense}_0.log").read_text()
+    assert "nowhere" in log and "Traceback" not in log
