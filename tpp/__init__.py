@@ -16,14 +16,18 @@ if TYPE_CHECKING:
     from tpp.regularizer import Regularizer
     from tpp.schedule import GrowthSchedule
     from tpp.selection import select_filters
+    from tpp.trainability import Trainability, jacobian_singular_values, measure_trainability
 
 __all__ = [
     "GrowthSchedule",
     "PruningPlan",
     "Regularizer",
+    "Trainability",
     "UserError",
     "gram_penalty",
+    "jacobian_singular_values",
     "load_model",
+    "measure_trainability",
     "prune_checkpoint",
     "prune_model",
     "select_filters",
@@ -35,9 +39,12 @@ _HOME = {
     "GrowthSchedule": "tpp.schedule",
     "PruningPlan": "tpp.plan",
     "Regularizer": "tpp.regularizer",
+    "Trainability": "tpp.trainability",
     "UserError": "tpp.errors",
     "gram_penalty": "tpp.penalty",
+    "jacobian_singular_values": "tpp.trainability",
     "load_model": "tpp.checkpoint",
+    "measure_trainability": "tpp.trainability",
     "prune_checkpoint": "tpp.prune",
     "prune_model": "tpp.prune",
     "select_filters": "tpp.selection",

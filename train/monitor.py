@@ -1,6 +1,7 @@
 """What a person sees of a run: TensorBoard, log.jsonl, and the terminal."""
 
 import json
+import math
 import sys
 import time
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from tpp.files import write_whole
 from tpp.regularizer import LayerStatistics
+from tpp.trainability import Trainability
 
 
 class Monitor:
@@ -88,6 +90,17 @@ class Monitor:
                 self._writer.add_scalar(f"weights_{name}/{layer}", value, step)
             self._writer.add_scalar(f"weights/{name}", fmean(values.values()), step)
         self.event("layers", step=step, layers={k: vars(v) for k, v in statistics.items()})
+
+    def trainability(self, step: int, found: Trainability) -> None:
+        """Log the Jacobian's singular values; what is not finite is null in log.jsonl."""
+        if not self.enabled:
+            return
+        values = {f"jsv_{name}": getattr(found, name) for name in ("mean", "std", "min", "max")}
+        values["condition"] = found.condition
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        for name, value in finite.items():
+            self._writer.add_scalar(f"trainability/{name}", value, step)
+        self.event("trainability", step=step, **{name: finite.get(name) for name in values})
 
     def event(self, event: str, **values: Any) -> None:
         """Append a line to log.jsonl."""

@@ -32,8 +32,10 @@ from train.run import (
     load_plan,
     place,
     save_network,
+    save_plan,
     stage_settings,
 )
+from train.trainability_log import TrainabilityProbe
 
 
 class TrainingStage:
@@ -56,6 +58,7 @@ class TrainingStage:
         self._evaluate_steps = steps_for(self._training.evaluate_every, images, batch)
         self._total = steps_for(epochs, images, batch) if epochs else self._method.steps()
         self._accuracy: Accuracy | None = None
+        self._probe = self._make_probe()
 
     def train(self) -> dict[str, Any]:
         """Train to the end, save the network, and return the stage's results."""
@@ -69,7 +72,8 @@ class TrainingStage:
             plan = choose_plan(run, self._name, self._network, self._method)
         else:
             check_same_settings(run, self._name, state.extra["settings"])
-            plan = load_plan(run, self._name) if stage.kind == "regularize" else None
+            planned = stage.kind == "regularize" and self._method.picks == "before"
+            plan = load_plan(run, self._name) if planned else None
             self._network.load_state_dict(state.model)
         place(run, self._network)
         if self._training.sync_batchnorm:
@@ -80,6 +84,7 @@ class TrainingStage:
             TrainingContext(
                 stage=stage.kind,
                 plan=plan,
+                ratios=run.config.pruning.ratios,
                 rank=run.accelerator.process_index,
                 world_size=run.accelerator.num_processes,
                 example_input=example_input_for(self._network),
@@ -104,6 +109,8 @@ class TrainingStage:
             self._monitor.close()
             run.accelerator.free_memory()
         assert self._accuracy is not None  # the last step is always evaluated
+        if self._method.plan is not None:
+            save_plan(run, self._name, self._method.plan)
         if run.is_main:
             save_network(run, self._name, self._folder / MODEL_FILE, self._network, self._accuracy)
         return {
@@ -189,6 +196,8 @@ class TrainingStage:
                 self._monitor.scalars("evaluate", 0, self._start, prefix="val/")
         self._monitor.event("stage", status="start", step=start_step)
         self._monitor.layers(start_step, self._method.statistics())
+        if start_step == 0:
+            self._measure_trainability(0)
 
     def _finished(self, step: int) -> bool:
         return self._method.finished(step) if self._total is None else step >= self._total
@@ -224,6 +233,10 @@ class TrainingStage:
         last = self._finished(step)
         if last or step % self._training.statistics_every == 0:
             self._monitor.layers(step, self._method.statistics())
+        every = self._training.trainability_every
+        measures = every is not None and (last or step % every == 0)
+        if measures:
+            self._measure_trainability(step)
         evaluates = last or step % self._evaluate_steps == 0
         saves = not last and step % self._training.checkpoint_every == 0
         if evaluates:
@@ -235,7 +248,24 @@ class TrainingStage:
             )
         if saves and self._run.is_main:
             self._save(step)
-        return evaluates or saves
+        return evaluates or saves or measures
+
+    def _make_probe(self) -> TrainabilityProbe | None:
+        """On the main rank, if asked for: the others train on, and meet it at the next step."""
+        run, training = self._run, self._training
+        if training.trainability_every is None or not run.is_main:
+            return None
+        return TrainabilityProbe(
+            run.val_index,
+            run.transform,
+            count=training.trainability_images,
+            loader=run.loader,
+            device=run.accelerator.device,
+        )
+
+    def _measure_trainability(self, step: int) -> None:
+        if self._probe is not None:
+            self._monitor.trainability(step, self._probe(self._network))
 
     def _save(self, step: int) -> None:
         extra = {
