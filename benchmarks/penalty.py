@@ -6,7 +6,8 @@ textbook  per step (forward and backward): the textbook way, ours on one rank, a
           rank's share of 2 and of 4, for ResNet-50 at its four published speedups and ResNet-34
 share     a training step of ResNet-50 (float32, channels last, SGD) at batch 16 and 64, and the
           penalty's share of it on one rank, and on each of two
-memory    peak memory of a step at batch 16 on each of two ranks, with and without the penalty
+memory    peak of the tensors' memory in a step at batch 16, on one of two ranks, with and without
+          the penalty
 
 The textbook way is the one in the method's public implementations, written plainly: autograd over
 the full gram matrix of every layer, and a second one as its target in which the rows and columns of
@@ -19,11 +20,10 @@ of a comparison take turns, step by step. Results go to benchmarks/results/penal
 
 import argparse
 import functools
+import itertools
 import json
 import platform
-import resource
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -35,6 +35,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from tpp.errors import UserError, run_command
 from tpp.models import build_model
@@ -140,9 +141,10 @@ def _training_step(model: nn.Module, batch: int, side: int) -> Callable[[], Tens
 
 
 def share(rounds: int, batches: list[int], side: int) -> Result:
-    """Time steps without penalty, and the penalty by itself, in turn.
+    """Time steps, and the penalties of one rank and of two where they stand in the step.
 
-    The difference of two steps of seconds would drown a penalty of milliseconds in noise.
+    That is between the network's forward and backward pass, when memory is fullest. (The
+    difference of two steps of seconds would drown a penalty of milliseconds in noise.)
     """
     model, plan = _model_and_plan("ResNet-50 2.31x")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.001, momentum=0.9, weight_decay=1e-4)
@@ -152,15 +154,17 @@ def share(rounds: int, batches: list[int], side: int) -> Result:
         task = _training_step(model, batch, side)
         steps, alone, halves = [], [], []
         for turn in range(rounds + 1):
-            seconds = _seconds(model, task)
             started = time.perf_counter()
-            optimizer.step()
-            seconds += time.perf_counter() - started
+            loss = task()
             penalty, *halves_now = (
                 _seconds(model, functools.partial(rank.penalty, STEP)) for rank in (*one, *two)
             )
+            model.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
             if turn:
-                steps.append(seconds)
+                step_and_penalties = time.perf_counter() - started
+                steps.append(step_and_penalties - penalty - sum(halves_now))
                 alone.append(penalty)
                 halves.append(max(halves_now))
         step = statistics.median(steps)
@@ -174,16 +178,32 @@ def share(rounds: int, batches: list[int], side: int) -> Result:
     return result
 
 
-def memory(rounds: int, batch: int, side: int) -> Result:
-    """Peak memory of fresh processes that do three steps, with the penalty and without."""
-    peaks: dict[str, list[float]] = {"without": [], "with": []}
-    for _ in range(rounds):
-        for name, taken in peaks.items():
-            command = [sys.executable, "-m", "benchmarks.penalty", "--step-in-process", name]
-            command += ["--batch", str(batch), "--side", str(side)]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            taken.append(float(done.stdout) / 2**10)
-    without, with_penalty = (min(peaks[name]) for name in ("without", "with"))
+def memory(batch: int, side: int) -> Result:
+    """Peak of the tensors' memory in a step, with and without the penalty of one rank of two.
+
+    Counted allocation by allocation: what the process takes from the system varies by more than
+    the penalty from one run to the next.
+    """
+    model, plan = _model_and_plan("ResNet-50 2.31x")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.001, momentum=0.9, weight_decay=1e-4)
+    task = _training_step(model, batch, side)
+    peaks = []
+    for penalties in ([], _ranks(model, plan, 2)[:1]):
+        for recorded in (False, True):  # the first step allocates momentum and indices
+            with profile(activities=[ProfilerActivity.CPU], profile_memory=recorded) as profiler:
+                loss = task()
+                for regularizer in penalties:
+                    loss = loss + regularizer.penalty(STEP)
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        events = profiler.profiler.kineto_results.events()
+        changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+        peaks.append(max(itertools.accumulate(change for _, change in changes)))
+    kept = [*model.parameters(), *model.buffers()]
+    kept += [state["momentum_buffer"] for state in optimizer.state.values()]
+    held = sum(tensor.nbytes for tensor in kept)  # before, while and after the step
+    without, with_penalty = (float(held + peak) / 2**20 for peak in peaks)
     return {
         f"batch {batch}, each of two ranks": {
             "peak_mib": without,
@@ -191,22 +211,6 @@ def memory(rounds: int, batch: int, side: int) -> Result:
             "more": with_penalty / without - 1,
         }
     }
-
-
-def _step_in_process(with_penalty: bool, batch: int, side: int) -> None:
-    """Three steps; prints the process's peak memory in KiB."""
-    model, plan = _model_and_plan("ResNet-50 2.31x")
-    regularizer = Regularizer(model, plan, rank=0, world_size=2)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.001, momentum=0.9, weight_decay=1e-4)
-    task = _training_step(model, batch, side)
-    for _ in range(3):
-        loss = task()
-        if with_penalty:
-            loss = loss + regularizer.penalty(STEP)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 def _show(results: Result) -> None:
@@ -219,6 +223,7 @@ def _show(results: Result) -> None:
         for name, row in rows.items():
             table.add_row(name, *[_cell(column, row[column]) for column in columns])
         console.print(table)
+        console.print()
 
 
 def _cell(column: str, value: float) -> str:
@@ -239,14 +244,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="of PyTorch (default 1: one core)")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, to try the script")
     parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--step-in-process", choices=("with", "without"), help=argparse.SUPPRESS)
-    parser.add_argument("--batch", type=int, default=16, help=argparse.SUPPRESS)
-    parser.add_argument("--side", type=int, default=224, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    if arguments.step_in_process:
-        _step_in_process(arguments.step_in_process == "with", arguments.batch, arguments.side)
-        return
     chosen = arguments.parts.split(",")
     unknown = [part for part in chosen if part not in parts]
     if unknown:
@@ -255,7 +254,7 @@ def main() -> None:
     todo: dict[str, Callable[[], Result]] = {
         "textbook": lambda: textbook(1, list(RUNS)[-1:]) if tiny else textbook(15, list(RUNS)),
         "share": lambda: share(1, [2], 64) if tiny else share(5, [16, 64], 224),
-        "memory": lambda: memory(1, 2, 64) if tiny else memory(3, 16, 224),
+        "memory": lambda: memory(2, 64) if tiny else memory(16, 224),
     }
     output = arguments.output
     results = json.loads(output.read_text()) if output.exists() else {}

@@ -14,8 +14,6 @@ from tpp.errors import UserError
 from tpp.models import Architecture, build_on_meta
 from tpp.plan import PruningPlan
 from tpp.prune import prune_model
-from tpp.selection import prunable_layers
-from tpp.sharding import rank_costs
 from train.config import Config
 from train.preflight import check_plans
 
@@ -49,17 +47,16 @@ def dry_run(config: Config, *, ranks: int) -> None:
         removed = 100 * (1 - after / before)
         console.print(f"{name}: {before:,} -> {after:,} ({removed:.2f}% removed)")
     console.print(f"speedup: {counts.macs / pruned.macs:.4f}x fewer MACs\n")
-    layers = prunable_layers(dense)
-    row_sizes = {layer: layers[layer].weight[0].numel() for layer in plan.filters}
-    groups = {layer: getattr(layers[layer], "groups", 1) for layer in plan.filters}
-    costs = rank_costs(plan, row_sizes, ranks, groups=groups)
-    average = mean(costs)
-    console.print(
-        f"penalty: {sum(costs):,} multiply-adds per step, shared over {ranks} rank(s): "
-        f"mean {average:,.0f}, busiest {max(costs):,} "
-        f"({100 * (max(costs) / average - 1) if average else 0:+.2f}%)",
-        soft_wrap=True,
-    )
+    for name, stage in config.stages.items():
+        costs = config.stage_method(name).rank_costs(dense, plan, ranks)
+        if stage.kind == "regularize" and costs is not None:
+            average = mean(costs)
+            console.print(
+                f"penalty of {name}: {sum(costs):,} multiply-adds per step, shared over {ranks} "
+                f"rank(s): mean {average:,.0f}, busiest {max(costs):,} "
+                f"({100 * (max(costs) / average - 1) if average else 0:+.2f}%)",
+                soft_wrap=True,
+            )
 
 
 def _classes(config: Config) -> int:

@@ -48,7 +48,16 @@ def test_plan_and_shares(monkeypatch, capsys):
     assert cells[1:5] == ["layer3.5.conv2", "256", "154", "102"]  # ceil(0.6 * 256) go
     assert "layer3.5.conv3" not in rows
     assert "data:\n  root: data/imagenet\n" in printed
-    assert "shared over 64 rank(s)" in printed
+    (line,) = [line for line in printed.splitlines() if line.startswith("penalty of regularize: ")]
+    assert "shared over 64 rank(s)" in line
+    assert 0 <= float(line.rpartition("(")[2].removesuffix("%)")) < 5
+
+
+@pytest.mark.parametrize("name", ["l1", "greg1", "kernorth_l1"])
+def test_methods_without_a_gram_penalty_claim_no_cost(monkeypatch, capsys, name):
+    config = str(CONFIGS / "cifar10" / f"resnet56_{name}_pr0.9.yaml")
+    printed = dry_run(monkeypatch, capsys, "--config", config)
+    assert "speedup: 11.578" in printed and "penalty of" not in printed
 
 
 def test_no_ranks_is_a_mistake(monkeypatch, capsys):

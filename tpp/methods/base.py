@@ -82,6 +82,10 @@ class Method:
         """Length of the regularised stage in steps, where it is known beforehand."""
         return None
 
+    def rank_costs(self, model: nn.Module, plan: PruningPlan, ranks: int) -> list[int] | None:
+        """Multiply-adds per step of each rank's share of the penalty; None if not known."""
+        return None
+
     def prepare(self, model: nn.Module, context: TrainingContext) -> None:
         """Get ready to train ``model``, before the optimiser exists; may add parameters."""
 

@@ -3,10 +3,11 @@
 from typing import Annotated, ClassVar
 
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from tpp.methods import base
 from tpp.methods.tpp import TPP
+from tpp.plan import PruningPlan
 from tpp.schedule import GrowthSchedule
 
 
@@ -57,6 +58,9 @@ class GReg1(TPP):
     name = "greg1"
     title = "GReg-1"
     settings_type: ClassVar[type[base.Settings]] = Settings
+
+    def rank_costs(self, model: nn.Module, plan: PruningPlan, ranks: int) -> None:
+        """A decay costs next to nothing, and nothing is multiplied."""
 
     def loss_terms(self, step: int) -> dict[str, Tensor]:
         """The decay, this rank's share."""

@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field
 from torch import Tensor, nn
 
+from tpp import sharding
 from tpp.methods import base
 from tpp.plan import PruningPlan
 from tpp.regularizer import LayerStatistics, Regularizer
@@ -65,6 +66,13 @@ class TPP(base.Method):
     def steps(self) -> int:
         """Growth and stabilise phase together."""
         return self._growth.total_steps
+
+    def rank_costs(self, model: nn.Module, plan: PruningPlan, ranks: int) -> list[int] | None:
+        """Those of the gram penalty."""
+        layers = prunable_layers(model)
+        row_sizes = {layer: layers[layer].weight[0].numel() for layer in plan.filters}
+        groups = {layer: getattr(layers[layer], "groups", 1) for layer in plan.filters}
+        return sharding.rank_costs(plan, row_sizes, ranks, groups=groups)
 
     def prepare(self, model: nn.Module, context: base.TrainingContext) -> None:
         """Set the regulariser up; finetuning after the removal is ordinary training."""
