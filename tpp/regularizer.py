@@ -45,8 +45,9 @@ class Regularizer:
 
     Under data parallelism every rank computes its share of the penalty times ``world_size``, so
     that the averaging of gradients over ranks yields the exact sum; nothing else is communicated.
-    With gradient accumulation add the penalty once per optimiser step, unscaled, to the last
-    micro-batch's loss.
+    With gradient accumulation add the penalty once per optimiser step, to the last micro-batch's
+    loss: unscaled, or times the number of micro-batches where the engine divides every loss by it
+    (DeepSpeed, Accelerate; docs/distributed.md).
 
     Args:
         model: the network, not wrapped (the module inside DistributedDataParallel).
