@@ -186,27 +186,41 @@ class _BatchPenalty(torch.autograd.Function):
         G_B, *weights = ctx.saved_tensors
         batch: BlockBatch = ctx.batch
         indices = batch.indices(G_B.device)
-        W = batch.stack(weights)
-        M_B = G_B * (grad_gram * (4.0 / batch.filters**2))
-        # The decay of filter i is one more multiple of filter i: it costs an entry, not a pass
-        # over the weights.
-        M_B.scatter_add_(2, indices.columns, grad_decay.to(M_B.dtype).expand(indices.columns.shape))
-        M_BK = M_B.gather(2, indices.kept_columns.expand(-1, M_B.shape[1], -1))
-        if batch.whole_product:
-            M = M_B.new_zeros(len(W) * batch.rows, batch.rows)
-            M.index_copy_(0, indices.block, M_B.flatten(0, 1))
-            M_K = M_B.new_zeros(len(W), M_BK.shape[2], batch.rows)
-            M_K.scatter_(2, indices.columns.mT.expand(-1, M_K.shape[1], -1), M_BK.mT)
-            M.index_copy_(0, indices.kept, M_K.flatten(0, 1))
-            grad = M.view(-1, batch.rows, batch.rows) @ W
-        else:
-            grad = torch.empty_like(W)
-            rows = grad.view(-1, W.shape[2])
-            rows.index_copy_(0, indices.block, (M_B @ W).flatten(0, 1))
-            W_B = _select(W, indices.block)
-            rows.index_copy_(0, indices.kept, (M_BK.mT @ W_B).flatten(0, 1))
-            rows.index_fill_(0, indices.others, 0.0)
+        # Called inside an autocast, a backward pass would be lowered as well.
+        with torch.autocast(G_B.device.type, enabled=False):
+            grad = _gradient(batch, indices, batch.stack(weights), G_B, grad_gram, grad_decay)
         return None, *batch.unstack(grad, weights)
+
+
+def _gradient(
+    batch: BlockBatch,
+    indices: _Indices,
+    W: Tensor,
+    G_B: Tensor,
+    grad_gram: Tensor,
+    grad_decay: Tensor,
+) -> Tensor:
+    """Gradient of the stacked matrices ``W``, given that of gram penalty and filter decay."""
+    M_B = G_B * (grad_gram * (4.0 / batch.filters**2))
+    # The decay of filter i is one more multiple of filter i: it costs an entry, not a pass
+    # over the weights.
+    M_B.scatter_add_(2, indices.columns, grad_decay.to(M_B.dtype).expand(indices.columns.shape))
+    M_BK = M_B.gather(2, indices.kept_columns.expand(-1, M_B.shape[1], -1))
+    if batch.whole_product:
+        M = M_B.new_zeros(len(W) * batch.rows, batch.rows)
+        M.index_copy_(0, indices.block, M_B.flatten(0, 1))
+        M_K = M_B.new_zeros(len(W), M_BK.shape[2], batch.rows)
+        M_K.scatter_(2, indices.columns.mT.expand(-1, M_K.shape[1], -1), M_BK.mT)
+        M.index_copy_(0, indices.kept, M_K.flatten(0, 1))
+        grad = M.view(-1, batch.rows, batch.rows) @ W
+    else:
+        grad = torch.empty_like(W)
+        rows = grad.view(-1, W.shape[2])
+        rows.index_copy_(0, indices.block, (M_B @ W).flatten(0, 1))
+        W_B = _select(W, indices.block)
+        rows.index_copy_(0, indices.kept, (M_BK.mT @ W_B).flatten(0, 1))
+        rows.index_fill_(0, indices.others, 0.0)
+    return grad
 
 
 def _select(W: Tensor, rows: Tensor) -> Tensor:

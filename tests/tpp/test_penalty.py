@@ -149,7 +149,11 @@ def test_autocast_does_not_lower_the_precision():
     plain = tpp.gram_penalty(weight, list(range(7)))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = tpp.gram_penalty(weight, list(range(7)))
+        inside.backward()  # in the wrong place, and yet
     assert inside.item() == plain.item()
+    lowered, weight.grad = weight.grad, None
+    plain.backward()
+    assert torch.equal(lowered, weight.grad)
 
 
 def test_entry_decay_has_the_entries_as_its_gradient():

@@ -136,7 +136,8 @@ def test_a_sweep_survives_kills_and_a_run_that_fails(
     wait_for(process, tpp / "regularize" / "checkpoints" / "step-00000003")
     process.send_signal(signal.SIGTERM)
     _, err = finish(process, 128 + signal.SIGTERM)
-    assert "not a done marker" in err and "Traceback" not in err
+    # (A loader's worker may say with a traceback of its own that it was broken off.)
+    assert "not a done marker" in err and "sweep.py" not in err
     assert "run 1 (l1_pr0.5_seed0): exit code 2; the sweep goes on" in err
     assert is_free(tpp) and not (tpp / "regularize" / "done.json").exists()
 
