@@ -25,6 +25,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from data_pipelines.index import ImageIndex, scan_class_folders
 from tpp.errors import UserError
 from tpp.models import build_model
+from tpp.plan import PruningPlan
 from tpp.prune import prune_model
 from tpp.regularizer import Regularizer
 from tpp.schedule import GrowthSchedule
@@ -296,16 +297,17 @@ class _Stage:
         epochs = self.config.stages[self.kind].epochs or 0.0
         return -(-int(epochs * len(self.data.train)) // self.config.training.batch_size)
 
-    def _network(self) -> tuple[nn.Module, Any]:
+    def _network(self) -> tuple[nn.Module, PruningPlan]:
         torch.manual_seed(self.config.seed)
         model = build_model(self.config.model.name, 10)
-        plan = select_filters(model, self.config.pruning.ratios)
+        regularized_for = None
         if self.before is not None:
             found = torch.load(self.before, weights_only=True)
             model.load_state_dict(found["model"])
-            plan = select_filters(model, self.config.pruning.ratios)
-            if found["plan"]:  # the stage before was regularised for it
-                plan = type(plan)(plan.filters, found["plan"])
+            regularized_for = found["plan"]
+        plan = select_filters(model, self.config.pruning.ratios)
+        if regularized_for:
+            plan = PruningPlan(plan.filters, regularized_for)
         return (prune_model(model, plan) if self.kind == "finetune" else model), plan
 
 

@@ -13,7 +13,7 @@ from tpp.errors import UserError
 from tpp.penalty import BlockBatch, entry_decay, layer_blocks, make_batches
 from tpp.plan import PruningPlan
 from tpp.schedule import GrowthSchedule
-from tpp.selection import prunable_layers
+from tpp.selection import layer_sizes, prunable_layers
 from tpp.sharding import work_units
 
 
@@ -110,21 +110,17 @@ class Regularizer:
             ]
             for layer in active
         }
-        row_sizes = {name: layers[name].weight[0].numel() for name in plan.filters}
-        groups = {name: getattr(layers[name], "groups", 1) for name in plan.filters}
+        row_sizes, groups = layer_sizes(model, plan)
         self.units = work_units(plan, row_sizes, rank=rank, world_size=world_size, groups=groups)
-        self._batches: list[BlockBatch] = make_batches(
-            [
-                (unit.layer, block)
-                for unit in self.units
-                for block in layer_blocks(
-                    plan.filters[unit.layer], plan.pruned[unit.layer], groups[unit.layer], unit.rows
-                )
-            ],
-            row_sizes,
-        )
-        if gram_weight == 0:  # nothing but decay: no need to multiply anything
-            self._batches = []
+        blocks = [
+            (unit.layer, block)
+            for unit in self.units
+            for block in layer_blocks(
+                plan.filters[unit.layer], plan.pruned[unit.layer], groups[unit.layer], unit.rows
+            )
+        ]
+        # Without the gram penalty there is nothing but decay, and nothing to multiply.
+        self._batches: list[BlockBatch] = make_batches(blocks, row_sizes) if gram_weight else []
         self._entry_mask = _mask(
             [
                 (plan.filters[unit.layer], unit.rows)

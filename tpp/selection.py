@@ -21,6 +21,13 @@ def prunable_layers(model: nn.Module) -> dict[str, nn.Conv2d | nn.Linear]:
     }
 
 
+def layer_sizes(model: nn.Module, plan: PruningPlan) -> tuple[dict[str, int], dict[str, int]]:
+    """Weights per filter, and groups of the convolution (1 if none), of every layer of a plan."""
+    layers = prunable_layers(model)
+    row_sizes = {layer: layers[layer].weight[0].numel() for layer in plan.filters}
+    return row_sizes, {layer: getattr(layers[layer], "groups", 1) for layer in plan.filters}
+
+
 def layer_ratios(model: nn.Module, ratios: Mapping[str, float]) -> dict[str, float]:
     """The pruning ratio of every layer that a pattern matches, in network order.
 

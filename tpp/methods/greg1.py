@@ -1,49 +1,25 @@
 """GReg-1: growing L2 decay on the filters that will go (Wang et al., ICLR 2021)."""
 
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
-from pydantic import Field
 from torch import Tensor, nn
 
 from tpp.methods import base
-from tpp.methods.tpp import TPP
+from tpp.methods.tpp import TPP, GrowthSettings
 from tpp.plan import PruningPlan
-from tpp.schedule import GrowthSchedule
 
 
-class Settings(base.Settings):
+class Settings(GrowthSettings):
     """Hyper-parameters of GReg-1; the defaults are TPP's for CIFAR, so that the two compare.
 
     GReg's own for ImageNet are the same as TPP's (delta 1e-4, tau 1, K_u 5, K_s 40,000); for
     ResNet-56 on CIFAR-10 its public code has K_u 5 and K_s 5,000 at a batch of 256.
-
-    Attributes:
-        delta: growth of lambda per update.
-        tau: ceiling of lambda.
-        update_interval: K_u, steps between updates of lambda (ImageNet: 5).
-        stabilize_steps: K_s, steps at lambda = tau (ImageNet: 40,000).
     """
-
-    delta: Annotated[float, Field(gt=0)] = 1e-4
-    tau: Annotated[float, Field(gt=0)] = 1.0
-    update_interval: Annotated[int, Field(ge=1)] = 10
-    stabilize_steps: Annotated[int, Field(ge=1)] = 10_000
 
     @property
     def gram_weight(self) -> float:
         """GReg knows no correlations."""
         return 0.0
-
-    @property
-    def growth(self) -> GrowthSchedule:
-        """The schedule of lambda, which no layer ends at zero."""
-        return GrowthSchedule(
-            delta=self.delta,
-            tau=self.tau,
-            update_interval=self.update_interval,
-            stabilize_steps=self.stabilize_steps,
-            zero_out_interval=None,
-        )
 
 
 class GReg1(TPP):

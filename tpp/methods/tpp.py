@@ -1,6 +1,7 @@
 """TPP: decorrelate the filters that will go from all others while they shrink to zero."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
@@ -11,38 +12,51 @@ from tpp.methods import base
 from tpp.plan import PruningPlan
 from tpp.regularizer import LayerStatistics, Regularizer
 from tpp.schedule import GrowthSchedule
-from tpp.selection import prunable_layers
+from tpp.selection import layer_sizes, prunable_layers
 
 
-class Settings(base.Settings):
-    """Hyper-parameters of TPP, as published for CIFAR (Wang & Fu 2023, appendix).
+class GrowthSettings(base.Settings):
+    """How lambda grows, as published for CIFAR (Wang & Fu 2023, appendix).
 
     Attributes:
-        gram_weight: weight of the gram penalty relative to the decay.
         delta: growth of lambda per update.
         tau: ceiling of lambda.
         update_interval: K_u, steps between updates of lambda (ImageNet: 5).
         stabilize_steps: K_s, steps at lambda = tau (ImageNet: 40,000).
-        zero_out_interval: steps between the layers' turns to be held at zero.
     """
 
-    gram_weight: Annotated[float, Field(ge=0)] = 1000.0
     delta: Annotated[float, Field(gt=0)] = 1e-4
     tau: Annotated[float, Field(gt=0)] = 1.0
     update_interval: Annotated[int, Field(ge=1)] = 10
     stabilize_steps: Annotated[int, Field(ge=1)] = 10_000
-    zero_out_interval: Annotated[int, Field(ge=1)] = 100
 
     @property
     def growth(self) -> GrowthSchedule:
-        """The schedule of lambda."""
+        """The schedule of lambda, which no layer ends at zero."""
         return GrowthSchedule(
             delta=self.delta,
             tau=self.tau,
             update_interval=self.update_interval,
             stabilize_steps=self.stabilize_steps,
-            zero_out_interval=self.zero_out_interval,
+            zero_out_interval=None,
         )
+
+
+class Settings(GrowthSettings):
+    """Hyper-parameters of TPP: the growth's, and those below.
+
+    Attributes:
+        gram_weight: weight of the gram penalty relative to the decay.
+        zero_out_interval: steps between the layers' turns to be held at zero.
+    """
+
+    gram_weight: Annotated[float, Field(ge=0)] = 1000.0
+    zero_out_interval: Annotated[int, Field(ge=1)] = 100
+
+    @property
+    def growth(self) -> GrowthSchedule:
+        """The schedule of lambda and of zeroing."""
+        return replace(super().growth, zero_out_interval=self.zero_out_interval)
 
 
 class TPP(base.Method):
@@ -69,9 +83,7 @@ class TPP(base.Method):
 
     def rank_costs(self, model: nn.Module, plan: PruningPlan, ranks: int) -> list[int] | None:
         """Those of the gram penalty."""
-        layers = prunable_layers(model)
-        row_sizes = {layer: layers[layer].weight[0].numel() for layer in plan.filters}
-        groups = {layer: getattr(layers[layer], "groups", 1) for layer in plan.filters}
+        row_sizes, groups = layer_sizes(model, plan)
         return sharding.rank_costs(plan, row_sizes, ranks, groups=groups)
 
     def prepare(self, model: nn.Module, context: base.TrainingContext) -> None:
