@@ -3,6 +3,7 @@
 import argparse
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ from tpp.models import build_on_meta, example_input_for, meta_copy
 
 # What convolutions and linear layers come down to; attention's products are not among them.
 _COUNTED_OPS = {"convolution", "_convolution", "mm", "addmm"}
+_HEADINGS = ("layer", "filters", "inputs", "parameters", "MACs", "share")
+# From here on a table is broken up into the network's stages.
+_MANY_LAYERS = 20
 
 
 @dataclass(frozen=True)
@@ -144,32 +148,112 @@ def print_description(path: str, console: Console) -> None:
     Raises:
         UserError: the file is not one of our checkpoints.
     """
-    info = read_metadata(path)
-    dense = count(build_on_meta(info.architecture))
-    counts = count(network_of(info, source=path))
+    info, dense, counts = _read(path)
     console.print(_layer_table(dense, counts, console), highlight=False)
     console.print(_facts(path, info, dense, counts), highlight=False)
 
 
+def plot_description(path: str, picture: Path) -> None:
+    """Draw what is in a checkpoint: filters and multiply-accumulates, layer by layer.
+
+    Args:
+        path: one of our checkpoints.
+        picture: the file to write, ``.png``, ``.svg`` or ``.pdf``.
+
+    Raises:
+        UserError: the file is not one of our checkpoints, or the picture cannot be written.
+    """
+    # Matplotlib takes a while to import, and only a picture needs it.
+    from tpp.plot import draw_layers, write_figure
+
+    info, dense, counts = _read(path)
+    title = f"{info.architecture.name}, {info.architecture.num_classes} classes"
+    headline = summary(dense, counts).replace("->", "→")
+    write_figure(draw_layers(dense, counts, title=title, headline=headline), picture)
+
+
+def _read(path: str) -> tuple[CheckpointInfo, Counts, Counts]:
+    """What a checkpoint says, and the size of its network before pruning and now."""
+    info = read_metadata(path)
+    dense = count(build_on_meta(info.architecture))
+    return info, dense, count(network_of(info, source=path))
+
+
 def _layer_table(dense: Counts, counts: Counts, console: Console) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("layer", no_wrap=True)
-    for heading in ("filters", "inputs", "parameters", "MACs"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("share of MACs", no_wrap=True)
+    """A row for every layer; bars get the width that the figures leave, names what there is."""
+    pairs = list(zip(counts.layers, dense.layers, strict=True))
+    rows = [_layer_cells(now, before, counts.macs) for now, before in pairs]
+    last = [*_other_cells(counts), _total_cells(dense, counts)]
+    widths = [max(map(len, column)) for column in zip(_HEADINGS, *rows, *last, strict=True)]
+    gap = 2 if console.width >= 100 else 1
+    room = console.width - sum(widths) - gap * (len(widths) - 1)
+    kept_width, share_width = _bar_widths(room)
+    name_width = max(12, widths[0] + min(0, room))
     most = max((layer.macs for layer in counts.layers), default=1)
-    for before, layer in zip(dense.layers, counts.layers, strict=True):
-        pruned = layer.outputs < before.outputs
-        table.add_row(
-            escape(layer.name),
-            f"{layer.outputs} / {before.outputs:<4}",
-            f"{layer.inputs}",
-            f"{layer.parameters:,}",
-            _short(layer.macs),
-            f"{layer.macs / counts.macs:6.2%} {_bar(layer.macs / most, console)}",
-            style="cyan" if pruned else None,
-        )
+    table = Table(box=None, pad_edge=False, padding=(0, gap, 0, 0), header_style="bold")
+    for heading in _HEADINGS:
+        figures = heading in ("inputs", "parameters", "MACs")
+        table.add_column(heading, justify="right" if figures else "left", no_wrap=True)
+    if share_width > 5:
+        table.columns[-1].header = "share of MACs"
+    for (now, before), previous, cells in zip(pairs, [None, *pairs], rows, strict=False):
+        if len(pairs) > _MANY_LAYERS and previous and _stage(previous[0]) != _stage(now):
+            table.add_row()
+        kept = _kept_bar(now.outputs, before.outputs, kept_width, console) if kept_width else ""
+        share = _bar(now.macs / most, share_width, console)
+        style = "cyan" if now.outputs < before.outputs else None
+        table.add_row(*_with_bars(cells, name_width, kept, share), style=style)
+    table.add_row()
+    for cells in last:
+        table.add_row(*_with_bars(cells, name_width, "", ""), style="bold")
     return table
+
+
+def _bar_widths(room: int) -> tuple[int, int]:
+    """Widths of two bars, each with a space before it; 0 where they would be unreadable."""
+    if room < 8:
+        return 0, 0
+    kept = min(10, (room - 2) // 2)
+    return kept, min(20, room - 2 - kept)
+
+
+def _layer_cells(now: LayerCount, before: LayerCount, total_macs: int) -> tuple[str, ...]:
+    return (
+        now.name,
+        f"{now.outputs:4} / {before.outputs:<4}",
+        str(now.inputs),
+        f"{now.parameters:,}",
+        _short(now.macs),
+        f"{now.macs / total_macs:7.2%}",
+    )
+
+
+def _other_cells(counts: Counts) -> list[tuple[str, ...]]:
+    """A row for what is in no Conv2d or Linear layer (BatchNorm, attention), if there is any."""
+    parameters = counts.parameters - sum(layer.parameters for layer in counts.layers)
+    macs = counts.macs - sum(layer.macs for layer in counts.layers)
+    if parameters <= 0:
+        return []
+    return [("others", "", "", f"{parameters:,}", _short(macs), f"{macs / counts.macs:7.2%}")]
+
+
+def _total_cells(dense: Counts, counts: Counts) -> tuple[str, ...]:
+    kept, total = (sum(layer.outputs for layer in size.layers) for size in (counts, dense))
+    filters = f"{kept:4} / {total:<4}"
+    return "total", filters, "", f"{counts.parameters:,}", _short(counts.macs), f"{1:7.2%}"
+
+
+def _with_bars(cells: tuple[str, ...], name_width: int, kept: str, share: str) -> list[str]:
+    name, filters, *middle, percent = cells
+    if len(name) > name_width:
+        # The end of a layer's name tells it from its neighbours.
+        name = f"..{name[2 - name_width :]}"
+    return [escape(name), f"{filters} {kept}".rstrip(), *middle, f"{percent} {share}".rstrip()]
+
+
+def _stage(layer: LayerCount) -> str:
+    """The part of the network that a layer belongs to: its name up to the first dot."""
+    return layer.name.partition(".")[0]
 
 
 def _facts(path: str, info: CheckpointInfo, dense: Counts, counts: Counts) -> Table:
@@ -206,9 +290,15 @@ def _plain(value: Any, limit: int = 300) -> str:
     return text if len(text) <= limit else f"{text[:limit]} ..."
 
 
-def _bar(share: float, console: Console) -> str:
+def _kept_bar(kept: int, total: int, width: int, console: Console) -> str:
+    """What is kept of a layer's filters before what is gone; neither vanishes by rounding."""
+    full = min(max(round(width * kept / total), 1), width - (kept < total))
+    mark, gone = ("#", ".") if console.options.ascii_only else ("█", "░")
+    return mark * full + gone * (width - full)
+
+
+def _bar(share: float, width: int, console: Console) -> str:
     """A bar for a share in [0, 1]; eighths of a character where the terminal can show them."""
-    width = 20 if console.width >= 100 else 6
     if console.options.ascii_only:
         return "#" * round(share * width)
     whole, eighths = divmod(round(share * width * 8), 8)
@@ -237,7 +327,18 @@ def main() -> None:
         prog="python -m tpp.describe", description="Show what is in a checkpoint, layer by layer."
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a file that tpp wrote")
-    print_description(parser.parse_args().checkpoint, make_console())
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw it too, as a .png, .svg or .pdf file"
+    )
+    arguments = parser.parse_args()
+    if arguments.plot:
+        from tpp.plot import check_ending
+
+        check_ending(arguments.plot)
+    print_description(arguments.checkpoint, make_console())
+    if arguments.plot:
+        plot_description(arguments.checkpoint, arguments.plot)
+        print(f"\nwrote {arguments.plot}")
 
 
 if __name__ == "__main__":
