@@ -3,13 +3,15 @@
 A checkpoint is a safetensors file. Its metadata holds one JSON document: the architecture, the
 width of every Conv2d and Linear layer, a hash of every tensor, the preprocessing of the images,
 and whatever else the writer adds. That is enough to rebuild a pruned network from the file alone.
+
+Beside the network's own tensors a file may hold *companions*: sets of tensors that belong to the
+parameters one by one, such as an optimiser's momentum or a moving average of the weights. They are
+called ``companion:tensor``.
 """
 
 import hashlib
 import json
 import os
-import pickle
-import zipfile
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,25 +22,30 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from tpp.errors import UserError
 from tpp.files import aside_of, sync
-from tpp.models import (
-    Architecture,
-    architecture_of,
-    build_model,
-    build_on_meta,
-)
+from tpp.fitting import assign_tensors, fill_buffers, fitted, layer_widths
+from tpp.models import Architecture, architecture_of, build_model
 
 FORMAT = "tpp-checkpoint"
-VERSION = 1
-_FIELDS = {"version", "architecture", "widths", "ties", "sha256", "preprocessing", "extra"}
-# Where training scripts keep the weights, and what wrappers put before every name.
-_STATE_KEYS = ("state_dict", "model_state_dict", "model")
-_PREFIXES = ("module.", "_orig_mod.", "model.")
+VERSION = 2
+EMA = "ema"
+OPTIMIZER = "optimizer."
+_FIELDS = {
+    "version",
+    "architecture",
+    "widths",
+    "ties",
+    "sha256",
+    "companions",
+    "preprocessing",
+    "extra",
+}
 
 PathLike = str | os.PathLike[str]
+# {companion: {tensor of the network: what goes with it}}
+Companions = Mapping[str, Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,7 @@ class CheckpointInfo:
         widths: [inputs, outputs] of every Conv2d and Linear layer.
         ties: names of tensors that are the same as another: {alias: name}.
         sha256: hash of the bytes of every stored tensor.
+        companions: names of the sets of tensors that belong to the network's.
     """
 
     architecture: Architecture
@@ -62,6 +70,7 @@ class CheckpointInfo:
     widths: dict[str, list[int]]
     ties: dict[str, str]
     sha256: dict[str, str]
+    companions: tuple[str, ...]
 
 
 def save_model(
@@ -71,21 +80,26 @@ def save_model(
     architecture: Architecture | None = None,
     preprocessing: Mapping[str, Any] | None = None,
     extra: Mapping[str, Any] | None = None,
+    companions: Companions | None = None,
 ) -> None:
     """Write a checkpoint; the file appears whole and verified, or not at all.
 
-    The same network and arguments give the same bytes.
+    The same network and arguments give the same bytes. Tensors on the CPU are written from where
+    they are, without a copy.
 
     Args:
         path: where to; missing folders are made.
         model_or_tensors: a network, pruned or not, or its ``state_dict``; any device and dtype.
+            Its classifier may have another width than the architecture's.
         architecture: the dense network; by default what the model carries.
         preprocessing: how images are prepared; by default what the model carries. Plain data.
         extra: anything else worth keeping. Plain data.
+        companions: sets of tensors that belong to the network's: ``ema``, or an optimiser's
+            states as ``optimizer.momentum_buffer`` and the like.
 
     Raises:
-        UserError: the architecture is not known, the tensors do not fit it, or the file cannot
-            be written or does not read back as what was meant.
+        UserError: the architecture is not known, the tensors do not fit it or each other, or the
+            file cannot be written or does not read back as what was meant.
     """
     tensors: Mapping[str, Tensor]
     if isinstance(model_or_tensors, nn.Module):
@@ -97,31 +111,36 @@ def save_model(
     path = Path(path)
     if architecture is None:
         raise UserError(f"{path}: cannot save a model whose architecture is not known; name it")
-    network = build_on_meta(architecture)
     try:
-        fit_to_shapes(network, {name: tuple(t.shape) for name, t in tensors.items()})
+        network = fitted(architecture, {name: tuple(t.shape) for name, t in tensors.items()})
     except UserError as error:
         raise UserError(f"{path}: cannot save as {architecture.name}: {error}") from None
     ties = _find_ties(tensors)
-    stored = {
-        name: tensor.detach().to("cpu").clone(memory_format=torch.contiguous_format)
-        for name, tensor in tensors.items()
-        if name not in ties
-    }
+    stored = {name: tensor for name, tensor in tensors.items() if name not in ties}
+    for companion, members in (companions or {}).items():
+        stored |= {f"{companion}:{name}": tensor for name, tensor in members.items()}
+    stored = _storable(stored)
+    own = architecture_of(network)
+    assert own is not None
     metadata = {
         "version": VERSION,
-        "architecture": architecture.to_dict(),
+        "architecture": own.to_dict(),
         "widths": layer_widths(network),
         "ties": ties,
         "sha256": {name: _sha256(tensor) for name, tensor in stored.items()},
+        "companions": list(companions or {}),
         "preprocessing": None if preprocessing is None else dict(preprocessing),
         "extra": dict(extra or {}),
     }
     _write(path, stored, metadata)
 
 
-def load_model(path: PathLike) -> nn.Module:
+def load_model(path: PathLike, *, companion: str | None = None) -> nn.Module:
     """Rebuild the network of a checkpoint, pruned or not, from the file alone.
+
+    Args:
+        path: the file.
+        companion: take these weights instead of the network's, such as ``ema``.
 
     Returns:
         The network on the CPU in evaluation mode, with attributes ``architecture`` and
@@ -129,9 +148,14 @@ def load_model(path: PathLike) -> nn.Module:
 
     Raises:
         UserError: the file is missing, truncated, damaged, of another format or version, or
-            its tensors contradict what it says about itself.
+            its tensors contradict what it says about itself or each other.
     """
-    tensors, info = _read(Path(path))
+    tensors, companions, info = read_checkpoint(path)
+    if companion is not None:
+        if companion not in companions:
+            held = ", ".join(companions) or "no companions at all"
+            raise UserError(f"{path}: holds no {companion!r}; it has {held}")
+        tensors = tensors | dict(companions[companion])
     model = network_of(info, source=str(path))
     assign_tensors(model, tensors)
     if any(buffer.is_meta for buffer in model.buffers()):
@@ -142,6 +166,44 @@ def load_model(path: PathLike) -> nn.Module:
     return model.eval()
 
 
+def load_optimizer_state(path: PathLike, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Take an optimiser's state out of a checkpoint, so that training goes on where it was.
+
+    Args:
+        path: a checkpoint with companions called ``optimizer.KEY``, as the pruner writes them
+            when its input has an optimiser's state.
+        model: the network that :func:`load_model` made of the same file.
+        optimizer: a fresh optimiser of its parameters; learning rates and the like are its own.
+
+    Returns:
+        Of how many parameters the state was taken up.
+
+    Raises:
+        UserError: the file holds no optimiser's state, or one of other shapes.
+    """
+    _, companions, _ = read_checkpoint(path)
+    states = {k.removeprefix(OPTIMIZER): v for k, v in companions.items() if OPTIMIZER in k}
+    if not states:
+        raise UserError(f"{path}: holds no optimiser's state")
+    taken = set()
+    ours = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        for key, tensors in states.items():
+            tensor = tensors.get(name)
+            if tensor is None or id(parameter) not in ours:
+                continue
+            if tensor.dim() and tensor.shape != parameter.shape:
+                raise UserError(
+                    f"{path}: {key} of {name} is of shape {tuple(tensor.shape)}, "
+                    f"the parameter of {tuple(parameter.shape)}"
+                )
+            # As torch.optim does: a step counter stays on the CPU.
+            device = parameter.device if tensor.dim() else "cpu"
+            optimizer.state[parameter][key] = tensor.to(device, copy=True)
+            taken.add(name)
+    return len(taken)
+
+
 def read_metadata(path: PathLike) -> CheckpointInfo:
     """Read what a checkpoint says about itself, without reading its tensors.
 
@@ -149,7 +211,7 @@ def read_metadata(path: PathLike) -> CheckpointInfo:
         UserError: the file is missing, truncated, or of another format or version.
     """
     path = Path(path)
-    with _open(path) as file:
+    with open_safetensors(path) as file:
         return _parse(path, file)
 
 
@@ -160,69 +222,51 @@ def find_metadata(path: PathLike) -> CheckpointInfo | None:
         UserError: the file is missing, or one of ours that is damaged or of another version.
     """
     path = Path(path)
-    if not _is_safetensors(path):
+    if not is_safetensors(path):
         return None
-    with _open(path) as file:
-        return _parse(path, file) if FORMAT in (file.metadata() or {}) else None
+    with open_safetensors(path) as file:
+        return _parse(path, file) if is_ours(file) else None
 
 
-def load_tensors(path: PathLike) -> tuple[dict[str, Tensor], CheckpointInfo | None]:
-    """Read the tensors of one of our checkpoints, any safetensors file, or a ``.pth`` file.
+def read_checkpoint(
+    path: PathLike,
+) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]], CheckpointInfo]:
+    """The network's tensors, its companions, and the description of one of our checkpoints.
 
-    A ``.pth`` (``.pt``, ``.th``, ...) file holds a ``state_dict``, alone or under the key
-    ``state_dict``, ``model_state_dict`` or ``model``. Prefixes that wrappers put before every
-    name (``module.``, ``_orig_mod.``, ``model.``) are taken off. BatchNorm's
-    ``num_batches_tracked``, which weights from before PyTorch 0.4.1 lack, is filled in as 0.
-
-    Returns:
-        The tensors on the CPU by name, and the checkpoint's description if it is one of ours.
+    Tensors are mapped from the file, not read into memory, until they are used.
 
     Raises:
-        UserError: the file is missing, damaged, holds no ``state_dict``, or needs pickle.
+        UserError: the file is missing, truncated, damaged, or of another format or version.
     """
     path = Path(path)
-    if not _is_safetensors(path):
-        return _tidy(_state_dict(path, _torch_load(path))), None
-    with _open(path) as file:
-        if FORMAT not in (file.metadata() or {}):
-            return _tidy({name: file.get_tensor(name) for name in file.keys()}), None  # noqa: SIM118
-    return _read(path)
-
-
-def load_weights(model: nn.Module, path: PathLike) -> None:
-    """Load the tensors of a file into ``model``, dense or pruned, in place.
-
-    Any file that :func:`load_tensors` reads will do. Values are converted to the model's dtype
-    and device.
-
-    Raises:
-        UserError: names or shapes of the tensors are not those of the model.
-    """
-    tensors, info = load_tensors(path)
-    state = model.state_dict()
-    missing = [name for name in state if name not in tensors]
-    unexpected = [name for name in tensors if name not in state]
-    for problem, names in (("lacks", missing), ("has unknown", unexpected)):
-        if names:
-            raise UserError(f"{path}: does not fit {type(model).__name__}: {problem} {_few(names)}")
-    wrong = [name for name, tensor in state.items() if tensor.shape != tensors[name].shape]
-    if wrong:
-        name = wrong[0]
-        hint = "; a pruned checkpoint is loaded with load_model" if info else ""
-        raise UserError(
-            f"{path}: does not fit {type(model).__name__}: {name} is {_x(tensors[name].shape)}, "
-            f"the model's is {_x(state[name].shape)} ({len(wrong)} such tensors){hint}"
-        )
-    model.load_state_dict(tensors)
+    with open_safetensors(path) as file:
+        info = _parse(path, file)
+        stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    try:
+        _verify_tensors(stored, info.sha256)
+    except OSError as error:
+        raise UserError(f"{path}: damaged: {error}") from None
+    tensors = {name: tensor for name, tensor in stored.items() if name in info.shapes}
+    tensors |= {alias: tensors[name] for alias, name in info.ties.items()}
+    companions: dict[str, dict[str, Tensor]] = {name: {} for name in info.companions}
+    for name, tensor in stored.items():
+        companion, colon, member = name.partition(":")
+        if colon:
+            companions[companion][member] = tensor
+    return tensors, companions, info
 
 
 def network_of(info: CheckpointInfo, *, source: str) -> nn.Module:
     """The network that a checkpoint describes, on the meta device; ``source`` is for errors."""
     try:
-        model = build_on_meta(info.architecture)
-        fit_to_shapes(model, info.shapes)
+        model = fitted(info.architecture, info.shapes)
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
+    if architecture_of(model) != info.architecture:
+        raise UserError(
+            f"{source}: is said to have {info.architecture.num_classes} outputs, but its tensors "
+            f"give another number"
+        )
     for layer, width in layer_widths(model).items():
         if info.widths.get(layer) != width:
             raise UserError(
@@ -232,102 +276,39 @@ def network_of(info: CheckpointInfo, *, source: str) -> nn.Module:
     return model
 
 
-def fit_to_shapes(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Resize the Conv2d, Linear and BatchNorm modules of ``model`` in place.
+def is_safetensors(path: Path) -> bool:
+    """Whether a file looks like safetensors, by its name or its first bytes."""
+    check_file(path)
+    if path.suffix == ".safetensors":
+        return True
+    with path.open("rb") as file:
+        return file.read(9)[8:] == b"{"
 
-    Tensors that change shape lose their values, so this is meant for a model on the meta device,
-    whose tensors are assigned afterwards.
 
-    Args:
-        model: a dense network, see :func:`tpp.models.build_on_meta`.
-        shapes: the wanted shape of every tensor in the model's ``state_dict``.
+def is_ours(file: Any) -> bool:
+    """Whether an open safetensors file is a checkpoint of ours."""
+    return FORMAT in (file.metadata() or {})
+
+
+def open_safetensors(path: Path) -> Any:
+    """Open a safetensors file.
 
     Raises:
-        UserError: a tensor is missing or not known, or no widths of the layers give its shape.
+        UserError: it is missing, not readable, truncated or not safetensors.
     """
-    names = list(model.state_dict())
-    missing = [name for name in names if name not in shapes]
-    known = set(names)
-    unknown = [name for name in shapes if name not in known]
-    if missing or unknown:
-        problem = f"lacks {_few(missing)}" if missing else f"has unknown {_few(unknown)}"
-        raise UserError(f"does not fit {type(model).__name__}: {problem}")
-    for name, module in model.named_modules():
-        prefix = f"{name}." if name else ""
-        _fit_module(module, {k: shapes.get(f"{prefix}{k}") for k in ("weight", "running_mean")})
-    for name, tensor in model.state_dict().items():
-        if tuple(tensor.shape) != tuple(shapes[name]):
-            raise UserError(
-                f"{name}: shape {_x(shapes[name])} does not fit {type(model).__name__}, "
-                f"which wants {_x(tensor.shape)}"
-            )
+    check_file(path)
+    try:
+        return safe_open(path, "pt")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a whole safetensors file ({error})") from None
 
 
-def assign_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Make ``tensors`` the parameters and buffers of ``model``, without a copy, ties kept."""
-    names: dict[nn.Parameter, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(parameter, []).append(name)
-    model.load_state_dict(dict(tensors), assign=True)
-    for first, *others in names.values():
-        for other in others:
-            module, _, key = other.rpartition(".")
-            setattr(model.get_submodule(module), key, model.get_parameter(first))
-
-
-def fill_buffers(model: nn.Module, source: nn.Module) -> None:
-    """Copy the buffers that are in no ``state_dict``, and so in no file, from another network."""
-    stored = model.state_dict()
-    for name, _ in list(model.named_buffers()):
-        if name not in stored:
-            module, _, key = name.rpartition(".")
-            setattr(model.get_submodule(module), key, source.get_buffer(name).clone())
-
-
-def layer_widths(model: nn.Module) -> dict[str, list[int]]:
-    """[inputs, outputs] of every Conv2d and Linear layer, in network order."""
-    widths = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d):
-            widths[name] = [module.in_channels, module.out_channels]
-        elif isinstance(module, nn.Linear):
-            widths[name] = [module.in_features, module.out_features]
-    return widths
-
-
-def _fit_module(module: nn.Module, shapes: Mapping[str, tuple[int, ...] | None]) -> None:
-    """Resize one module as its wanted weight asks for; leave it where that makes no sense."""
-    shape = shapes["weight"]
-    if shape is not None and 0 in shape:
-        return
-    if isinstance(module, nn.Conv2d) and shape is not None and len(shape) == 4:
-        if module.groups == module.in_channels == module.out_channels and shape[1] == 1:
-            module.groups = module.in_channels = module.out_channels = shape[0]
-        elif shape[0] % module.groups == 0:
-            module.out_channels, module.in_channels = shape[0], shape[1] * module.groups
-        inputs = module.in_channels // module.groups
-        _resize(module, "weight", (module.out_channels, inputs, *module.kernel_size))
-        _resize(module, "bias", (module.out_channels,))
-    elif isinstance(module, nn.Linear) and shape is not None and len(shape) == 2:
-        module.out_features, module.in_features = shape
-        _resize(module, "weight", shape)
-        _resize(module, "bias", shape[:1])
-    elif isinstance(module, _BatchNorm):
-        shape = shape or shapes["running_mean"]
-        if shape is not None and len(shape) == 1:
-            module.num_features = shape[0]
-            for key in ("weight", "bias", "running_mean", "running_var"):
-                _resize(module, key, shape)
-
-
-def _resize(module: nn.Module, key: str, shape: tuple[int, ...]) -> None:
-    old = getattr(module, key)
-    if old is None or tuple(old.shape) == tuple(shape):
-        return
-    new = old.new_empty(shape)
-    if isinstance(old, nn.Parameter):
-        new = nn.Parameter(new, requires_grad=old.requires_grad)
-    setattr(module, key, new)
+def check_file(path: Path) -> None:
+    """Raise UserError if there is no such file, or it cannot be read."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    if not os.access(path, os.R_OK):
+        raise UserError(f"{path}: no permission to read it")
 
 
 def _find_ties(tensors: Mapping[str, Tensor]) -> dict[str, str]:
@@ -342,6 +323,21 @@ def _find_ties(tensors: Mapping[str, Tensor]) -> dict[str, str]:
         if first != name:
             ties[name] = first
     return ties
+
+
+def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU, contiguous and apart; copied only where they are not so already."""
+    result = {}
+    end = 0
+    host = {name: tensor.detach().to("cpu") for name, tensor in tensors.items()}
+    for name in sorted(host, key=lambda name: host[name].data_ptr()):
+        tensor = host[name]
+        if not tensor.is_contiguous() or tensor.data_ptr() < end:
+            tensor = tensor.clone(memory_format=torch.contiguous_format)
+        else:
+            end = tensor.data_ptr() + tensor.numel() * tensor.element_size()
+        result[name] = tensor
+    return {name: result[name] for name in tensors}
 
 
 def _sha256(tensor: Tensor) -> str:
@@ -383,34 +379,6 @@ def _verify_tensors(tensors: Mapping[str, Tensor], sha256: Mapping[str, str]) ->
             raise OSError(f"the bytes of {name} are not those that were meant")
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], CheckpointInfo]:
-    """Read and verify one of our checkpoints."""
-    with _open(path) as file:
-        info = _parse(path, file)
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    try:
-        _verify_tensors(tensors, info.sha256)
-    except OSError as error:
-        raise UserError(f"{path}: damaged: {error}") from None
-    tensors |= {alias: tensors[name] for alias, name in info.ties.items()}
-    return tensors, info
-
-
-def _open(path: Path) -> Any:
-    _check_file(path)
-    try:
-        return safe_open(path, "pt")
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a whole safetensors file ({error})") from None
-
-
-def _check_file(path: Path) -> None:
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    if not os.access(path, os.R_OK):
-        raise UserError(f"{path}: no permission to read it")
-
-
 def _parse(path: Path, file: Any) -> CheckpointInfo:
     text = (file.metadata() or {}).get(FORMAT)
     if text is None:
@@ -422,71 +390,35 @@ def _parse(path: Path, file: Any) -> CheckpointInfo:
     except ValueError as error:
         raise UserError(f"{path}: the metadata is not JSON ({error})") from None
     version = data.get("version") if isinstance(data, dict) else None
-    if version != VERSION:
+    if version not in (1, VERSION):
         raise UserError(f"{path}: {FORMAT} version {version!r}, expected {VERSION}")
-    if set(data) != _FIELDS:
+    if version == 1:  # from before there were companions
+        data.setdefault("companions", [])
+    if set(data) != _FIELDS or not _well_formed(data):
         raise UserError(f"{path}: the metadata must hold {', '.join(sorted(_FIELDS))}")
-    shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    shapes = {}
+    for name in file.keys():  # noqa: SIM118
+        companion, colon, _ = name.partition(":")
+        if not colon:
+            shapes[name] = tuple(file.get_slice(name).get_shape())
+        elif companion not in data["companions"]:
+            raise UserError(f"{path}: {name} is of a companion that the file does not name")
     for alias, name in data["ties"].items():
         if name not in shapes:
             raise UserError(f"{path}: {alias} is said to be {name}, which is missing")
         shapes[alias] = shapes[name]
     architecture = Architecture.from_dict(data["architecture"], source=str(path))
     rest = {key: data[key] for key in ("preprocessing", "extra", "widths", "ties", "sha256")}
-    return CheckpointInfo(architecture=architecture, shapes=shapes, **rest)
+    companions = tuple(data["companions"])
+    return CheckpointInfo(architecture=architecture, shapes=shapes, companions=companions, **rest)
 
 
-def _is_safetensors(path: Path) -> bool:
-    _check_file(path)
-    if path.suffix == ".safetensors":
-        return True
-    with path.open("rb") as file:
-        return file.read(9)[8:] == b"{"
-
-
-def _torch_load(path: Path) -> Any:
-    try:
-        # Only the zip format of torch >= 1.6 can be mapped instead of read.
-        return torch.load(
-            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-        )
-    except pickle.UnpicklingError:
-        raise UserError(
-            f"{path}: needs pickle, which can run any code, or is not a weights file; where it "
-            "was made, save its tensors alone: torch.save(model.state_dict(), PATH)"
-        ) from None
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: not a whole PyTorch file ({error})") from None
-
-
-def _state_dict(path: Path, data: Any) -> dict[str, Tensor]:
-    for key in _STATE_KEYS:
-        if isinstance(data, Mapping) and isinstance(data.get(key), Mapping):
-            data = data[key]
-            break
-    if not isinstance(data, Mapping):
-        raise UserError(f"{path}: holds a {type(data).__name__}, not a state_dict")
-    wrong = [str(name) for name, value in data.items() if not isinstance(value, Tensor)]
-    if wrong or not data:
-        found = f"{_few(wrong)} {'are' if len(wrong) > 1 else 'is'} no tensor" if wrong else "empty"
-        raise UserError(f"{path}: no state_dict, alone or under {', '.join(_STATE_KEYS)}: {found}")
-    return dict(data)
-
-
-def _tidy(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Give the tensors of a foreign file the names that the bare network has today."""
-    for prefix in _PREFIXES * 2:
-        if all(name.startswith(prefix) for name in tensors):
-            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    norms = [name for name in tensors if name.endswith("running_mean")]
-    counters = [name.replace("running_mean", "num_batches_tracked") for name in norms]
-    return {name: torch.tensor(0) for name in counters} | tensors
-
-
-def _x(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape)) or "scalar"
-
-
-def _few(names: list[str], limit: int = 3) -> str:
-    shown = ", ".join(names[:limit])
-    return shown + (f", ... ({len(names)} in all)" if len(names) > limit else "")
+def _well_formed(data: Mapping[str, Any]) -> bool:
+    """Whether the fields are of the right kinds; what is in them is checked where it is used."""
+    return (
+        all(isinstance(data[key], dict) for key in ("widths", "ties", "sha256", "extra"))
+        and all(isinstance(name, str) for name in (*data["ties"].values(), *data["ties"]))
+        and isinstance(data["companions"], list)
+        and all(isinstance(name, str) for name in data["companions"])
+        and isinstance(data["preprocessing"], dict | None)
+    )

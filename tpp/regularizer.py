@@ -1,6 +1,6 @@
 """The regularised stage for any training loop: three calls a step."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from tpp.channels import check_plan, find_channels
+from tpp.channels import LayerChannels, check_plan, find_channels
 from tpp.errors import UserError
 from tpp.penalty import BlockBatch, entry_decay, layer_blocks, make_batches
 from tpp.plan import PruningPlan
@@ -100,15 +100,8 @@ class Regularizer:
         if active:
             self.growth.check_zero_out(max(self._numbers.values()))
         self._layers = {layer: layers[layer] for layer in active}
-        # Biases, BatchNorm scales and shifts: where they are found, as they may be replaced.
-        self._vectors: dict[str, list[tuple[nn.Module, str]]] = {
-            layer: [(layers[layer], "bias")] * (channels[layer].bias is not None)
-            + [
-                (norm, name)
-                for norm in map(model.get_submodule, channels[layer].norms)
-                for name, _ in norm.named_parameters(recurse=False)
-            ]
-            for layer in active
+        self._vectors = {
+            layer: list(_entries(model, layers[layer], channels[layer])) for layer in active
         }
         row_sizes, groups = layer_sizes(model, plan)
         self.units = work_units(plan, row_sizes, rank=rank, world_size=world_size, groups=groups)
@@ -123,9 +116,9 @@ class Regularizer:
         self._batches: list[BlockBatch] = make_batches(blocks, row_sizes) if gram_weight else []
         self._entry_mask = _mask(
             [
-                (plan.filters[unit.layer], unit.rows)
+                (entries.length, entries.of(unit.rows))
                 for unit in self.units
-                for _ in self._vectors[unit.layer]
+                for entries in self._vectors[unit.layer]
             ]
         )
         self._indices: dict[tuple[str, str, torch.device], Tensor] = {}
@@ -160,11 +153,7 @@ class Regularizer:
             batch_gram, batch_decay = batch.penalty(weights)
             gram = gram + batch_gram
             decay = decay + batch_decay
-        vectors = [
-            getattr(module, name)
-            for unit in self.units
-            for module, name in self._vectors[unit.layer]
-        ]
+        vectors = [entries.vector for unit in self.units for entries in self._vectors[unit.layer]]
         if vectors:
             self._entry_mask = self._entry_mask.to(device)
             decay = decay + entry_decay(vectors, self._entry_mask)
@@ -192,8 +181,9 @@ class Regularizer:
                 weight = self._weight(layer)
                 rows = self._index(layer, "pruned", weight.device)
                 weight.index_fill_(0, rows, 0.0)
-                for module, name in self._vectors[layer]:
-                    getattr(module, name).index_fill_(0, rows, 0.0)
+                for number, entries in enumerate(self._vectors[layer]):
+                    places = self._index(layer, f"entries {number}", weight.device)
+                    entries.vector.index_fill_(0, places, 0.0)
 
     def finished(self, step: int) -> bool:
         """Whether ``step`` steps are all that the stage needs."""
@@ -232,13 +222,52 @@ class Regularizer:
     def _index(self, layer: str, kind: str, device: torch.device) -> Tensor:
         key = (layer, kind, device)
         if key not in self._indices:
-            rows = {
-                "pruned": self.plan.pruned[layer],
-                "kept": self.plan.kept(layer),
-                "owned": next((unit.rows for unit in self.units if unit.layer == layer), ()),
-            }
-            self._indices[key] = torch.tensor(rows[kind], dtype=torch.int64, device=device)
+            rows: Sequence[int]
+            if kind == "kept":
+                rows = self.plan.kept(layer)
+            elif kind == "owned":
+                rows = next((unit.rows for unit in self.units if unit.layer == layer), ())
+            else:
+                rows = self.plan.pruned[layer]
+            if kind.startswith("entries"):
+                rows = self._vectors[layer][int(kind.split()[1])].of(rows)
+            self._indices[key] = torch.tensor(rows, dtype=torch.int64, device=device)
         return self._indices[key]
+
+
+@dataclass(frozen=True)
+class _Entries:
+    """The entries of a bias, or of a BatchNorm's scale or shift, that belong to a layer's filters.
+
+    The vector is looked up in its module each time, as engines may replace it.
+    """
+
+    module: nn.Module
+    name: str
+    positions: Tensor | None  # (filters, k); None: entry i is filter i's
+
+    @property
+    def vector(self) -> Tensor:
+        return getattr(self.module, self.name)
+
+    @property
+    def length(self) -> int:
+        return len(self.vector)
+
+    def of(self, filters: Sequence[int]) -> Sequence[int]:
+        """Where the entries of some filters stand."""
+        if self.positions is None:
+            return filters
+        return self.positions[list(filters)].flatten().tolist()
+
+
+def _entries(model: nn.Module, layer: nn.Module, channels: LayerChannels) -> Iterator[_Entries]:
+    if channels.bias is not None:
+        yield _Entries(layer, "bias", None)
+    for norm in channels.norms:
+        module = model.get_submodule(norm.module)
+        for name, _ in module.named_parameters(recurse=False):
+            yield _Entries(module, name, norm.positions)
 
 
 def _mask(parts: Iterable[tuple[int, Iterable[int]]]) -> Tensor:

@@ -33,12 +33,14 @@ class TrainingState:
         model: state_dict of the unwrapped network.
         optimizer: the optimiser's state_dict.
         extra: JSON-ready rest (method, loss scaler).
+        architecture: which network it is, for those who read the folder on its own.
     """
 
     step: int
     model: dict[str, Tensor]
     optimizer: dict[str, Any]
     extra: dict[str, Any]
+    architecture: dict[str, Any] | None = None
 
 
 def save_state(folder: Path, state: TrainingState, *, keep: int) -> Path:
@@ -55,6 +57,7 @@ def save_state(folder: Path, state: TrainingState, *, keep: int) -> Path:
     content = {
         "version": VERSION,
         "step": state.step,
+        "architecture": state.architecture,
         "optimizer": optimizer,
         "extra": state.extra,
         "sha256": hashes,
@@ -95,6 +98,7 @@ def _load(path: Path) -> TrainingState:
         model=load_file(path / "model.safetensors"),
         optimizer=_unflatten_optimizer(tensors, content["optimizer"]),
         extra=content["extra"],
+        architecture=content.get("architecture"),
     )
 
 

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from data_pipelines.index import ImageIndex, scan_class_folders
 from data_pipelines.loaders import ImageTransform, eval_batches, resolve_loader
-from tpp.checkpoint import find_metadata, load_model, load_weights
+from tpp.checkpoint import find_metadata, load_model
 from tpp.errors import UserError, run_command
 from tpp.models import build_model, input_shape
+from tpp.sources import load_weights
 from train.distributed import make_accelerator, sum_over_ranks
 
 

@@ -6,9 +6,10 @@ from urllib.parse import urlparse
 import torch
 from torch import nn
 
-from tpp.checkpoint import find_metadata, load_model, load_weights
+from tpp.checkpoint import find_metadata, load_model
 from tpp.errors import UserError
 from tpp.models import Architecture, build_model
+from tpp.sources import load_weights
 from train.config import ModelSection
 
 TORCHVISION = "torchvision:"

@@ -19,6 +19,8 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from tpp.models import build_model
+
 STEPS = 3
 SAMPLES = 4  # for each rank and step
 STAGES = (0, 1, 2, 3)
@@ -210,6 +212,16 @@ def main() -> None:
             optimizer = torch.optim.SGD([{"params": group} for group in groups], **arguments)
         engine = save_case(root / name, net, optimizer, config_of(0, "fp32"), {})
         for key, tensor in gathered(engine, groups, 0, STATES["sgd"]).items():
+            truth[f"{name}/{key}"] = tensor.detach().clone().contiguous()
+    for stage in (0, 2, 3):  # a network that the pruner knows
+        torch.manual_seed(0)
+        net = build_model("cifar_resnet8", 10)
+        groups = named_groups(net)
+        name = f"resnet8-zero{stage}"
+        engine = save_case(
+            root / name, net, optimizer_of(groups, "sgd"), config_of(stage, "fp32"), {}
+        )
+        for key, tensor in gathered(engine, groups, stage, STATES["sgd"]).items():
             truth[f"{name}/{key}"] = tensor.detach().clone().contiguous()
     save_under_accelerate(root / "accelerate")
     if dist.get_rank() == 0:

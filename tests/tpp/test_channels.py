@@ -2,65 +2,17 @@
 network, here), and that pruning equals zeroing (test_prune)."""
 
 import random
-from contextlib import suppress
 
 import pytest
 import torch
 from torch import nn
+from zeroing import randomised, reached, zeroed
 
-from tpp.channels import check_plan, find_channels
+from tpp.channels import check_plan, find_channels, survey_channels
 from tpp.errors import UserError
 from tpp.models import build_model
 from tpp.plan import PruningPlan
-from tpp.selection import prunable_layers
-
-
-def lone_layers(model, example, limit, shuffled):
-    """A few layers, drawn at random, whose filters can go alone."""
-    layers = list(prunable_layers(model))
-    found = {}
-    for layer in shuffled.sample(layers, len(layers)):
-        with suppress(UserError):
-            found |= find_channels(model, [layer], example_input=example)
-        if len(found) == limit:
-            break
-    return found
-
-
-def nan_inputs(model, layer, filters, example):
-    """Run with NaN in some filters of a layer: which inputs of which layers are reached.
-
-    Consumers see zeros instead, so that nothing behind them is reached. Depthwise convolutions
-    pass NaN on and count among the reached.
-    """
-    reached = {}
-
-    def watch(name, module):
-        def hook(_, args):
-            x = args[0]
-            channels = 1 if x.dim() == 4 and isinstance(module, nn.Conv2d) else x.dim() - 1
-            others = [d for d in range(x.dim()) if d != channels]
-            nan = x.isnan().flatten() if not others else x.isnan().amax(others)
-            if nan.any():
-                reached[name] = set(nan.nonzero().flatten().tolist())
-            if getattr(module, "groups", 1) == 1:
-                return (x.nan_to_num(0.0),)
-            return None
-
-        return module.register_forward_pre_hook(hook)
-
-    modules = prunable_layers(model)
-    hooks = [watch(name, module) for name, module in modules.items()]
-    weight = modules[layer].weight
-    saved = weight.detach().clone()
-    with torch.no_grad():
-        weight[filters] = float("nan")
-        out = model(example)
-        weight.copy_(saved)
-    for hook in hooks:
-        hook.remove()
-    assert not out.isnan().any()
-    return reached
+from tpp.prune import prune_model
 
 
 @pytest.mark.parametrize(
@@ -81,26 +33,30 @@ def nan_inputs(model, layer, filters, example):
         ("timm:vit_tiny_patch16_224", {"img_size": 32}, (3, 32, 32)),
     ],
 )
-def test_consumers_are_those_that_a_filter_reaches(name, args, shape):
-    torch.manual_seed(0)
-    model = build_model(name, 10, **args).eval()
+def test_consumers_and_norms_are_those_that_a_filter_reaches(name, args, shape):
+    model = randomised(name, torch.float32, **args)
     example = torch.rand(1, *shape)
+    channels = survey_channels(model, example_input=example).channels
     shuffled = random.Random(0)
-    layers = lone_layers(model, example, 2, shuffled)
-    assert layers
-    for layer, found in layers.items():
+    assert channels
+    for layer in shuffled.sample(sorted(channels), min(3, len(channels))):
+        found = channels[layer]
         filters = sorted(shuffled.sample(range(found.filters), (found.filters + 1) // 2))
-        expected = nan_inputs(model, layer, filters, example)
         claimed = {}
         for entry in found.slices:
             owner, _, key = entry.tensor.rpartition(".")
             module = model.get_submodule(owner)
-            depthwise = getattr(module, "groups", 1) > 1
-            if isinstance(module, nn.Conv2d | nn.Linear) and (
-                entry.dim == 1 or (depthwise and key == "weight")
-            ):
-                claimed[owner] = set(entry.positions[filters].flatten().tolist())
-        assert claimed == expected, layer
+            depthwise = isinstance(module, nn.Conv2d) and module.weight.shape[1] == 1
+            reads = isinstance(module, nn.Conv2d | nn.Linear) and entry.dim == 1
+            if reads or (depthwise and owner != layer and key == "weight"):
+                claimed[owner] = sorted(entry.positions[filters].flatten().tolist())
+        for norm in found.norms:
+            claimed[norm.module] = sorted(norm.positions[filters].flatten().tolist())
+        assert claimed == reached(model, {layer: filters}, example), layer
+
+
+def norms(found):
+    return [norm.module for norm in found.norms]
 
 
 def test_a_bottleneck_by_hand():
@@ -109,7 +65,7 @@ def test_a_bottleneck_by_hand():
     assert found.weight == "layer1.0.conv2.weight"
     assert found.bias is None
     assert found.filters == 64
-    assert found.norms == ("layer1.0.bn2",)
+    assert norms(found) == ["layer1.0.bn2"]
     assert {(s.tensor, s.dim) for s in found.slices} == {
         ("layer1.0.conv2.weight", 0),
         ("layer1.0.bn2.weight", 0),
@@ -127,7 +83,7 @@ def test_flattened_channels_take_all_their_pixels():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 6 * 6, 5))
     found = find_channels(model, ["0"], example_input=torch.zeros(1, 3, 8, 8))["0"]
     assert found.bias == "0.bias"
-    assert found.norms == ()
+    assert norms(found) == []
     positions = {s.tensor: s.positions for s in found.slices}
     assert torch.equal(positions["3.weight"], torch.arange(4 * 36).view(4, 36))
 
@@ -142,7 +98,7 @@ def test_a_depthwise_convolution_and_both_norms_go_along():
     model = build_model("mobilenet_v2", 10)
     layer = "features.2.conv.0.0"
     found = find_channels(model, [layer])[layer]
-    assert found.norms == ("features.2.conv.0.1", "features.2.conv.1.1")
+    assert norms(found) == ["features.2.conv.0.1", "features.2.conv.1.1"]
     slices = {(s.tensor, s.dim) for s in found.slices}
     assert ("features.2.conv.1.0.weight", 0) in slices
     assert ("features.2.conv.2.weight", 1) in slices
@@ -151,11 +107,10 @@ def test_a_depthwise_convolution_and_both_norms_go_along():
 def test_tied_layers_are_found_together_each_with_its_own_norm():
     layers = ["layer2.0.conv2", "layer2.0.downsample.0", "layer2.1.conv2"]
     found = find_channels(build_model("resnet18", 10), layers)
-    norms = {layer: channels.norms for layer, channels in found.items()}
-    assert norms == {
-        "layer2.0.conv2": ("layer2.0.bn2",),
-        "layer2.0.downsample.0": ("layer2.0.downsample.1",),
-        "layer2.1.conv2": ("layer2.1.bn2",),
+    assert {layer: norms(channels) for layer, channels in found.items()} == {
+        "layer2.0.conv2": ["layer2.0.bn2"],
+        "layer2.0.downsample.0": ["layer2.0.downsample.1"],
+        "layer2.1.conv2": ["layer2.1.bn2"],
     }
     for layer in layers:
         assert found[layer].tied == tuple(other for other in layers if other != layer)
@@ -175,14 +130,14 @@ class PreActivation(nn.Module):
 
 def test_a_norm_of_a_sum_is_named_once():
     found = find_channels(PreActivation(), ["a", "b"], example_input=torch.zeros(1, 3, 8, 8))
-    assert found["a"].norms == ("norm",) and found["b"].norms == ()
+    assert norms(found["a"]) == ["norm"] and norms(found["b"]) == []
 
 
 def test_a_depthwise_convolution_can_be_asked_for_with_its_feeder():
     layers = ["features.2.conv.0.0", "features.2.conv.1.0"]
     found = find_channels(build_model("mobilenet_v2", 10), layers)
-    assert found[layers[0]].norms == ("features.2.conv.0.1",)
-    assert found[layers[1]].norms == ("features.2.conv.1.1",)
+    assert norms(found[layers[0]]) == ["features.2.conv.0.1"]
+    assert norms(found[layers[1]]) == ["features.2.conv.1.1"]
     assert found[layers[1]].tied == (layers[0],) and found[layers[1]].groups == 1
 
 
@@ -234,6 +189,33 @@ class Padded(Normed):
         return self.head(nn.functional.pad(self.conv(x)[:, :6], (0, 0, 0, 0, 1, 1))).mean((2, 3))
 
 
+class Softmaxed(Normed):
+    def forward(self, x):
+        return self.head(self.conv(x).softmax(1)).mean((2, 3))
+
+
+class Masked(Normed):
+    def forward(self, x):
+        mask = torch.linspace(0, 1, 8, device=x.device).view(1, 8, 1, 1)
+        return self.head(self.conv(x) * mask).mean((2, 3))
+
+
+class Sorted(Normed):
+    def forward(self, x):
+        return self.head(self.conv(x).sort(1).values).mean((2, 3))
+
+
+class Mixed(Normed):
+    def __init__(self):
+        super().__init__()
+        self.other, self.grouped = nn.Conv2d(3, 4, 3), nn.Conv2d(12, 12, 1, groups=2)
+        self.head = nn.Conv2d(12, 2, 1)
+
+    def forward(self, x):
+        x = self.grouped(torch.cat([self.conv(x), self.other(x)], 1))
+        return self.head(x).mean((2, 3))
+
+
 @pytest.mark.parametrize(
     ("model", "layer", "message"),
     [
@@ -248,17 +230,38 @@ class Padded(Normed):
             "layer1.0.downsample.0, layer1.1.conv3, layer1.2.conv3",
         ),
         (lambda: build_model("cifar_resnet8", 10), "layer1.0.conv2", "layer2.0.conv2"),
-        (lambda: build_model("resnext50_32x4d", 10), "layer1.0.conv1", "feeds layer1.0.conv2"),
         (
             lambda: build_model("mobilenet_v2", 10),
             "features.2.conv.1.0",
-            "with those of features.2.conv.0.0 and cannot be removed alone: prune all",
+            "its filters only gate or filter those of features.2.conv.0.0 one by one and go along",
         ),
-        (lambda: build_model("shufflenet_v2_x0_5", 10), "conv1.0", "cannot be followed"),
-        (Normed, "conv", "conv: its filters reach norm, a GroupNorm"),
+        (
+            lambda: build_model("shufflenet_v2_x0_5", 10),
+            "stage2.1.branch2.5",
+            "reach a reshape that splits channels into parts (at stage2.1)",
+        ),
+        (
+            lambda: build_model("timm:vit_tiny_patch16_224", 10),
+            "blocks.0.attn.qkv",
+            "reach a reshape that splits channels into parts (at blocks.0.attn)",
+        ),
+        (
+            lambda: build_model("cifar_resnet8", 10),
+            "layer3.0.conv2",
+            "are added to a padding of the channels or another fixed value (at layer3.0)",
+        ),
+        (Normed, "conv", "conv: its filters reach a GroupNorm in 2 groups (at norm)"),
         (Normed, "idle", "idle: not used"),
-        (Shuffled, "conv", "conv: its filters reach a reshape into more than four dimensions"),
-        (Padded, "conv", "conv: its filters reach a padding of the channels"),
+        (
+            Shuffled,
+            "conv",
+            "conv: its filters reach a reshape that splits channels into parts (in forward())",
+        ),
+        (Padded, "conv", "conv: its filters reach a slice of the channels (in forward())"),
+        (Softmaxed, "conv", "conv: its filters reach a softmax over the channels"),
+        (Masked, "conv", "conv: its filters are combined with a tensor whose size forward() fixes"),
+        (Mixed, "conv", "conv: feeds grouped, a convolution in 2 groups, together with other"),
+        (Sorted, "conv", "conv: its filters reach sort, which they are not followed through"),
     ],
 )
 def test_a_layer_that_cannot_go_alone_is_refused_by_name(model, layer, message):
@@ -268,8 +271,162 @@ def test_a_layer_that_cannot_go_alone_is_refused_by_name(model, layer, message):
 
 
 def test_a_shared_weight_is_refused():
-    with pytest.raises(UserError, match=r"a: a\.weight is shared with another layer"):
+    with pytest.raises(UserError, match=r"a: its filters meet values that cannot be narrowed"):
         find_channels(Shared(), ["a"], example_input=torch.zeros(1, 8))
+
+
+class Reused(nn.Module):
+    """One layer called twice, with a norm of its own after each call."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.twice, self.head = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 6, 1), nn.Conv2d(6, 2, 1)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(6) for _ in range(2))
+
+    def forward(self, x):
+        x = self.a(x)
+        for norm in self.norms:
+            x = norm(self.twice(x)).relu()
+        return self.head(x).mean((2, 3))
+
+
+def test_a_layer_that_is_called_twice():
+    example = torch.zeros(1, 3, 8, 8)
+    found = find_channels(Reused(), ["twice"], coupled=True, example_input=example)
+    # What it reads the second time is what it wrote the first time.
+    assert list(found) == ["a", "twice"] and found["twice"].tied == ("a",)
+    assert norms(found["twice"]) == ["norms.0", "norms.1"]
+    slices = {(s.tensor, s.dim) for s in found["a"].slices}
+    assert {("a.weight", 0), ("twice.weight", 0), ("twice.weight", 1), ("head.weight", 1)} < slices
+
+
+class Scaled(nn.Module):
+    """A parameter per channel outside of any layer, and an activation with one per channel."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.act, self.head = nn.Conv2d(3, 6, 3), nn.PReLU(6), nn.Conv2d(6, 2, 1)
+        self.scale = nn.Parameter(torch.ones(6, 1, 1))
+
+    def forward(self, x):
+        return self.head(self.act(self.conv(x)) * self.scale).mean((2, 3))
+
+
+def test_parameters_per_channel_go_along():
+    model = Scaled()
+    example = torch.rand(2, 3, 8, 8)
+    found = find_channels(model, ["conv"], example_input=example)["conv"]
+    assert {(s.tensor, s.dim) for s in found.slices} == {
+        ("conv.weight", 0),
+        ("conv.bias", 0),
+        ("act.weight", 0),
+        ("scale", 0),
+        ("head.weight", 1),
+    }
+    plan = PruningPlan({"conv": 6}, {"conv": [0, 4]})
+    pruned = prune_model(model, plan, example_input=example)
+    expected = zeroed(model, plan.pruned, example)(example)
+    torch.testing.assert_close(pruned(example), expected)
+
+
+class Shifted(Normed):
+    def forward(self, x):
+        return self.head(self.conv(x).sigmoid()).mean((2, 3))
+
+
+@pytest.mark.parametrize(
+    ("model", "layer", "reason"),
+    [
+        (
+            Shifted,
+            "conv",
+            "are not zero where their filters are: an activation shifts them (at head",
+        ),
+        (
+            lambda: build_model("convnext_tiny", 10),
+            "features.0.0",
+            "are normalised together by a LayerNorm (at features.0.1)",
+        ),
+        (lambda: build_model("resnet18", 10), "layer1.0.conv2", None),
+        (lambda: build_model("mobilenet_v3_large", 10), "features.4.block.0.0", None),
+    ],
+)
+def test_removal_that_is_not_zeroing_is_said(model, layer, reason):
+    inexact = find_channels(model(), [layer], coupled=True)[layer].inexact
+    assert inexact is None if reason is None else inexact.startswith(reason)
+
+
+def test_coupled_adds_the_partners():
+    model = build_model("resnet18", 10)
+    found = find_channels(model, ["layer2.1.conv2"], coupled=True)
+    assert list(found) == ["layer2.0.conv2", "layer2.0.downsample.0", "layer2.1.conv2"]
+    survey = survey_channels(model, coupled=True)
+    assert list(survey.refused) == ["fc"] and len(survey.channels) == 20
+    assert survey.channels["layer2.1.conv2"].tied == (
+        "layer2.0.conv2",
+        "layer2.0.downsample.0",
+    )
+
+
+def test_channels_of_a_convolution_in_groups_by_hand():
+    found = find_channels(build_model("resnext50_32x4d", 10), ["layer1.0.conv1"])["layer1.0.conv1"]
+    assert found.groups == 32
+    grouped = next(s for s in found.slices if s.tensor == "layer1.0.conv2.weight")
+    assert (grouped.dim, grouped.groups) == (1, 32)
+    assert torch.equal(grouped.positions, torch.arange(128)[:, None])
+
+
+class Multiplied(nn.Module):
+    """A depthwise convolution with four filters for each channel, on the image and behind."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.plain = nn.Conv2d(3, 12, 3, groups=3), nn.Conv2d(12, 5, 1)
+        self.second, self.head = nn.Conv2d(5, 20, 3, groups=5), nn.Conv2d(20, 2, 1)
+
+    def forward(self, x):
+        x = self.plain(self.first(x).relu()).relu()
+        return self.head(self.second(x).relu()).mean((2, 3))
+
+
+def test_several_filters_for_each_channel():
+    model, example = Multiplied(), torch.rand(2, 3, 8, 8)
+    with pytest.raises(UserError, match="plain: its filters feed a convolution with several"):
+        find_channels(model, ["plain"], example_input=example)
+    found = find_channels(model, ["first", "second"], example_input=example)
+    assert (found["first"].groups, found["second"].groups) == (3, 5)
+    pruned = {"first": [0, 7, 8], "second": [1, 2, 4, 7, 8, 9, 14, 15, 18, 19]}
+    plan = PruningPlan({"first": 12, "second": 20}, pruned)
+    expected = zeroed(model, plan.pruned, example)(example)
+    smaller = prune_model(model, plan, example_input=example)
+    assert (smaller.second.groups, smaller.second.out_channels) == (5, 10)
+    torch.testing.assert_close(smaller(example), expected)
+
+
+class Branching(nn.Module):
+    """Its code asks how wide it is, and turns the channels round when it is narrower."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x):
+        x = self.conv(x)
+        return self.head(x if x.shape[1] == 8 else x.flip(1)).mean((2, 3))
+
+
+class Fixed(Branching):
+    def forward(self, x):
+        return self.head(self.conv(x)[:, range(8)]).mean((2, 3))
+
+
+def test_a_network_that_counts_channels_in_its_own_way_is_found_out():
+    plan = PruningPlan({"conv": 8}, {"conv": [0, 5]})
+    example = torch.zeros(1, 3, 8, 8)
+    with pytest.raises(UserError, match="its channels reach other places than before"):
+        prune_model(Branching(), plan, example_input=example)
+    with pytest.raises(UserError, match="conv: its filters reach index"):
+        prune_model(Fixed(), plan, example_input=example)
 
 
 def test_an_input_that_does_not_fit_is_named():

@@ -12,14 +12,14 @@ from torch import nn
 from tpp import checkpoint
 from tpp.checkpoint import (
     FORMAT,
-    fit_to_shapes,
     load_model,
-    load_tensors,
-    load_weights,
+    load_optimizer_state,
+    read_checkpoint,
     read_metadata,
     save_model,
 )
 from tpp.errors import UserError
+from tpp.fitting import fit_to_shapes
 from tpp.models import Architecture, build_model, build_on_meta
 from tpp.plan import PruningPlan
 from tpp.prune import prune_model
@@ -116,20 +116,21 @@ class Tied(nn.Module):
         self.register_buffer("scale", torch.tensor(3.0), persistent=False)
 
     def forward(self, x):
-        return self.b(self.a(x)) * self.scale
+        return self.b(self.a(x.mean((2, 3)))) * self.scale
 
 
 def test_tied_tensors_are_stored_once_and_tied_again(tmp_path, monkeypatch):
     monkeypatch.setitem(checkpoint.build_model.__globals__["_OWN_MODELS"], "tied", Tied)
-    model = build_model("tied", 4)
+    model = build_model("tied", 3)
     save_model(tmp_path / "ckpt", model)
     assert sorted(load_file(tmp_path / "ckpt")) == ["a.bias", "a.weight", "b.bias"]
     state = torch.random.get_rng_state()
     loaded = load_model(tmp_path / "ckpt")
     assert torch.equal(torch.random.get_rng_state(), state)
     assert loaded.b.weight is loaded.a.weight
-    assert torch.equal(loaded(torch.ones(1, 4)), model.eval()(torch.ones(1, 4)))
-    tensors, _ = load_tensors(tmp_path / "ckpt")
+    images = torch.rand(1, 3, 32, 32)
+    assert torch.equal(loaded(images), model.eval()(images))
+    tensors, _, _ = read_checkpoint(tmp_path / "ckpt")
     same({name: tensors[name] for name in model.state_dict()}, model.state_dict())
 
 
@@ -169,7 +170,7 @@ def test_a_truncated_file_is_refused(tmp_path, cut):
     path = tmp_path / "ckpt.safetensors"
     save_model(path, small())
     path.write_bytes(path.read_bytes()[:cut])
-    for read in (load_model, read_metadata, load_tensors):
+    for read in (load_model, read_metadata, read_checkpoint):
         with pytest.raises(UserError) as caught:
             read(path)
         assert str(caught.value).startswith(f"{path}: not a whole safetensors file")
@@ -180,7 +181,7 @@ def test_a_damaged_tensor_is_named(tmp_path):
     save_model(path, small())
     weight = load_file(path)["linear.weight"].numpy().tobytes()
     path.write_bytes(path.read_bytes().replace(weight, weight[:-1] + b"\x01"))
-    for read in (load_model, load_tensors):
+    for read in (load_model, read_checkpoint):
         with pytest.raises(UserError, match=r"damaged: the bytes of linear\.weight"):
             read(path)
 
@@ -188,7 +189,7 @@ def test_a_damaged_tensor_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("metadata", "tensors", "message"),
     [
-        ({"version": 2}, {}, "version 2, expected 1"),
+        ({"version": 3}, {}, "version 3, expected 2"),
         ({"more": 1}, {}, "the metadata must hold"),
         ({"architecture": {}}, {}, "expected"),
         ({"architecture": {"name": "resnet5", "num_classes": 10, "args": {}}}, {}, "resnet50"),
@@ -211,6 +212,98 @@ def test_a_file_that_contradicts_itself_is_refused(tmp_path, metadata, tensors, 
     with pytest.raises(UserError, match=message) as caught:
         load_model(path)
     assert str(caught.value).startswith(str(path))
+
+
+@pytest.mark.parametrize("key", ["widths", "ties", "sha256", "extra", "companions"])
+@pytest.mark.parametrize("value", [None, 3, "x", [1], [[]], {"a": [1]}])
+def test_metadata_of_the_wrong_kinds_is_refused(tmp_path, key, value):
+    if (key, value) == ("extra", {"a": [1]}):
+        return  # which is nothing wrong
+    path = tmp_path / "ckpt"
+    save_model(path, small())
+    rewrite(path, {key: value})
+    with pytest.raises(UserError) as caught:
+        load_model(path)
+    assert str(caught.value).startswith(str(path))
+
+
+def test_widths_that_do_not_fit_each_other_are_refused(tmp_path):
+    """Every tensor by itself is fine, hashes and widths too: only a run tells."""
+    path = tmp_path / "ckpt"
+    save_model(path, small())
+    weight = torch.zeros(32, 14, 3, 3)  # conv1 before it has 15 filters
+    widths = metadata_of(path)["widths"] | {"layer2.0.conv2": [14, 32]}
+    sha256 = metadata_of(path)["sha256"]
+    sha256["layer2.0.conv2.weight"] = hashlib.sha256(weight.numpy().tobytes()).hexdigest()
+    rewrite(path, {"sha256": sha256, "widths": widths}, {"layer2.0.conv2.weight": weight})
+    with pytest.raises(
+        UserError, match=r"ckpt: its layers do not fit each other at layer2\.0\.conv2: "
+    ):
+        load_model(path)
+
+
+def test_a_new_classifier(tmp_path):
+    model = small()
+    model.linear = nn.Linear(model.linear.in_features, 5)
+    save_model(tmp_path / "ckpt", model, extra={"classes": list("abcde")})
+    loaded = load_model(tmp_path / "ckpt")
+    assert loaded.architecture == Architecture("cifar_resnet8", 5)
+    images = torch.rand(2, 3, 32, 32)
+    assert torch.equal(loaded(images), model.eval()(images)) and loaded(images).shape == (2, 5)
+    # It trains on, and can be pruned again.
+    optimizer = torch.optim.SGD(loaded.train().parameters(), lr=0.1)
+    torch.nn.functional.cross_entropy(loaded(images), torch.tensor([0, 4])).backward()
+    optimizer.step()
+    plan = PruningPlan({"layer2.0.conv1": 15}, {"layer2.0.conv1": [0, 14]})
+    assert prune_model(loaded.eval(), plan)(images).shape == (2, 5)
+    # A file that claims other outputs than it has is caught.
+    rewrite(tmp_path / "ckpt", {"architecture": Architecture("cifar_resnet8", 10).to_dict()})
+    with pytest.raises(UserError, match="said to have 10 outputs"):
+        load_model(tmp_path / "ckpt")
+
+
+def test_companions_come_back(tmp_path):
+    model = small()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    model(torch.rand(4, 3, 32, 32)).square().sum().backward()
+    optimizer.step()
+    states = {
+        f"optimizer.{key}": {n: optimizer.state[p][key] for n, p in model.named_parameters()}
+        for key in ("exp_avg", "exp_avg_sq", "step")
+    }
+    average = {name: tensor + 1 for name, tensor in model.state_dict().items()}
+    save_model(tmp_path / "ckpt", model, companions={**states, "ema": average})
+    same(load_model(tmp_path / "ckpt").state_dict(), model.state_dict())
+    same(load_model(tmp_path / "ckpt", companion="ema").state_dict(), average)
+    with pytest.raises(UserError, match="holds no 'swa'; it has optimizer"):
+        load_model(tmp_path / "ckpt", companion="swa")
+    loaded = load_model(tmp_path / "ckpt")
+    fresh = torch.optim.Adam(loaded.parameters(), lr=0.01)
+    count = len(list(model.parameters()))
+    assert load_optimizer_state(tmp_path / "ckpt", loaded, fresh) == count
+    # The next step is the one that would have been.
+    images = torch.rand(4, 3, 32, 32)
+    for network, steps in ((model.eval(), optimizer), (loaded, fresh)):
+        network.zero_grad()
+        network(images).square().sum().backward()
+        steps.step()
+    same(loaded.state_dict(), model.state_dict())
+    with pytest.raises(UserError, match=r"exp_avg of conv1\.weight is of shape"):
+        other = build_model("cifar_resnet8", 10)
+        other.conv1 = nn.Conv2d(3, 8, 3)
+        load_optimizer_state(tmp_path / "ckpt", other, torch.optim.SGD(other.parameters()))
+    save_model(tmp_path / "bare", model)
+    with pytest.raises(UserError, match="holds no optimiser's state"):
+        load_optimizer_state(tmp_path / "bare", loaded, fresh)
+
+
+def test_a_file_of_version_1_loads(tmp_path):
+    path = tmp_path / "ckpt"
+    save_model(path, small())
+    data = metadata_of(path) | {"version": 1}
+    del data["companions"]
+    save_file(load_file(path), path, metadata={FORMAT: json.dumps(data)})
+    same(load_model(path).state_dict(), small().state_dict())
 
 
 def test_a_tensor_of_another_shape_is_named(tmp_path):
@@ -239,87 +332,6 @@ def test_other_files_are_refused(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             load_model(path)
-
-
-@pytest.mark.parametrize("key", [None, "state_dict", "model_state_dict", "model"])
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "_orig_mod.module."])
-@pytest.mark.parametrize("zipped", [True, False])
-def test_foreign_files(tmp_path, key, prefix, zipped):
-    state = {"a.weight": torch.rand(2, 3), "a.bias": torch.rand(2)}
-    data = {prefix + name: tensor for name, tensor in state.items()}
-    path = tmp_path / "weights.pth"
-    torch.save(
-        {key: data, "epoch": 3} if key else data, path, _use_new_zipfile_serialization=zipped
-    )
-    tensors, info = load_tensors(path)
-    assert info is None
-    same(tensors, state)
-
-
-def test_old_batchnorm_weights_and_plain_safetensors(tmp_path):
-    model = build_model("cifar_resnet8", 10)
-    old = {n: t for n, t in model.state_dict().items() if not n.endswith("num_batches_tracked")}
-    save_file(old, tmp_path / "old.safetensors")
-    other = build_model("cifar_resnet8", 10)
-    load_weights(other, tmp_path / "old.safetensors")
-    same(other.state_dict(), model.state_dict())
-
-
-class Anything:
-    pass
-
-
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        (Anything(), "needs pickle"),
-        ([1, 2], "holds a list"),
-        ({"epoch": 3, "best": 1.0}, "epoch, best are no tensor"),
-        ({}, "empty"),
-    ],
-)
-@pytest.mark.parametrize("zipped", [True, False])
-def test_files_without_weights(tmp_path, data, message, zipped):
-    torch.save(data, tmp_path / "x.pth", _use_new_zipfile_serialization=zipped)
-    with pytest.raises(UserError, match=message):
-        load_tensors(tmp_path / "x.pth")
-
-
-@pytest.mark.parametrize("zipped", [True, False])
-@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
-def test_a_truncated_pth_file(tmp_path, zipped, share):
-    path = tmp_path / "x.pth"
-    torch.save({"x": torch.rand(1000)}, path, _use_new_zipfile_serialization=zipped)
-    raw = path.read_bytes()
-    path.write_bytes(raw[: int(share * len(raw))])
-    with pytest.raises(UserError):
-        load_tensors(path)
-
-
-def test_load_weights_names_what_does_not_fit(tmp_path):
-    pruned, dense = small(), build_model("cifar_resnet8", 10)
-    save_model(tmp_path / "ckpt", pruned)
-    with pytest.raises(
-        UserError, match=r"layer2\.0\.conv1\.weight is 15x16x3x3, the model's is 32"
-    ):
-        load_weights(dense, tmp_path / "ckpt")
-    with pytest.raises(UserError, match=r"lacks layer1\.1\.conv1\.weight, .*in all"):
-        load_weights(build_model("cifar_resnet14", 10), tmp_path / "ckpt")
-    with pytest.raises(UserError, match="has unknown"):
-        save_model(tmp_path / "deep", build_model("cifar_resnet14", 10))
-        load_weights(dense, tmp_path / "deep")
-    fresh = small().double()
-    load_weights(fresh, tmp_path / "ckpt")
-    assert fresh.conv1.weight.dtype == torch.float64
-    assert torch.equal(fresh.conv1.weight, pruned.conv1.weight.double())
-
-
-def test_the_public_resnet56_loads(shared_data):
-    model = build_model("cifar_resnet56", 10)
-    load_weights(model, shared_data("resnet56-cifar10.th"))
-    path = shared_data("resnet56-cifar10.th")
-    public = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-    assert torch.equal(model.linear.weight, public["module.linear.weight"])
 
 
 @settings(max_examples=30, deadline=None)

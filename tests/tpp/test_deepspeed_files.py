@@ -21,8 +21,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tpp import prune
+from tpp.checkpoint import read_checkpoint
 from tpp.deepspeed_files import DeepSpeedState, is_deepspeed_folder, read_deepspeed
 from tpp.errors import UserError
+from tpp.plan import PruningPlan
 
 ROOT = Path(__file__).resolve().parents[2]
 WORLD_SIZES = (1, 2)
@@ -538,3 +541,32 @@ def test_the_result_cannot_be_changed(folders):
     assert isinstance(found, DeepSpeedState)
     with pytest.raises(AttributeError):
         found.step = 5
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_a_folder_is_pruned_with_its_momentum(
+    folders, tmp_path, monkeypatch, capsys, stage, world_size
+):
+    case = f"resnet8-zero{stage}"
+    out = tmp_path / "pruned.safetensors"
+    arguments = ["--checkpoint", str(folders[world_size] / case), "--output", str(out)]
+    arguments += ["--model", "cifar_resnet8", "--ratio", "layer*.conv1=0.5"]
+    monkeypatch.setattr(sys, "argv", ["prune", *arguments, "--save-plan", str(tmp_path / "plan")])
+    prune.main()
+    assert "with optimizer.momentum_buffer" in capsys.readouterr().out
+    plan = PruningPlan.load(tmp_path / "plan")
+    assert len(plan.active_layers) == 3
+    tensors, companions, _ = read_checkpoint(out)
+    momentum = truth_of(folders[world_size], case, "momentum_buffer")
+    weights = truth_of(folders[world_size], case, "weights")
+    assert companions["optimizer.momentum_buffer"].keys() == momentum.keys()
+    kept = plan.kept("layer2.0.conv1")
+    for found, truth in (
+        (tensors, weights),
+        (companions["optimizer.momentum_buffer"], momentum),
+    ):
+        assert torch.equal(found["layer2.0.conv1.weight"], truth["layer2.0.conv1.weight"][kept])
+        assert torch.equal(found["layer2.0.conv2.weight"], truth["layer2.0.conv2.weight"][:, kept])
+        assert torch.equal(found["layer2.0.bn1.bias"], truth["layer2.0.bn1.bias"][kept])
+        assert torch.equal(found["linear.weight"], truth["linear.weight"])

@@ -1,179 +1,20 @@
-import copy
-import functools
 import re
 import subprocess
 import sys
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
+from zeroing import randomised, zeroed
 
 from tpp.channels import find_channels
-from tpp.checkpoint import load_model, load_weights, read_metadata, save_model
+from tpp.checkpoint import load_model, read_metadata, save_model
 from tpp.errors import UserError
 from tpp.models import Architecture, build_model
 from tpp.plan import PruningPlan
 from tpp.prune import main, prune_checkpoint, prune_model, prune_tensors
 from tpp.selection import select_filters
-
-# The layers whose filters go alone, and the BatchNorm behind each: written down here, network
-# by network, so as not to ask the code under test.
-
-
-def _cifar_resnet(depth):
-    blocks = (depth - 2) // 6
-    return {
-        f"layer{stage}.{block}.conv1": f"layer{stage}.{block}.bn1"
-        for stage in (1, 2, 3)
-        for block in range(blocks)
-    }
-
-
-def _resnet(blocks, convs):
-    return {
-        f"layer{stage + 1}.{block}.conv{conv}": f"layer{stage + 1}.{block}.bn{conv}"
-        for stage in range(4)
-        for block in range(blocks[stage])
-        for conv in convs
-    }
-
-
-def _vgg19():
-    names, index = {}, 0
-    for count in (2, 2, 4, 4, 4):
-        for _ in range(count):
-            names[f"features.{index}"] = f"features.{index + 1}"
-            index += 3
-        index += 1  # the max-pool
-    return names
-
-
-NETWORKS = {
-    "cifar_resnet20": (_cifar_resnet(20), (3, 16, 16)),
-    "cifar_resnet56": (_cifar_resnet(56), (3, 16, 16)),
-    "cifar_vgg19_bn": (_vgg19(), (3, 16, 16)),
-    "mlp7_linear": ({f"fc{i}": None for i in range(1, 7)}, (1, 28, 28)),
-    "resnet18": (_resnet((2, 2, 2, 2), (1,)), (3, 32, 32)),
-    "resnet34": (_resnet((3, 4, 6, 3), (1,)), (3, 32, 32)),
-    "resnet50": (_resnet((3, 4, 6, 3), (1, 2)), (3, 32, 32)),
-}
-
-
-def randomised(name, dtype):
-    """A network whose BatchNorms do something, on which float errors stay small."""
-    torch.manual_seed(0)
-    model = build_model(name, 10).to(dtype)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, std=0.3)
-            nn.init.normal_(module.running_mean, std=0.3)
-            nn.init.uniform_(module.running_var, 0.5, 2.0)
-    return model
-
-
-@functools.cache
-def network(name):
-    return randomised(name, torch.float64)
-
-
-@torch.no_grad()
-def zeroed(model, plan, norms):
-    """The dense network with the pruned filters, their biases and BatchNorm entries at zero."""
-    model = copy.deepcopy(model)
-    for layer, pruned in plan.pruned.items():
-        modules = [model.get_submodule(layer)]
-        if norms[layer]:
-            modules.append(model.get_submodule(norms[layer]))
-        for module in modules:
-            for parameter in module.parameters():
-                parameter[pruned] = 0
-    return model
-
-
-@st.composite
-def plans(draw, name):
-    model, (norms, _) = network(name), NETWORKS[name]
-    layers = draw(st.sets(st.sampled_from(sorted(norms)), min_size=2, max_size=8))
-    filters, pruned = {}, {}
-    for layer in norms:
-        if layer in layers:
-            n = model.get_submodule(layer).weight.shape[0]
-            seed = draw(st.integers(0, 2**31))
-            count = draw(st.integers(1, n - 1))
-            order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-            filters[layer], pruned[layer] = n, sorted(order[:count].tolist())
-    return PruningPlan(filters, pruned)
-
-
-@pytest.mark.parametrize("name", NETWORKS)
-@settings(max_examples=6, deadline=None)
-@given(data=st.data())
-def test_removing_filters_equals_zeroing_them(name, data):
-    model = network(name)
-    norms, shape = NETWORKS[name]
-    plan = data.draw(plans(name))
-    images = torch.rand(4, *shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    reference = zeroed(model, plan, norms)
-    pruned = prune_model(model, plan)
-    for layer, indices in plan.pruned.items():
-        assert pruned.get_submodule(layer).weight.shape[0] == plan.filters[layer] - len(indices)
-    with torch.no_grad():
-        for training in (False, True):
-            expected, actual = (m.train(training)(images) for m in (reference, pruned))
-            scale = expected.abs().max()
-            torch.testing.assert_close(actual / scale, expected / scale, rtol=0, atol=1e-10)
-        # Single precision: the same mathematics, with the sums in another order.
-        small, dense = pruned.eval().float(), reference.eval().float()
-        expected, actual = dense(images.float()), small(images.float())
-        scale = expected.abs().max()
-        torch.testing.assert_close(actual / scale, expected / scale, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("name", "ratios", "norms"),
-    [
-        (
-            "resnet18",
-            {"layer2.?.conv2": 0.4, "layer2.0.downsample.0": 0.4, "layer2.1.conv1": 0.7},
-            {
-                "layer2.0.conv2": "layer2.0.bn2",
-                "layer2.1.conv2": "layer2.1.bn2",
-                "layer2.0.downsample.0": "layer2.0.downsample.1",
-                "layer2.1.conv1": "layer2.1.bn1",
-            },
-        ),
-        (
-            "mobilenet_v2",
-            {"features.3.conv.0.0": 0.4, "features.3.conv.1.0": 0.4},
-            {
-                "features.3.conv.0.0": "features.3.conv.0.1",
-                "features.3.conv.1.0": "features.3.conv.1.1",
-            },
-        ),
-        (
-            "resnext50_32x4d",
-            {"layer[12].*.conv2": 0.4},
-            {f"layer1.{i}.conv2": f"layer1.{i}.bn2" for i in range(3)}
-            | {f"layer2.{i}.conv2": f"layer2.{i}.bn2" for i in range(4)},
-        ),
-    ],
-)
-def test_tied_and_grouped_filters_equal_zeroed_ones(name, ratios, norms, tmp_path):
-    model = randomised(name, torch.float64).eval()
-    plan = select_filters(model, ratios)
-    assert plan.pruned.keys() == norms.keys()
-    expected = zeroed(model, plan, norms)
-    save_model(tmp_path / "dense.safetensors", model)
-    prune_checkpoint(tmp_path / "dense.safetensors", plan, tmp_path / "pruned.safetensors")
-    pruned = load_model(tmp_path / "pruned.safetensors").eval()
-    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1)).double()
-    with torch.no_grad():
-        logits, ours = expected(images), pruned(images)
-    assert logits.std() > 0
-    torch.testing.assert_close(ours, logits, rtol=0, atol=1e-10 * logits.abs().max().item())
+from tpp.sources import load_weights
 
 
 def half(model, layers):
@@ -238,7 +79,7 @@ def test_tied_parameters_and_hidden_buffers_survive():
     plan = PruningPlan({"a": 6}, {"a": [1, 4]})
     pruned = prune_model(model, plan, example_input=x)
     assert pruned.c.weight is pruned.head.weight
-    torch.testing.assert_close(pruned(x), zeroed(model, plan, {"a": None})(x))
+    torch.testing.assert_close(pruned(x), zeroed(model, plan.pruned, x)(x))
 
 
 def test_tensors_are_taken_out_on_both_sides_and_nowhere_else():

@@ -1,0 +1,138 @@
+"""For every architecture: a pruned network is the dense one with the same filters at zero."""
+
+import functools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from zeroing import randomised, relative_difference, zeroed
+
+from tpp.channels import survey_channels
+from tpp.checkpoint import load_model, save_model
+from tpp.plan import PruningPlan
+from tpp.prune import prune_model
+
+# Per network: how many layers' filters can go alone, and how many with those tied to them, without
+# changing what is left; counted from the block diagrams. Then sizes of images.
+NETWORKS = {
+    # the first of two convolutions of each block; all but the classifier
+    "resnet18": (8, 20, {}, (64, 80)),
+    "resnet34": (16, 36, {}, (64, 80)),
+    # the first two of three
+    "resnet50": (32 + 1, 53, {}, (64, 80)),
+    "resnet101": (66 + 1, 104, {}, (64, 80)),
+    "wide_resnet50_2": (32 + 1, 53, {}, (64, 80)),
+    "resnext50_32x4d": (32 + 1, 53, {}, (64, 80)),
+    "vgg16_bn": (15, 15, {}, (64, 80)),
+    "mobilenet_v2": (20, 52, {}, (64, 80)),
+    "mobilenet_v3_large": (24, 63, {}, (64, 80)),
+    "efficientnet_b0": (35, 81, {}, (64, 80)),
+    "densenet121": (120, 120, {}, (64, 80)),
+    "regnet_y_400mf": (49, 85, {}, (64, 80)),
+    "googlenet": (57, 57, {}, (64, 80)),
+    "squeezenet1_1": (25, 25, {}, (64, 80)),
+    "convnext_tiny": (18, 18, {}, (64, 80)),  # the wide layer of each block; LayerNorms elsewhere
+    "shufflenet_v2_x1_0": (18, 35, {}, (64, 80)),
+    "timm:resnet50d": (35, 55, {}, (64, 80)),
+    "timm:seresnet50": (49, 85, {}, (64, 80)),
+    "timm:vit_tiny_patch16_224": (12, 12, {"img_size": 32, "dynamic_img_size": True}, (32, 64)),
+    "cifar_resnet20": (9, 9, {}, (16, 24)),
+    "cifar_resnet56": (27, 27, {}, (16, 24)),
+    "cifar_vgg19_bn": (16, 16, {}, (32, 64)),
+    "mlp7_linear": (6, 6, {}, (28, 28)),
+}
+
+
+@functools.cache
+def network(name):
+    model = randomised(name, **NETWORKS[name][2])
+    return model, survey_channels(model, coupled=True).channels
+
+
+def exact(channels):
+    return {layer: found for layer, found in channels.items() if found.inexact is None}
+
+
+def images(name, size, batch=2):
+    channels = 1 if name == "mlp7_linear" else 3
+    generator = torch.Generator().manual_seed(size)
+    return torch.rand(batch, channels, size, size, generator=generator, dtype=torch.float64)
+
+
+@st.composite
+def plans(draw, model, channels, most=6):
+    """A plan for a few layers at random, with those tied to them."""
+    names = draw(st.lists(st.sampled_from(sorted(channels)), min_size=1, max_size=most))
+    pruned = {}
+    for name in names:
+        found = channels[name]
+        groups, per_group = found.groups, found.filters // found.groups
+        if name in pruned or per_group == 1:
+            continue
+        count = draw(st.integers(1, per_group - 1))
+        generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+        order = torch.stack([torch.randperm(per_group, generator=generator) for _ in range(groups)])
+        gone = order[:, :count] + per_group * torch.arange(groups)[:, None]
+        for layer in (name, *found.tied):
+            pruned[layer] = gone.flatten().tolist()
+    filters = {
+        layer: model.get_submodule(layer).weight.shape[0] for layer in channels if layer in pruned
+    }
+    return PruningPlan.from_indices(filters, pruned)
+
+
+def check_equal(model, plan, name, sizes):
+    """Logits of the pruned network are those of the zeroed one; returns the pruned one."""
+    pruned = prune_model(model, plan)
+    dense = zeroed(model, plan.pruned, images(name, sizes[0], batch=1))
+    for size in sizes:
+        batch = images(name, size)
+        for training in (False, True):
+            with torch.no_grad():
+                expected, actual = (m.train(training)(batch) for m in (dense, pruned))
+            assert relative_difference(actual, expected) < 1e-10, (size, training)
+    with torch.no_grad():
+        batch = images(name, sizes[0]).float()
+        expected, actual = (m.float().eval()(batch) for m in (dense, pruned))
+    assert relative_difference(actual, expected) < 1e-4
+    return pruned
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@settings(max_examples=2, deadline=None)
+@given(data=st.data())
+def test_removing_filters_equals_zeroing_them(name, data, tmp_path_factory):
+    model, channels = network(name)
+    plan = data.draw(plans(model, exact(channels)))
+    pruned = check_equal(model, plan, name, NETWORKS[name][3])
+    for layer, indices in plan.pruned.items():
+        assert pruned.get_submodule(layer).weight.shape[0] == plan.filters[layer] - len(indices)
+    path = tmp_path_factory.mktemp("pruned") / "model.safetensors"
+    save_model(path, pruned)
+    loaded = load_model(path)
+    batch = images(name, NETWORKS[name][3][0]).float()
+    for key, tensor in pruned.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], tensor), key
+    with torch.no_grad():
+        assert relative_difference(loaded(batch), pruned(batch)) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["cifar_resnet20", "resnext50_32x4d", "mobilenet_v3_large"])
+@settings(max_examples=2, deadline=None)
+@given(data=st.data())
+def test_a_pruned_network_is_pruned_again(name, data):
+    model, channels = network(name)
+    once = prune_model(model, data.draw(plans(model, exact(channels), most=3)))
+    left = exact(survey_channels(once, coupled=True).channels)
+    check_equal(once, data.draw(plans(once, left, most=3)), name, NETWORKS[name][3][:1])
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_how_many_layers_can_go(name):
+    model, channels = network(name)
+    alone = survey_channels(model)
+    assert (len(alone.channels), len(exact(channels))) == NETWORKS[name][:2]
+    assert all(found.inexact is None for found in alone.channels.values())
+    for layer, reason in alone.refused.items():
+        assert reason, layer
