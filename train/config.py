@@ -1,9 +1,10 @@
 """The configuration: YAML files into typed, validated models.
 
 A file may extend another (``extends: base.yaml``, relative to itself): mappings are merged key by
-key, everything else is replaced. Three mappings are replaced as a whole, since a part of the old
-one makes no sense in the new: ``pruning.ratios``, ``model.args``, and ``method`` where its
-``name`` changes. Overrides from the command line (``stages.finetune.epochs=5``) are merged last.
+key, everything else is replaced. Some mappings are replaced as a whole, since a part of the old
+one makes no sense in the new: ``pruning.ratios``, ``pruning.floors``, ``model.args``, ``method``
+where its ``name`` changes, and ``pruning.budget`` where its kind changes. Overrides from the
+command line (``stages.finetune.epochs=5``) are merged last.
 """
 
 import difflib
@@ -14,15 +15,26 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
+from tpp.budget import BUDGET_KINDS, Budget, BudgetKind, parse_count
 from tpp.errors import UserError
 from tpp.files import write_whole
 from tpp.methods import method_class
 from tpp.methods.base import Method
+from tpp.selection import Criterion, Selection, check_floor
 
 DEMO = Path(__file__).resolve().parents[1] / "configs" / "demo.yaml"
-REPLACED_WHOLE = (("pruning", "ratios"), ("model", "args"))
+REPLACED_WHOLE = (("pruning", "ratios"), ("pruning", "floors"), ("model", "args"))
 
 StageKind = Literal["dense", "regularize", "prune", "finetune", "evaluate"]
 TRAINING_KINDS = ("dense", "regularize", "finetune")
@@ -176,15 +188,97 @@ class TrainingSection(Section):
     keep_checkpoints: PositiveInt = 2
 
 
+def _count(value: Any) -> Any:
+    try:
+        return None if value is None else parse_count(value)
+    except UserError as error:
+        raise ValueError(str(error)) from None
+
+
+def _floor(value: Any) -> int | float:
+    try:
+        check_floor(value, "a floor")
+    except UserError as error:
+        raise ValueError(str(error)) from None
+    return value
+
+
+Count = Annotated[PositiveInt | None, BeforeValidator(_count)]
+Floor = Annotated[int | float, PlainValidator(_floor)]
+
+
+class BudgetSection(Section):
+    """What the pruned network may cost: exactly one of the first four keys.
+
+    Attributes:
+        speedup: dense multiply-accumulates over those left, at least.
+        macs: multiply-accumulates for one image, at most; 2000000000, 2e9 or 2G.
+        parameters: at most, written likewise.
+        latency_ms: milliseconds per batch on the machine that the run is on, at most.
+        batch, threads, dtype, channels_last, compile, device, repeats, warmup: how a latency is
+            measured, see ``tpp.latency.LatencySettings``.
+    """
+
+    speedup: Annotated[float, Field(ge=1)] | None = None
+    macs: Count = None
+    parameters: Count = None
+    latency_ms: PositiveFloat | None = None
+    batch: PositiveInt = 1
+    threads: PositiveInt | None = None
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    channels_last: bool = False
+    compile: bool = False
+    device: Literal["cpu", "cuda"] = "cpu"
+    repeats: PositiveInt = 30
+    warmup: Annotated[int, Field(ge=0)] = 5
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> "BudgetSection":
+        kinds = _budget_kinds(self.model_dump())
+        if len(kinds) != 1:
+            found = f", not {' and '.join(kinds)}" if kinds else ""
+            raise ValueError(f"exactly one of {', '.join(BUDGET_KINDS)} is needed{found}")
+        if kinds != ["latency_ms"]:
+            for key, value in self._conditions().items():
+                if value != type(self).model_fields[key].default:
+                    raise ValueError(f"{key} goes with latency_ms only")
+        return self
+
+    def budget(self) -> Budget:
+        """The budget itself."""
+        kind = _budget_kinds(self.model_dump())[0]
+        if kind != "latency_ms":
+            return Budget(kind, getattr(self, kind))
+        from tpp.latency import LatencySettings
+
+        return Budget(kind, getattr(self, kind), LatencySettings(**self._conditions()))
+
+    def _conditions(self) -> dict[str, Any]:
+        return self.model_dump(exclude={*map(str, BUDGET_KINDS)})
+
+
 class PruningSection(Section):
-    """How much of which layers goes.
+    """How much of which layers goes; see ``tpp.selection.Selection`` for what it means.
 
     Attributes:
         ratios: layer-name pattern (shell-style glob) to share of the filters to remove, in
-            [0, 1); the last pattern that matches a layer wins.
+            [0, 1); the last pattern that matches a layer wins. With a budget, the most that may
+            go.
+        budget: what the whole network may cost.
+        criterion: which filters go.
+        round_to: the number of filters kept is a multiple of it.
+        floors: layer-name pattern to how many filters (3), or what share (0.3), must stay.
+        skip: patterns of layers that lose nothing.
+        coupled: whether layers tied to those chosen are pruned with them.
     """
 
     ratios: dict[str, Ratio] = {}
+    budget: BudgetSection | None = None
+    criterion: Criterion = "l1"
+    round_to: PositiveInt = 1
+    floors: dict[str, Floor] = {}
+    skip: list[str] = []
+    coupled: bool = False
 
 
 class StageSection(Section):
@@ -286,8 +380,12 @@ class Config(Section):
                 )
             elif self.stages[stage.input].kind == "evaluate":
                 raise ValueError(f"stages.{name}.input: {stage.input!r} makes no checkpoint")
-            if stage.kind in ("regularize", "prune") and not self.pruning.ratios:
-                raise ValueError(f"stages.{name}: pruning.ratios says of no layer what goes")
+            prunes = stage.kind in ("regularize", "prune")
+            if prunes and not self.pruning.ratios and not self.pruning.budget:
+                raise ValueError(
+                    f"stages.{name}: pruning.ratios says of no layer what goes, and there is no "
+                    "pruning.budget"
+                )
             method = self.stage_method(name)
             if stage.kind == "regularize":
                 try:
@@ -304,6 +402,20 @@ class Config(Section):
             if stage.kind != "evaluate":
                 previous = name
         return self
+
+    def selection(self) -> Selection:
+        """How the filters that go are chosen."""
+        pruning = self.pruning
+        return Selection(
+            ratios=pruning.ratios,
+            criterion=pruning.criterion,
+            round_to=pruning.round_to,
+            floors=pruning.floors,
+            skip=tuple(pruning.skip),
+            coupled=pruning.coupled,
+            budget=pruning.budget.budget() if pruning.budget else None,
+            seed=self.seed,
+        )
 
     def stage_method(self, name: str) -> Method:
         """A fresh instance of the method of stage ``name``, with its settings."""
@@ -427,6 +539,8 @@ def _merge(base: Any, new: Any, where: tuple[str, ...] = ()) -> Any:
         return new
     if where == ("method",) or (where[:1] == ("stages",) and where[2:] == ("method",)):
         return _merged_method(base, new)
+    if where == ("pruning", "budget") and not {*_budget_kinds(new)} <= {*_budget_kinds(base)}:
+        return new
     merged = dict(base)
     for key, value in new.items():
         merged[key] = _merge(base[key], value, (*where, key)) if key in base else value
@@ -435,6 +549,10 @@ def _merge(base: Any, new: Any, where: tuple[str, ...] = ()) -> Any:
 
 def _merged_method(base: Mapping[str, Any], new: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**base, **new} if new.get("name", base.get("name")) == base.get("name") else new
+
+
+def _budget_kinds(section: Mapping[str, Any]) -> list[BudgetKind]:
+    return [kind for kind in BUDGET_KINDS if section.get(kind) is not None]
 
 
 def _parse_override(override: str) -> dict[str, Any]:

@@ -40,6 +40,7 @@ def dry_run(config: Config, *, ranks: int) -> None:
         return
     pruned = count(prune_model(dense, plan))
     console.print(_plan_table(plan))
+    _say_what_stands_in(config, console)
     for name, before, after in (
         ("parameters", counts.parameters, pruned.parameters),
         ("MACs", counts.macs, pruned.macs),
@@ -57,6 +58,18 @@ def dry_run(config: Config, *, ranks: int) -> None:
                 f"({100 * (max(costs) / average - 1) if average else 0:+.2f}%)",
                 soft_wrap=True,
             )
+
+
+def _say_what_stands_in(config: Config, console: Console) -> None:
+    """One line for a budget: how far the widths above are those of the run."""
+    budget = config.selection().budget
+    if budget is None:
+        return
+    if budget.kind == "latency_ms":
+        shown = "latency is measured when the plan is chosen; shown is the most that may go"
+    else:
+        shown = "widths depend on the weights; shown are those of weights that are all alike"
+    console.print(f"budget, {budget}: {shown}", soft_wrap=True)
 
 
 def _classes(config: Config) -> int:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from data_pipelines.demo import generate_demo
 from data_pipelines.index import ImageIndex, scan_class_folders
@@ -13,7 +13,7 @@ from data_pipelines.loaders import resolve_loader
 from tpp.errors import UserError
 from tpp.models import Architecture, build_on_meta
 from tpp.plan import PruningPlan
-from tpp.selection import prunable_layers, select_filters
+from tpp.selection import Selection, prunable_layers
 from train.config import Config
 from train.distributed import check_batch_size
 from train.weights import starting_weights_exist
@@ -33,8 +33,8 @@ def preflight(config: Config, accelerator: Accelerator) -> Preflight:
 
     Raises:
         UserError: the batch cannot be shared evenly, no class folders, a pattern that matches no
-            layer or one whose filters cannot be removed, a schedule too short to zero every
-            layer out, a missing checkpoint or loader.
+            layer or one whose filters cannot be removed, a budget out of reach, a schedule too
+            short to zero every layer out, a missing checkpoint or loader.
     """
     check_batch_size(config.training, accelerator.num_processes)
     resolve_loader(config.data.loader)
@@ -71,22 +71,40 @@ def preflight(config: Config, accelerator: Accelerator) -> Preflight:
 
 
 def check_plans(config: Config, architecture: Architecture) -> PruningPlan | None:
-    """Check ratios and schedules against the architecture; returns the plan's widths.
+    """Check selection and schedules against the architecture; returns the plan's widths.
 
-    The indices in the plan are stand-ins: which filters go is decided from the weights.
+    The indices in the plan are stand-ins: which filters go is decided from the weights. So are
+    the widths where there is a budget, see :func:`stand_in_plan`.
     """
-    model = build_on_meta(architecture)
-    plan = None
+    if not any(stage.kind in ("regularize", "prune") for stage in config.stages.values()):
+        return None
+    model, selection = build_on_meta(architecture), config.selection()
+    plan = stand_in_plan(model, selection)
+    # The real weights may take filters from any layer that a budget may take some from.
+    all_layers = plan if selection.budget is None else _ceiling(model, selection)
     for name, stage in config.stages.items():
-        if stage.kind in ("regularize", "prune"):
-            plan = plan or stand_in_plan(model, config.pruning.ratios)
-            if stage.kind == "regularize":
-                config.stage_method(name).check(model, plan)
+        if stage.kind == "regularize":
+            config.stage_method(name).check(model, all_layers)
     return plan
 
 
-def stand_in_plan(model: nn.Module, ratios: dict[str, float]) -> PruningPlan:
-    """A plan with the right number of filters per layer, the last ones for want of weights."""
+def stand_in_plan(model: nn.Module, selection: Selection) -> PruningPlan:
+    """A plan with the right number of filters per layer, the last ones for want of weights.
+
+    With a budget the numbers depend on the weights: here those of a network whose layers are all
+    worth the same. With one of latency, which is measured when the plan is chosen, they are the
+    most that may go.
+    """
+    if selection.budget is not None and selection.budget.kind == "latency_ms":
+        return _ceiling(model, selection)
+    return selection.select(model, scores=_last_go(model))
+
+
+def _ceiling(model: nn.Module, selection: Selection) -> PruningPlan:
+    return selection.ceiling(model, scores=_last_go(model))
+
+
+def _last_go(model: nn.Module) -> dict[str, Tensor]:
+    """Scores n, n-1, ..., 1 of the n filters of every layer."""
     layers = prunable_layers(model)
-    last_go = {name: -torch.arange(len(layer.weight)) for name, layer in layers.items()}
-    return select_filters(model, ratios, scores=last_go)
+    return {name: torch.arange(len(layer.weight), 0, -1) for name, layer in layers.items()}

@@ -22,6 +22,7 @@ from tpp.files import write_whole
 from tpp.methods.base import Method
 from tpp.models import Architecture, example_input_for
 from tpp.plan import PruningPlan
+from tpp.selection import same_on_all_ranks
 from train.config import Config, StageSection
 from train.distributed import broadcast_buffers
 from train.evaluate import Accuracy, evaluate
@@ -99,7 +100,8 @@ def choose_plan(run: Run, name: str, model: nn.Module, method: Method) -> Prunin
         plan = load_plan(run, stage.input)
     else:
         example = example_input_for(model)
-        plan = method.select(model, run.config.pruning.ratios, example_input=example)
+        plan = method.select(model, run.config.selection(), example_input=example)
+        plan = same_on_all_ranks(plan)
     save_plan(run, name, plan)
     return plan
 
@@ -231,7 +233,8 @@ def stage_settings(config: Config, name: str) -> dict[str, Any]:
     for section, keys in _HARMLESS.items():
         settings[section] = {k: v for k, v in settings[section].items() if k not in keys}
     if any(stage["kind"] in ("regularize", "prune") for stage in stages.values()):
-        settings["pruning"] = config.pruning.model_dump()
+        # What is as it always was is left out: a run begun before a setting existed goes on.
+        settings["pruning"] = config.pruning.model_dump(exclude_defaults=True)
     return {**settings, "stages": stages}
 
 

@@ -14,7 +14,7 @@ from data_pipelines.loaders import train_batches
 from tpp.describe import count
 from tpp.errors import UserError
 from tpp.methods.base import Method, Settings, TrainingContext
-from tpp.models import example_input_for
+from tpp.models import architecture_of, example_input_for
 from train.checkpoint import TrainingState, newest_state, save_state
 from train.config import StageSection, steps_for
 from train.distributed import convert_sync_batchnorm
@@ -84,7 +84,7 @@ class TrainingStage:
             TrainingContext(
                 stage=stage.kind,
                 plan=plan,
-                ratios=run.config.pruning.ratios,
+                selection=run.config.selection(),
                 rank=run.accelerator.process_index,
                 world_size=run.accelerator.num_processes,
                 example_input=example_input_for(self._network),
@@ -275,7 +275,8 @@ class TrainingStage:
             "elapsed": self._elapsed(),
         }
         model, optimizer = self._network.state_dict(), self._optimizer.state_dict()
-        state = TrainingState(step, model, optimizer, extra)
+        network = architecture_of(self._network)
+        state = TrainingState(step, model, optimizer, extra, network.to_dict() if network else None)
         save_state(self._folder / "checkpoints", state, keep=self._training.keep_checkpoints)
 
     def _elapsed(self) -> float:

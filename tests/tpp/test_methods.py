@@ -15,7 +15,7 @@ from tpp.methods import available_methods, base, method_class
 from tpp.models import build_model, example_input_for
 from tpp.orthogonality import OrthogonalityPenalty
 from tpp.prune import prune_model
-from tpp.selection import prunable_layers, select_filters
+from tpp.selection import Selection, prunable_layers, select_filters
 
 RATIOS = {"layer*.conv1": 0.5}
 PRUNED = ["layer1.0.conv1", "layer2.0.conv1", "layer3.0.conv1"]
@@ -55,7 +55,7 @@ def context(model: nn.Module, method: base.Method, *, stage="regularize", rank=0
     return base.TrainingContext(
         stage=stage,
         plan=select_filters(model, RATIOS, example_input=example) if known else None,
-        ratios=RATIOS,
+        selection=Selection(RATIOS),
         rank=rank,
         world_size=ranks,
         example_input=example,

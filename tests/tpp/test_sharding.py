@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from tpp.models import Architecture, build_on_meta
 from tpp.plan import PruningPlan
-from tpp.selection import prunable_layers
+from tpp.selection import Selection, prunable_layers
 from tpp.sharding import rank_costs, row_cost, work_units
 from train.preflight import stand_in_plan
 
@@ -76,7 +76,7 @@ def test_no_rank_carries_more_than_one_filter_above_the_mean(case):
 )
 def test_any_number_of_ranks_up_to_1024_is_evenly_loaded(name, ratios):
     model = build_on_meta(Architecture(name, 1000))
-    plan = stand_in_plan(model, ratios)
+    plan = stand_in_plan(model, Selection(ratios))
     layers = prunable_layers(model)
     sizes = {layer: layers[layer].weight[0].numel() for layer in plan.filters}
     groups = {layer: layers[layer].groups for layer in plan.filters}

@@ -1,3 +1,5 @@
+import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -6,8 +8,12 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tpp.budget import BUDGET_KINDS, Budget
 from tpp.errors import UserError
-from train.config import Config, load_config, save_config, steps_for
+from tpp.latency import LatencySettings
+from tpp.selection import Selection
+from train.config import BudgetSection, Config, load_config, save_config, steps_for
+from train.run import stage_settings
 
 VALID: dict[str, Any] = {
     "name": "run",
@@ -93,7 +99,52 @@ def test_defaults(file: Path) -> None:
             "pruning.ratios.conv1: input should be greater than or equal to 0, not -0.1",
         ),
         ("pruning.ratios={conv1: .nan}", "pruning.ratios.conv1: input should be a finite number"),
-        ("pruning.ratios={}", "stages.regularize: pruning.ratios says of no layer what goes"),
+        (
+            "pruning.ratios={}",
+            "stages.regularize: pruning.ratios says of no layer what goes, and there is no "
+            "pruning.budget",
+        ),
+        (
+            "pruning.budget={}",
+            "pruning.budget: exactly one of speedup, macs, parameters, latency_ms is needed",
+        ),
+        (
+            "pruning.budget={speedup: 2, macs: 1G}",
+            "pruning.budget: exactly one of speedup, macs, parameters, latency_ms is needed, "
+            "not speedup and macs",
+        ),
+        ("pruning.budget.speedup=0.9", "pruning.budget.speedup: input should be greater than or"),
+        ("pruning.budget.speedup=2x", "pruning.budget.speedup: input should be a valid number"),
+        (
+            "pruning.budget.macs=2B",
+            "pruning.budget.macs: '2B' is no number above 0 such as 2000000, 2e6, 2M (k, M, G)",
+        ),
+        ("pruning.budget.parameters=-1", "pruning.budget.parameters: -1 is no number above 0"),
+        ("pruning.budget.parameters=[1]", "pruning.budget.parameters: [1] is no number above 0"),
+        ("pruning.budget.latency_ms=0", "pruning.budget.latency_ms: input should be greater than"),
+        (
+            "pruning.budget={latency_ms: 5, bach: 2}",
+            "pruning.budget.bach: unknown key; did you mean 'batch'?",
+        ),
+        ("pruning.budget={speedup: 2, batch: 2}", "pruning.budget: batch goes with latency_ms"),
+        (
+            "pruning.budget={latency_ms: 5, device: tpu}",
+            "pruning.budget.device: input should be 'cpu' or 'cuda', not 'tpu'",
+        ),
+        ("pruning.criterion=l3", "pruning.criterion: input should be 'l1', 'l2', 'bn_scale'"),
+        ("pruning.round_to=0", "pruning.round_to: input should be greater than or equal to 1"),
+        ("pruning.round_to=8.0", "pruning.round_to: input should be a valid integer, not 8.0"),
+        (
+            "pruning.floors={conv1: 1.5}",
+            "pruning.floors.conv1: a floor must be a whole number of filters from 1 on or a "
+            "share in (0, 1], not 1.5",
+        ),
+        ("pruning.floors={conv1: 0}", "pruning.floors.conv1: a floor must be a whole number"),
+        ("pruning.floors={conv1: .nan}", "pruning.floors.conv1: a floor must be a whole number"),
+        ("pruning.floors={conv1: yes}", "pruning.floors.conv1: a floor must be a number, not True"),
+        ("pruning.skip=conv1", "pruning.skip: input should be a valid list, not 'conv1'"),
+        ("pruning.coupled=1", "pruning.coupled: input should be a valid boolean, not 1"),
+        ("pruning.rounds=1", "pruning.rounds: unknown key; did you mean 'round_to'?"),
         ("stages.finetune.epochs=-3", "stages.finetune.epochs: input should be greater than 0"),
         ("stages.finetune.epochs=.nan", "stages.finetune.epochs: input should be a finite number"),
         ("stages.finetune.epochs=nan", "stages.finetune.epochs: input should be a valid number"),
@@ -189,6 +240,7 @@ def test_stages_must_not_be_empty(tmp_path: Path) -> None:
         ("data.root=2020-99-99", "not valid YAML"),
         ("training.batch_size=" + "[" * 3000, "not valid YAML: nested too deeply"),
         ("pruning.ratios.layer1.0.conv1=0.5", "pruning.ratios is replaced as a whole"),
+        ("pruning.floors.layer1.0.conv1=3", "pruning.floors is replaced as a whole"),
         ("model.args.width=3", "model.args is replaced as a whole"),
     ],
 )
@@ -293,6 +345,84 @@ def test_ratios_are_replaced_as_a_whole(
     write(tmp_path / "base.yaml", VALID)
     path = write(tmp_path / "a.yaml", {"extends": "base.yaml", **extension})
     assert load_config(path).pruning.ratios == expected
+
+
+def test_floors_are_replaced_as_a_whole(tmp_path: Path) -> None:
+    write(tmp_path / "base.yaml", put(VALID, ("pruning", "floors"), {"a*": 3, "b*": 0.5}))
+    extension = {"extends": "base.yaml", "pruning": {"floors": {"c*": 1.0}}}
+    floors = load_config(write(tmp_path / "a.yaml", extension)).pruning.floors
+    assert floors == {"c*": 1.0} and isinstance(floors["c*"], float)
+
+
+@pytest.mark.parametrize(
+    ("base", "override", "expected"),
+    [
+        ({"speedup": 2.0}, "pruning.budget.speedup=3", Budget("speedup", 3)),
+        ({"speedup": 2.0}, "pruning.budget.macs=1.5G", Budget("macs", 1_500_000_000)),
+        ({"macs": "2G"}, "pruning.budget.parameters=2.5e6", Budget("parameters", 2_500_000)),
+        (
+            {"latency_ms": 5, "batch": 16},
+            "pruning.budget.dtype=bf16",
+            Budget("latency_ms", 5, LatencySettings(batch=16, dtype="bf16")),
+        ),
+        ({"latency_ms": 5, "batch": 16}, "pruning.budget={speedup: 2}", Budget("speedup", 2)),
+        ({"speedup": 2}, "pruning.budget=null", None),
+    ],
+)
+def test_a_budget_of_another_kind_replaces_the_old_one(
+    tmp_path: Path, base: dict[str, Any], override: str, expected: Budget | None
+) -> None:
+    path = write(tmp_path / "a.yaml", put(VALID, ("pruning", "budget"), base))
+    config = load_config(path, [override])
+    assert config.selection().budget == expected
+    save_config(config, tmp_path / "resolved.yaml")
+    assert load_config(tmp_path / "resolved.yaml", [override]) == config
+
+
+def test_a_budget_measures_under_all_conditions_that_there_are() -> None:
+    conditions = {field.name for field in dataclasses.fields(LatencySettings)}
+    assert set(BudgetSection.model_fields) == {*BUDGET_KINDS, *conditions}
+    assert BudgetSection(latency_ms=5.0).budget() == Budget("latency_ms", 5, LatencySettings())
+
+
+def test_the_pruning_section_is_a_selection(tmp_path: Path) -> None:
+    pruning = {
+        "ratios": {"layer*.conv1": 0.5},
+        "budget": {"speedup": 2},
+        "criterion": "bn_scale",
+        "round_to": 8,
+        "floors": {"layer1*": 4, "*": 0.25},
+        "skip": ["conv1"],
+        "coupled": True,
+    }
+    config = load_config(write(tmp_path / "a.yaml", {**VALID, "pruning": pruning, "seed": 7}))
+    assert config.selection() == Selection(
+        ratios={"layer*.conv1": 0.5},
+        criterion="bn_scale",
+        round_to=8,
+        floors={"layer1*": 4, "*": 0.25},
+        skip=("conv1",),
+        coupled=True,
+        budget=Budget("speedup", 2.0),
+        seed=7,
+    )
+
+
+def test_a_budget_will_do_without_ratios(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.yaml", {**VALID, "pruning": {"budget": {"parameters": "10M"}}})
+    assert load_config(path).selection() == Selection(budget=Budget("parameters", 10_000_000))
+
+
+def test_what_a_stage_remembers_of_pruning_is_what_was_said(tmp_path: Path) -> None:
+    """Runs that were begun before the other settings existed are compared too."""
+    path = write(tmp_path / "a.yaml", VALID)
+    remembered = [
+        json.loads(json.dumps(stage_settings(load_config(path, overrides), "prune")["pruning"]))
+        for overrides in ([], ["pruning.round_to=8", "pruning.budget.macs=2G"])
+    ]
+    ratios = {"layer*.conv1": 0.5}
+    assert remembered[0] == {"ratios": ratios}
+    assert remembered[1] == {"ratios": ratios, "round_to": 8, "budget": {"macs": 2_000_000_000}}
 
 
 def test_model_arguments_and_another_method_are_replaced_as_a_whole(tmp_path: Path) -> None:
@@ -429,6 +559,15 @@ PLACES = [
     ("method", "update_interval"),
     ("pruning", "ratios"),
     ("pruning", "ratios", "layer*.conv1"),
+    ("pruning", "budget"),
+    ("pruning", "budget", "macs"),
+    ("pruning", "budget", "speedup"),
+    ("pruning", "budget", "latency_ms"),
+    ("pruning", "floors"),
+    ("pruning", "floors", "layer*"),
+    ("pruning", "skip"),
+    ("pruning", "criterion"),
+    ("pruning", "round_to"),
     *(("stages", stage) for stage in VALID["stages"]),
     ("stages", "regularize", "optimizer"),
     ("stages", "finetune", "method"),

@@ -60,6 +60,61 @@ def test_methods_without_a_gram_penalty_claim_no_cost(monkeypatch, capsys, name)
     assert "speedup: 11.5776x" in printed and "penalty of" not in printed
 
 
+def kept_filters(printed: str) -> dict[str, int]:
+    cells = [[cell.strip() for cell in line.split("│")] for line in printed.splitlines()]
+    return {row[1]: int(row[4]) for row in cells if len(row) > 5 and row[4].isdigit()}
+
+
+def test_ratios_are_rounded_and_floored_as_in_the_run(monkeypatch, capsys):
+    config = str(CONFIGS / "imagenet" / "resnet50_tpp_2.31x.yaml")
+    printed = dry_run(
+        monkeypatch,
+        capsys,
+        *("--config", config, "pruning.round_to=32", "pruning.floors={layer4*: 0.9}"),
+        "pruning.skip=[layer1*]",
+    )
+    kept = kept_filters(printed)
+    # ceil(0.6 * 256) of 256 would go, which leaves 102; in layer4 ceil(0.9 * 512) = 461 stay.
+    assert kept["layer3.5.conv2"] == 128 and kept["layer4.1.conv2"] == 480
+    assert not any(layer.startswith("layer1") for layer in kept)
+    assert "budget" not in printed.partition("plan (which")[2]
+
+
+@pytest.mark.parametrize(
+    ("budget", "line", "speedups"),
+    [
+        ("{speedup: 2}", "budget, a speedup of 2x: widths depend on the weights", (2, 2.02)),
+        ("{macs: 2.0G}", "budget, 2,000,000,000 MACs: widths depend on the weights", (2.04, 2.07)),
+        ("{latency_ms: 5}", "budget, 5 ms: latency is measured when the plan is chosen", (7, 12)),
+    ],
+)
+def test_a_budget_says_that_widths_depend_on_the_weights(
+    monkeypatch, capsys, budget, line, speedups
+):
+    config = str(CONFIGS / "imagenet" / "resnet50_tpp_2.31x.yaml")
+    arguments = ["--config", config, "pruning.ratios={}", f"pruning.budget={budget}"]
+    printed = dry_run(monkeypatch, capsys, *arguments)
+    assert len([text for text in printed.splitlines() if text.startswith(line)]) == 1
+    (counted,) = [text for text in printed.splitlines() if text.startswith("speedup: ")]
+    lowest, highest = speedups
+    assert lowest <= float(counted.removeprefix("speedup: ").split("x")[0]) <= highest
+
+
+def test_a_budget_out_of_reach_shows_before_anything_runs(monkeypatch, capsys):
+    config = str(CONFIGS / "imagenet" / "resnet50_tpp_2.31x.yaml")
+    monkeypatch.setattr(
+        sys, "argv", ["main.py", "--dry-run", "--config", config, "pruning.budget.speedup=4"]
+    )
+    with pytest.raises(SystemExit) as exit_:
+        run_command(main)
+    assert exit_.value.code == 2
+    # With these ratios as ceilings it is the published speedup.
+    expected = (
+        "error: budget: a speedup of 4x cannot be met: the best that ratios, floors, skip and "
+    )
+    assert capsys.readouterr().err == f"{expected}round_to allow is 2.3081x\n"
+
+
 def test_no_ranks_is_a_mistake(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["main.py", "--dry-run", "--ranks", "0"])
     with pytest.raises(SystemExit) as exit_:

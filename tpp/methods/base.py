@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tpp.plan import PruningPlan
 from tpp.regularizer import LayerStatistics
-from tpp.selection import select_filters
+from tpp.selection import Selection
 
 
 class Settings(BaseModel):
@@ -26,7 +26,7 @@ class TrainingContext:
         stage: kind of the stage, ``regularize`` or ``finetune``.
         plan: the filters that a regularised stage drives out, where they are picked before it
             (see :attr:`Method.picks`); None for all else.
-        ratios: layer-name pattern to share of the filters to remove.
+        selection: how filters are chosen, for a method that picks them itself.
         rank: this process's rank.
         world_size: number of ranks over which gradients are averaged.
         example_input: a batch to trace the network with.
@@ -34,7 +34,7 @@ class TrainingContext:
 
     stage: str
     plan: PruningPlan | None
-    ratios: Mapping[str, float]
+    selection: Selection
     rank: int
     world_size: int
     example_input: Tensor
@@ -65,10 +65,10 @@ class Method:
         self.settings = settings
 
     def select(
-        self, model: nn.Module, ratios: Mapping[str, float], *, example_input: Tensor
+        self, model: nn.Module, selection: Selection, *, example_input: Tensor
     ) -> PruningPlan:
-        """Choose the filters to remove; by default those with the smallest L1 norms."""
-        return select_filters(model, ratios, example_input=example_input)
+        """Choose the filters to remove; by default just as ``selection`` says."""
+        return selection.select(model, example_input=example_input)
 
     @property
     def plan(self) -> PruningPlan | None:

@@ -11,7 +11,7 @@ from tpp.methods import base, greg1
 from tpp.plan import PruningPlan
 from tpp.regularizer import LayerStatistics, Regularizer
 from tpp.schedule import GrowthSchedule
-from tpp.selection import layer_ratios, prunable_layers, select_filters
+from tpp.selection import prunable_layers, same_on_all_ranks
 
 
 class Settings(greg1.Settings):
@@ -90,8 +90,7 @@ class GReg2(base.Method):
         """Share the layers out among the ranks; finetuning is ordinary training."""
         if context.stage == "regularize":
             self._model, self._context = model, context
-            ratios = layer_ratios(model, context.ratios)
-            names = [name for name, ratio in ratios.items() if ratio > 0]
+            names = context.selection.layers(model, example_input=context.example_input)
             layers = prunable_layers(model)
             share = names[context.rank :: context.world_size]
             self._layers = {name: layers[name] for name in share}
@@ -112,9 +111,8 @@ class GReg2(base.Method):
         """Pick the filters when the picking phase is over."""
         if self._model is not None and step + 1 == self._picking.growth_steps:
             context = self._context
-            self._take_up(
-                select_filters(self._model, context.ratios, example_input=context.example_input)
-            )
+            plan = context.selection.select(self._model, example_input=context.example_input)
+            self._take_up(same_on_all_ranks(plan) if context.world_size > 1 else plan)
 
     def finished(self, step: int) -> bool:
         """Whether the stabilise phase is over."""
