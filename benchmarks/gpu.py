@@ -7,6 +7,9 @@ trajectory  the regularised stage on the CPU and on the GPU from the same weight
 graph       the penalty replayed from a CUDA graph while weights and lambda change, against eager
 penalty     a training step of ResNet-50 at 2.31x, batch 256, bf16, with and without the penalty,
             in turn: the penalty's share of the step and of its memory; and the textbook way
+latency     ResNet-50 at 2.31x and 3.06x, and with filters kept in multiples of 32, beside
+            the dense network: batch 1 and 64, bf16 and fp32, channels last; how much of the
+            counted speedup arrives
 resnet56    the PR 0.9 column of the paper's Table 1: dense, TPP, L1 and GReg-1 by the published
             schedules in full, on the folder ``--data`` with CIFAR-10's train/ and test/
 
@@ -17,6 +20,7 @@ the next call goes on. ``--device cpu --tiny`` tries the script where there is n
 
 import argparse
 import copy
+import itertools
 import json
 import platform
 import statistics
@@ -32,15 +36,19 @@ from torch import Tensor, nn
 
 from benchmarks import resnet56
 from benchmarks.penalty import textbook_penalty
+from tpp.describe import count
 from tpp.errors import UserError, run_command
+from tpp.latency import LatencySettings, arriving_share, measure
 from tpp.models import build_model, example_input_for
 from tpp.plan import PruningPlan
+from tpp.prune import prune_model
 from tpp.regularizer import Regularizer
 from tpp.schedule import GrowthSchedule
 from tpp.selection import select_filters
 
 RESULTS = Path(__file__).parent / "results" / "gpu.json"
 RATIOS_2_31X = {"layer[1-3]*conv[1-2]": 0.60, "layer4*conv[1-2]": 0.21}
+RATIOS_3_06X = {"layer[1-3]*conv[1-2]": 0.68, "layer4*conv[1-2]": 0.50}
 
 Result = dict[str, Any]
 
@@ -219,6 +227,40 @@ def penalty(options: Options) -> Result:
     }
 
 
+def latency(options: Options) -> Result:
+    """Time forward passes of pruned networks beside their dense one, in turn."""
+    tiny = options.tiny
+    torch.manual_seed(0)
+    dense = build_model("resnet50", 1000)
+    networks: dict[str, nn.Module] = {"dense": dense}
+    for name, ratios in (("2.31x", RATIOS_2_31X), ("3.06x", RATIOS_3_06X)):
+        for multiple in (1, 32):
+            plan = select_filters(dense, ratios, round_to=multiple)
+            networks[f"{name}, multiples of {multiple}"] = prune_model(dense, plan)
+    macs = {name: count(network).macs for name, network in networks.items()}
+    side = 64 if tiny else 224
+    result: Result = {}
+    for batch, dtype in itertools.product((1, 2) if tiny else (1, 64), ("bf16", "fp32")):
+        settings = LatencySettings(
+            batch=batch,
+            dtype=dtype,
+            channels_last=True,
+            device=options.device.type,
+            repeats=2 if tiny else 50,
+            warmup=1 if tiny else 10,
+        )
+        timings = measure(networks, settings, example_input=torch.rand(1, 3, side, side))
+        for name, timing in timings.items():
+            counted, real = macs["dense"] / macs[name], timings["dense"].median / timing.median
+            result[f"{name}, batch {batch}, {dtype}"] = {
+                "median_ms": 1e3 * timing.median,
+                "counted_speedup": counted,
+                "real_speedup": real,
+                "arrives": arriving_share(counted, real),
+            }
+    return result
+
+
 def resnet56_column(options: Options) -> Result:
     """The PR 0.9 column of Table 1, by the published schedules in full."""
     if options.tiny:
@@ -238,6 +280,7 @@ PARTS: dict[str, Callable[[Options], Result]] = {
     "trajectory": trajectory,
     "graph": graph,
     "penalty": penalty,
+    "latency": latency,
     "resnet56": resnet56_column,
 }
 

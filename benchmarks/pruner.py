@@ -7,9 +7,9 @@ time   ResNet-50 at 2.31x: file to file (read, check, choose, trace, cut, check,
        (trace, choose, cut, save); seconds and peak memory of each in a fresh process, imports not
        counted, and the seconds of our whole command
 large  a checkpoint of 2.5 GB (ViT-H/14): seconds and peak memory
-cases  every supported architecture: some of the layers that can go, half of the filters of each:
-       are the logits those of the dense network with these filters at zero? Ours and
-       Torch-Pruning's, the same filters
+cases  every supported architecture: some of the layers that can go, half of the filters of each,
+       drawn at random (as many of every group of a convolution in groups): are the logits those
+       of the dense network with these filters at zero? Ours and Torch-Pruning's, the same filters
 
 Peak memory is the high-water mark of the resident set over what the process had after its
 imports. It counts the pages of mapped files, which the system can take back. Both sides take
@@ -232,11 +232,16 @@ def measure_cases(layers: int) -> Result:
         images = torch.rand(2, 1 if name == "mlp7_linear" else 3, side, side, dtype=torch.float64)
         channels = survey_channels(model).channels
         ours, theirs = [], []
-        chosen = random.Random(0).sample(sorted(channels), min(layers, len(channels)))
+        shuffled = random.Random(0)
+        chosen = shuffled.sample(sorted(channels), min(layers, len(channels)))
         for layer in chosen:
             found = channels[layer]
             per_group = found.filters // found.groups
-            pruned = [i for i in range(found.filters) if i % per_group < per_group // 2]
+            pruned = [
+                group * per_group + filter_
+                for group in range(found.groups)
+                for filter_ in sorted(shuffled.sample(range(per_group), per_group // 2))
+            ]
             plan = PruningPlan({layer: found.filters}, {layer: pruned})
             with torch.no_grad():
                 expected = zeroing.zeroed(model, plan.pruned, images[:1])(images)

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from tpp.budget import Budget, parse_count
 from tpp.channels import ChannelMap, LayerChannels, check_layers, check_pruned
-from tpp.checkpoint import CheckpointInfo, Companions, PathLike, save_model
+from tpp.checkpoint import CheckpointInfo, Companions, PathLike, load_model, save_model
 from tpp.cuts import Cut, cut_tensors, cuts_of
 from tpp.describe import count, summary
 from tpp.errors import UserError, run_command
 from tpp.fitting import assign_tensors, fill_buffers, fit_to_shapes, fitted
+from tpp.latency import LatencySettings, measure
 from tpp.models import Architecture, architecture_of, meta_copy
 from tpp.plan import PruningPlan
 from tpp.selection import CRITERIA, Selection
@@ -115,7 +116,7 @@ def _read_dense(
     source = read_source(path)
     architecture = architecture or source.architecture or otherwise
     if architecture is None:
-        raise UserError(f"{path}: does not say which network it holds; give the model's name")
+        raise UserError(f"{path}: does not say which network it holds; name it (--model)")
     try:
         model = fitted(architecture, _shapes(source.tensors))
     except UserError as error:
@@ -363,6 +364,12 @@ def main() -> None:
     network = architecture_of(dense.model)
     assert network is not None
     print(f"{network.name}: {summary(count(dense.model), count(pruned))}")
+    if arguments.max_latency_ms is not None:
+        timing = measure(
+            {"dense": model, "pruned": load_model(arguments.output)}, LatencySettings()
+        )
+        dense_ms, pruned_ms = (1000 * timing[name].median for name in ("dense", "pruned"))
+        print(f"latency here, one image: {dense_ms:.1f} ms -> {pruned_ms:.1f} ms (medians)")
     for note in done.notes:
         print(f"note: {note}")
     companions = ", ".join(done.companions)

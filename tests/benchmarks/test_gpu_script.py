@@ -27,7 +27,7 @@ def test_every_part_runs_at_tiny_sizes_and_is_not_run_twice(tmp_path):
     first = gpu(*tiny)
     assert first.returncode == 0, first.stderr
     results = json.loads(output.read_text())
-    assert set(results) == {"trajectory", "graph", "penalty", "resnet56"}
+    assert set(results) == {"trajectory", "graph", "penalty", "latency", "resnet56"}
     assert results["graph"]["relative_difference"] < 1e-6
     column = results["resnet56"]
     assert column["complete"]
@@ -39,15 +39,19 @@ def test_every_part_runs_at_tiny_sizes_and_is_not_run_twice(tmp_path):
     # The CPU against itself: nothing may differ, or the comparison compares the wrong things.
     assert results["trajectory"]["weights_relative_difference"] == 0
     assert results["penalty"]["ratio"] > 0
+    arriving = results["latency"]["2.31x, multiples of 1, batch 1, fp32"]
+    assert arriving["counted_speedup"] == pytest.approx(2.3081, abs=5e-5)
+    assert arriving["real_speedup"] > 0
     again = gpu(*tiny)
-    assert again.stdout.count("done before") == 4
+    assert again.stdout.count("done before") == 5
 
 
 def test_an_unknown_part_is_one_line():
     result = gpu("--parts", "penalti")
     assert result.returncode == 2
     expected = (
-        "error: --parts: no part 'penalti'; there are: trajectory, graph, penalty, resnet56\n"
+        "error: --parts: no part 'penalti'; there are: "
+        "trajectory, graph, penalty, latency, resnet56\n"
     )
     assert result.stderr == expected
 

@@ -1,12 +1,13 @@
 """Coupled tensors are checked against two truths: which inputs turn NaN when filters do (any
 network, here), and that pruning equals zeroing (test_prune)."""
 
+import copy
 import random
 
 import pytest
 import torch
 from torch import nn
-from zeroing import randomised, reached, zeroed
+from zeroing import randomised, reached, relative_difference, zeroed
 
 from tpp.channels import check_plan, find_channels, survey_channels
 from tpp.errors import UserError
@@ -354,6 +355,43 @@ class Shifted(Normed):
 def test_removal_that_is_not_zeroing_is_said(model, layer, reason):
     inexact = find_channels(model(), [layer], coupled=True)[layer].inexact
     assert inexact is None if reason is None else inexact.startswith(reason)
+
+
+def test_channels_under_a_layernorm():
+    """ConvNeXt's residual stream: what is left is the dense network whose LayerNorms take their
+    means over the channels that stay."""
+    model = randomised("timm:convnext_atto", torch.float64).eval()
+    gone = list(range(3, 20))
+    found = find_channels(model, ["stem.0"], coupled=True)
+    assert found["stem.0"].filters == 40 and "LayerNorm" in found["stem.0"].inexact
+    plan = PruningPlan(dict.fromkeys(found, 40), dict.fromkeys(found, gone))
+    pruned = prune_model(model, plan)
+    kept = [i for i in range(40) if i not in gone]
+
+    def over_the_kept(norm, args, _):
+        x = args[0]
+        dim = 1 if x.shape[1] == 40 else x.dim() - 1
+        part = x.index_select(dim, torch.tensor(kept))
+        mean = part.mean(dim, keepdim=True)
+        var = part.var(dim, unbiased=False, keepdim=True)
+        shape = [40 if d == dim else 1 for d in range(x.dim())]
+        y = (x - mean) / (var + norm.eps).sqrt() * norm.weight.view(shape) + norm.bias.view(shape)
+        return y.index_fill(dim, torch.tensor(gone), 0.0)
+
+    dense = copy.deepcopy(model)
+    stage = [(n, m) for n, m in dense.named_modules() if n.startswith(("stem", "stages.0"))]
+    for _, module in stage:
+        if isinstance(module, nn.LayerNorm):
+            module.register_forward_hook(over_the_kept)
+    dense.stages[1].downsample[0].register_forward_hook(over_the_kept)
+    with torch.no_grad():
+        for name, module in stage:
+            makes_the_stream = name in found or name.endswith("conv_dw")
+            if makes_the_stream:
+                module.weight[gone], module.bias[gone] = 0, 0
+        images = torch.rand(2, 3, 64, 64, dtype=torch.float64)
+        expected, actual = dense(images), pruned(images)
+    assert relative_difference(actual, expected) < 1e-10
 
 
 def test_coupled_adds_the_partners():

@@ -1,6 +1,8 @@
 import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,8 @@ from tpp.plan import PruningPlan
 from tpp.prune import main, prune_checkpoint, prune_model, prune_tensors
 from tpp.selection import select_filters
 from tpp.sources import load_weights
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def half(model, layers):
@@ -147,6 +151,49 @@ def test_a_foreign_file_needs_its_architecture(tmp_path, shared_data):
     expected = prune_model(model, plan).state_dict()
     for name, tensor in load_model(tmp_path / "out").state_dict().items():
         assert torch.equal(tensor, expected[name]), name
+
+
+def test_a_file_is_pruned_again_and_again(tmp_path):
+    model = randomised("cifar_resnet8", torch.float32).eval()
+    save_model(tmp_path / "0", model)
+    layer = "layer1.0.conv1"
+    # Each time the first of what is left, so that at the end filters 0, 1 and 2 are gone.
+    for number in range(3):
+        plan = PruningPlan({layer: 16 - number}, {layer: [0]})
+        prune_checkpoint(tmp_path / str(number), plan, tmp_path / str(number + 1))
+    at_once = prune_model(model, PruningPlan({layer: 16}, {layer: [0, 1, 2]}))
+    loaded = load_model(tmp_path / "3")
+    for name, tensor in at_once.state_dict().items():
+        assert torch.equal(tensor, loaded.state_dict()[name]), name
+    assert loaded.architecture == model.architecture
+
+
+def test_loading_needs_nothing_of_the_training_code(tmp_path):
+    """The file and the package tpp, alone, in a process that knows of nothing else of ours."""
+    save_model(tmp_path / "dense", build_model("mobilenet_v2", 10))
+    plan = half(load_model(tmp_path / "dense"), ["features.2.conv.0.0"])
+    prune_checkpoint(tmp_path / "dense", plan, tmp_path / "pruned")
+    shutil.copytree(ROOT / "tpp", tmp_path / "elsewhere" / "tpp")
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import tpp, torch\n"
+        "model = tpp.load_model(sys.argv[2])\n"
+        "assert model.features[2].conv[0][0].out_channels == 48\n"
+        "model.classifier[1] = torch.nn.Linear(model.last_channel, 3)\n"
+        "model.train()(torch.rand(2, 3, 64, 64)).sum().backward()\n"
+        "ours = {'train', 'data_pipelines', 'launch', 'benchmarks'}\n"
+        "heavy = {'torch_pruning', 'deepspeed', 'accelerate', 'nvidia.dali', 'pydantic'}\n"
+        "print(sorted((ours | heavy) & set(sys.modules)), tpp.__file__)\n"
+    )
+    folder = tmp_path / "elsewhere"
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", script, str(folder), str(tmp_path / "pruned")],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"[] {folder}/tpp/__init__.py\n"
 
 
 def run_prune(monkeypatch, *arguments):

@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,27 @@ def test_old_batchnorm_weights_and_plain_safetensors(tmp_path):
 
 class Anything:
     pass
+
+
+class Hostile:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.marker}",)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("name", ["x.pth", "x.safetensors", "x"])
+def test_a_hostile_file_runs_nothing(tmp_path, zipped, name):
+    marker, path = tmp_path / "marker", tmp_path / name
+    content = {"state_dict": build_model("mlp7_linear", 10).state_dict(), "more": Hostile(marker)}
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UserError, match=r"needs pickle|not a whole safetensors file"):
+        read_source(path)
+    assert not marker.exists()
 
 
 @pytest.mark.parametrize(
