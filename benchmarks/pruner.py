@@ -10,6 +10,8 @@ large  a checkpoint of 2.5 GB (ViT-H/14): seconds and peak memory
 cases  every supported architecture: some of the layers that can go, half of the filters of each,
        drawn at random (as many of every group of a convolution in groups): are the logits those
        of the dense network with these filters at zero? Ours and Torch-Pruning's, the same filters
+refused  filters that cannot go (a classifier's outputs, a padded stream, an attention's heads):
+       what either side says when asked to remove them
 
 Peak memory is the high-water mark of the resident set over what the process had after its
 imports. It counts the pages of mapped files, which the system can take back. Both sides take
@@ -27,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -74,6 +77,15 @@ ARCHITECTURES: list[tuple[str, dict[str, Any], int]] = [
     ("cifar_resnet56", {}, 32),
     ("cifar_vgg19_bn", {}, 32),
     ("mlp7_linear", {}, 28),
+]
+
+# Network, layer, side of the images.
+REFUSED = [
+    ("resnet18", "fc", 64),
+    ("cifar_resnet20", "layer3.0.conv2", 32),
+    ("shufflenet_v2_x1_0", "stage2.1.branch2.5", 64),
+    ("vit_b_16", "encoder.layers.encoder_layer_0.self_attention.out_proj", 224),
+    ("timm:vit_tiny_patch16_224", "blocks.0.attn.qkv", 224),
 ]
 
 Result = dict[str, Any]
@@ -248,7 +260,16 @@ def measure_cases(layers: int) -> Result:
             ours.append(_judge(partial(prune_model, model, plan), images, expected))
             other = partial(_torch_pruned, model, plan, images[:1])
             theirs.append(_judge(other, images, expected))
+        together = survey_channels(model, coupled=True)
+        exact = [layer for layer, c in together.channels.items() if c.inexact is None]
         result[name] = {
+            "all_layers": len(together.channels) + len(together.refused),
+            "can_go_alone": len(channels),
+            "can_go_coupled": len(exact),
+            "coupled_under_a_norm": len(together.channels) - len(exact),
+            "cannot_go": dict(
+                Counter(reason.partition(" (")[0] for reason in together.refused.values())
+            ),
             "layers": len(chosen),
             "ours_right": ours.count("right"),
             "torch_pruning_right": theirs.count("right"),
@@ -256,6 +277,32 @@ def measure_cases(layers: int) -> Result:
             "torch_pruning_otherwise": sorted(set(theirs) - {"right"})[:3],
         }
         Console().print(f"{name}: {result[name]}", highlight=False, soft_wrap=True)
+    return result
+
+
+def measure_refused(_: int) -> Result:
+    """Filters that cannot go: what either side makes of half of a layer's."""
+    from tpp.prune import prune_model
+
+    zeroing: Any = importlib.import_module("tests.tpp.zeroing")
+    result: Result = {}
+    for name, layer, side in REFUSED:
+        model = zeroing.randomised(name).eval()
+        images = torch.rand(2, 3, side, side, dtype=torch.float64)
+        filters = model.get_submodule(layer).weight.shape[0]
+        plan = PruningPlan({layer: filters}, {layer: list(range(filters // 2))})
+        with torch.no_grad():
+            dense = model(images)
+        found = {}
+        for label, prune in (
+            ("ours", partial(prune_model, model, plan)),
+            ("torch_pruning", partial(_torch_pruned, model, plan, images[:1])),
+        ):
+            outcome = _judge(prune, images, dense)
+            found[label] = (
+                "runs, with other logits" if outcome.startswith("wrong: off") else outcome
+            )
+        result[f"{name} {layer}"] = found
     return result
 
 
@@ -299,6 +346,13 @@ def show(results: Result, console: Console) -> None:
                 "; ".join(case["torch_pruning_otherwise"])[:70],
             )
         console.print(table)
+    if "refused" in results:
+        table = Table(title="asked to remove filters that cannot go")
+        for heading in ("layer", "ours", "Torch-Pruning"):
+            table.add_column(heading)
+        for name, found in results["refused"].items():
+            table.add_row(name, found["ours"].removeprefix("UserError: "), found["torch_pruning"])
+        console.print(table)
 
 
 def main() -> None:
@@ -308,7 +362,7 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--parts", default="time,large,cases", metavar="NAME,NAME")
+    parser.add_argument("--parts", default="time,large,cases,refused", metavar="NAME,NAME")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="of part time")
     parser.add_argument("--layers", type=int, default=8, metavar="N", help="per network in cases")
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="FILE")
@@ -322,6 +376,7 @@ def main() -> None:
         "time": measure_time,
         "large": measure_large,
         "cases": measure_cases,
+        "refused": measure_refused,
     }
     chosen = arguments.parts.split(",")
     for name in chosen:

@@ -269,6 +269,8 @@ def _facts(path: str, info: CheckpointInfo, dense: Counts, counts: Counts) -> Ta
         "MACs": f"{_short(counts.macs)} of {_short(dense.macs)} for one image",
         "speedup": f"{dense.macs / counts.macs:.4f}x",
     }
+    if info.companions:
+        facts["companions"] = ", ".join(info.companions)
     if info.preprocessing:
         facts["images"] = _plain(info.preprocessing)
     facts |= {key: _plain(value) for key, value in info.extra.items()}

@@ -554,6 +554,11 @@ class ChannelTrace(TorchDispatchMode):
                 self._freeze(Flow((plane,)), "reach a LayerNorm in several dimensions")
         return [replace(flow, zero=weight is not None)]
 
+    def _rms_norm(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], outs: list[Tensor]
+    ) -> list[Flow]:
+        return self._layer_norm((*args[:3], None), kwargs, outs)
+
     def _group_norm(
         self, args: Sequence[Any], _: Mapping[str, Any], outs: list[Tensor]
     ) -> list[Flow]:
@@ -693,6 +698,7 @@ _RULES: dict[str, _Rule] = {
         _T._batch_norm,
     ),
     "native_layer_norm": _T._layer_norm,
+    "_fused_rms_norm": _T._rms_norm,
     "native_group_norm": _T._group_norm,
     **dict.fromkeys(
         (
@@ -733,14 +739,18 @@ _MOVES = {
 }
 # Element-wise operations that PyTorch does not mark as such.
 _POINTWISE = {
+    "hardswish",
     "hardswish_",
     "hardsigmoid_",
     "hardtanh_",
     "leaky_relu_",
     "elu_",
+    "mish_",
+    "threshold_",
     "copy_",
     "prelu",
     "_prelu_kernel",
+    "rsub",
 }
 
 

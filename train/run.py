@@ -308,7 +308,7 @@ def write_results(run: Run, status: str) -> None:
 
 
 def _versions() -> dict[str, str]:
-    names = ("torch", "torchvision", "accelerate", "nvidia-dali-cuda130", "torch-pruning")
+    names = ("torch", "torchvision", "accelerate", "nvidia-dali-cuda130", "safetensors")
     found = {"python": platform.python_version()}
     for name in names:
         try:

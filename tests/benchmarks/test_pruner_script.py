@@ -27,5 +27,8 @@ def test_both_sides_are_measured(tmp_path):
 def test_a_part_that_there_is_not(tmp_path):
     done = run("--parts", "speed", "--output", tmp_path / "results.json")
     assert done.returncode == 2
-    assert done.stderr == "error: --parts: there is no 'speed'; there are time, large, cases\n"
+    assert (
+        done.stderr
+        == "error: --parts: there is no 'speed'; there are time, large, cases, refused\n"
+    )
     assert not (tmp_path / "results.json").exists()

@@ -14,7 +14,7 @@ from tpp.models import build_model
 
 
 def randomised(name, dtype=torch.float64, classes=10, **args):
-    """A network whose norms do something, and in which no random masks are drawn."""
+    """A network in which all parameters do something, and no random masks are drawn."""
     torch.manual_seed(0)
     model = build_model(name, classes, **args).to(dtype)
     for module in model.modules():
@@ -23,6 +23,9 @@ def randomised(name, dtype=torch.float64, classes=10, **args):
             nn.init.normal_(module.bias, std=0.3)
             nn.init.normal_(module.running_mean, std=0.3)
             nn.init.uniform_(module.running_var, 0.5, 2.0)
+        for parameter in module.parameters(recurse=False):
+            if parameter.abs().max() < 1e-4:  # scales and tokens that begin as good as zero
+                nn.init.normal_(parameter, std=0.3)
         for rate in ("p", "drop_rate", "drop_prob"):  # dropout and stochastic depth
             if isinstance(getattr(module, rate, None), float):
                 setattr(module, rate, 0.0)
