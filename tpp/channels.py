@@ -250,11 +250,10 @@ class ChannelMap:
             if (rows := trace.rows(f"{layer}.weight")) is not None
         }
         self._classes = {layer: trace.classes(rows) for layer, rows in self._rows.items()}
-        following = set(trace.sources(np.array(sorted(trace.followers), np.int64)).tolist())
         self._followers = {
             layer
             for layer, rows in self._rows.items()
-            if set(trace.sources(rows).tolist()) <= following
+            if set(trace.sources(rows).tolist()) <= trace.followers
         }
         self._partitions = [
             (trace.classes(part.labels).tolist(), part.groups, part.module)

@@ -1,5 +1,6 @@
 """Giving a network the widths that its tensors ask for."""
 
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -10,6 +11,8 @@ from tpp.errors import UserError
 from tpp.models import Architecture, build_on_meta, example_input_for, meta_copy
 
 Shape = tuple[int, ...]
+# Tensors that have their layer's widths, and shrink or grow with them.
+_KNOWN = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
 def fit_to_shapes(model: nn.Module, shapes: Mapping[str, Shape]) -> None:
@@ -98,7 +101,10 @@ def assign_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(parameter, []).append(name)
-    model.load_state_dict(dict(tensors), assign=True)
+    state = OrderedDict(tensors)
+    # Versions of modules' formats, which tensors alone do not carry: these are of today.
+    state._metadata = model.state_dict()._metadata  # type: ignore[attr-defined]
+    model.load_state_dict(state, assign=True)
     for first, *others in names.values():
         for other in others:
             module, _, key = other.rpartition(".")
@@ -160,12 +166,12 @@ def _fit_module(module: nn.Module, shapes: Mapping[str, Shape]) -> None:
         module.normalized_shape = shape
         for key in ("weight", "bias"):
             _resize(module, key, shape)
-    elif not isinstance(module, nn.Conv2d | nn.Linear | _BatchNorm):
-        # Parameters of a module's own (a scale per channel, a class token) only ever shrink.
-        for key, wanted in shapes.items():
-            old = getattr(module, key)
-            if len(wanted) == old.dim() and all(map(int.__le__, wanted, old.shape)):
-                _resize(module, key, wanted)
+    # Other parameters (a scale per channel, a class token) only ever shrink.
+    for key, wanted in shapes.items():
+        old = getattr(module, key)
+        known = isinstance(module, nn.Conv2d | nn.Linear | _BatchNorm) and key in _KNOWN
+        if not known and len(wanted) == old.dim() and all(map(int.__le__, wanted, old.shape)):
+            _resize(module, key, wanted)
 
 
 def _fit_convolution(module: nn.Conv2d, shape: Shape) -> None:

@@ -118,8 +118,9 @@ class ChannelTrace(TorchDispatchMode):
         axes: the labelled dimensions of all parameters and buffers that take part.
         partitions: the constraints that convolutions in groups make.
         norm_inputs: per BatchNorm (and the like) the labels of what it normalises.
-        followers: labels of filters that only gate or filter others one by one, and go along with
-            them: a squeeze-and-excitation's, a depthwise convolution's.
+        followers: of the labels that are added to each other the first, where these are of filters
+            that only gate or filter others one by one, and go along with them: those of a
+            squeeze-and-excitation, of a depthwise convolution.
 
     Args:
         model: any network of images, on any device; left alone.
@@ -222,10 +223,16 @@ class ChannelTrace(TorchDispatchMode):
                 )
                 continue
             self._frozen.union(a, b)
+            a, b = self._added.find(a), self._added.find(b)
             if follow:
                 self.followers.add(b)
-            else:
+            elif a != b:
+                # Added to others, what went along with them has a say of its own.
+                lasting = {a, b} <= self.followers
+                self.followers -= {a, b}
                 self._added.union(a, b)
+                if lasting:
+                    self.followers.add(self._added.find(a))
 
     def _freeze_label(self, label: int, reason: str) -> None:
         self._frozen.note(label, f"{reason} ({self._place()})")

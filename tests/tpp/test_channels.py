@@ -414,6 +414,28 @@ def test_channels_of_a_convolution_in_groups_by_hand():
     assert torch.equal(grouped.positions, torch.arange(128)[:, None])
 
 
+class Filtered(nn.Module):
+    """A depthwise convolution beside what it filters: x + depthwise(x)."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6)
+        self.depthwise, self.head = nn.Conv2d(6, 6, 3, padding=1, groups=6), nn.Conv2d(6, 2, 1)
+
+    def forward(self, x):
+        x = self.conv(x)
+        return self.head(x + self.norm(self.depthwise(x))).mean((2, 3))
+
+
+def test_a_depthwise_convolution_that_is_added_does_not_just_go_along():
+    example = torch.rand(2, 3, 8, 8)
+    for layer, other in (("conv", "depthwise"), ("depthwise", "conv")):
+        with pytest.raises(UserError, match=f"{layer}: its filters are added to .* of {other} and"):
+            find_channels(Filtered(), [layer], example_input=example)
+    found = find_channels(Filtered(), ["conv"], coupled=True, example_input=example)
+    assert list(found) == ["conv", "depthwise"]
+
+
 class Multiplied(nn.Module):
     """A depthwise convolution with four filters for each channel, on the image and behind."""
 
