@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from benchmarks.penalty import CONFIGS, RUNS
 from tpp.describe import count
 from tpp.errors import UserError, run_command
 from tpp.latency import LatencySettings, arriving_share, machine_of, measure
@@ -36,15 +37,7 @@ from tpp.prune import prune_model
 from tpp.selection import select_filters
 from train.config import load_config
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "imagenet"
 RESULTS = Path(__file__).parent / "results" / "latency.json"
-RUNS = {
-    "ResNet-50 1.49x": "resnet50_tpp_1.49x",
-    "ResNet-50 2.31x": "resnet50_tpp_2.31x",
-    "ResNet-50 2.56x": "resnet50_tpp_2.56x",
-    "ResNet-50 3.06x": "resnet50_tpp_3.06x",
-    "ResNet-34 1.32x": "resnet34_tpp_1.32x",
-}
 MULTIPLES = (1, 8, 16, 32)
 PARTS = ("published", "round_to", "compiled")
 

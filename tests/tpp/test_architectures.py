@@ -37,6 +37,9 @@ NETWORKS = {
     "timm:resnet50d": (35, 55, {}, (64, 80)),
     "timm:seresnet50": (49, 85, {}, (64, 80)),
     "timm:vit_tiny_patch16_224": (12, 12, {"img_size": 32, "dynamic_img_size": True}, (32, 64)),
+    # Depthwise convolutions beside what they filter, and a format of its own.
+    "timm:repvit_m1": (37, 126, {}, (64, 80)),
+    "mnasnet0_5": (20, 52, {}, (64, 80)),
     "cifar_resnet20": (9, 9, {}, (16, 24)),
     "cifar_resnet56": (27, 27, {}, (16, 24)),
     "cifar_vgg19_bn": (16, 16, {}, (32, 64)),
