@@ -510,7 +510,12 @@ class ChannelTrace(TorchDispatchMode):
             if one is not None and other is None:
                 self._freeze_all(one, "meet values that cannot be narrowed in a matrix product")
         if inner is not None and columns is not None:
-            self._tie(inner, columns)
+            # A weight's columns are no filters, and have no say in whether what they read is one
+            # that goes along with others.
+            if left.weight:
+                self._tie(columns, inner, follow=True)
+            else:
+                self._tie(inner, columns, follow=right.weight)
             if not left.zero and not right.zero:
                 reason = "are not zero where their filters are: an activation shifts them"
                 self._warn(inner, reason)
