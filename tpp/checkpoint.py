@@ -182,7 +182,9 @@ def load_optimizer_state(path: PathLike, model: nn.Module, optimizer: torch.opti
         UserError: the file holds no optimiser's state, or one of other shapes.
     """
     _, companions, _ = read_checkpoint(path)
-    states = {k.removeprefix(OPTIMIZER): v for k, v in companions.items() if OPTIMIZER in k}
+    states = {
+        k.removeprefix(OPTIMIZER): v for k, v in companions.items() if k.startswith(OPTIMIZER)
+    }
     if not states:
         raise UserError(f"{path}: holds no optimiser's state")
     taken = set()

@@ -57,24 +57,37 @@ def output_width(model: nn.Module) -> int:
     copy = meta_copy(model).eval()
     dtype = next((p.dtype for p in copy.parameters()), torch.float32)
     image = example_input_for(model).to("meta", dtype)
-    running = [""]
-
-    def leave(*_: object) -> None:
-        running.pop()
-
-    for name, module in copy.named_modules():
-        module.register_forward_pre_hook(lambda *_, name=name: running.append(name))
-        module.register_forward_hook(leave)
+    running = running_modules(copy)
     try:
         with torch.no_grad():
             out = copy(image)
     except Exception as error:  # whatever a network's own code raises where widths do not fit
-        where = f"at {running[-1]}" if running[-1] else "in forward()"
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"its layers do not fit each other {where}: {reason}") from None
+        raise UserError(f"its layers do not fit each other {place_of(running)}: {reason}") from None
     if not isinstance(out, Tensor) or out.dim() != 2:
         raise UserError("its output is not one row of logits for each image")
     return int(out.shape[1])
+
+
+def running_modules(model: nn.Module) -> list[str]:
+    """A list that holds, while ``model`` runs, the names of the modules that do, innermost last.
+
+    Hooks stay on the model: meant for a copy.
+    """
+    running: list[str] = []
+
+    def leave(*_: object) -> None:
+        running.pop()
+
+    for name, module in model.named_modules():
+        module.register_forward_pre_hook(lambda *_, name=name: running.append(name))
+        module.register_forward_hook(leave)
+    return running
+
+
+def place_of(running: Sequence[str]) -> str:
+    """Where a network is, for a message."""
+    return f"at {running[-1]}" if running and running[-1] else "in forward()"
 
 
 def fitted(architecture: Architecture, shapes: Mapping[str, Shape]) -> nn.Module:

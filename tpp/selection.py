@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tpp.budget import Budget, Unit, removals
 from tpp.channels import LayerChannels, find_channels, survey_channels
 from tpp.errors import UserError
+from tpp.fitting import few
 from tpp.plan import PruningPlan
 
 _Value = TypeVar("_Value")
@@ -496,7 +497,7 @@ def _last_match(layers: list[str], patterns: Mapping[str, _Value], kind: str) ->
         if not fnmatch.filter(layers, pattern):
             raise UserError(
                 f"{kind} pattern {pattern!r} matches no Conv2d or Linear layer; "
-                f"the model's layers are {_few(layers)}"
+                f"the model's layers are {few(layers, 6)}"
             )
     chosen = {}
     for layer in layers:
@@ -513,8 +514,3 @@ def _at_least_float32(tensor: Tensor) -> Tensor:
 def _decimal(number: float) -> Fraction:
     """The decimal that a float was written as."""
     return Fraction(repr(float(number)))
-
-
-def _few(names: list[str], limit: int = 6) -> str:
-    shown = ", ".join(names[:limit])
-    return shown + (f", ... ({len(names)} in all)" if len(names) > limit else "")

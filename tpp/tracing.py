@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_iter, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
 from tpp.errors import UserError
+from tpp.fitting import place_of, running_modules
 from tpp.models import meta_copy
 
 # Label of a position that no removal may touch: the image's channels, a constant, a padding.
@@ -140,9 +141,8 @@ class ChannelTrace(TorchDispatchMode):
         self._inexact: dict[int, str] = {}
         self._fresh(1)  # FIXED
         self._flows: Any = WeakIdKeyDictionary()
-        self._where: list[str] = []
         copy = meta_copy(model).eval()
-        self._model = copy
+        self._where = running_modules(copy)
         self._names: Any = WeakIdKeyDictionary()
         for name, tensor in (
             *copy.named_parameters(remove_duplicate=False),
@@ -152,9 +152,6 @@ class ChannelTrace(TorchDispatchMode):
         self._first_name = {name: names[0] for names in self._names.values() for name in names}
         self._bound: dict[str, list[Labels | None]] = {}
         self._grouped: dict[str, tuple[Labels, int]] = {}
-        for name, module in copy.named_modules():
-            module.register_forward_pre_hook(self._enter(name))
-            module.register_forward_hook(self._leave)
         dtype = next((p.dtype for p in copy.parameters()), example.dtype)
         image = torch.empty_like(example, device="meta", dtype=dtype)
         with torch.inference_mode(False), torch.no_grad():
@@ -235,7 +232,7 @@ class ChannelTrace(TorchDispatchMode):
                     self.followers.add(self._added.find(a))
 
     def _freeze_label(self, label: int, reason: str) -> None:
-        self._frozen.note(label, f"{reason} ({self._place()})")
+        self._frozen.note(label, f"{reason} ({place_of(self._where)})")
 
     def _freeze(self, flow: Flow, reason: str) -> None:
         for plane in flow.planes:
@@ -247,21 +244,9 @@ class ChannelTrace(TorchDispatchMode):
         """Note that removing these channels is not the same as zeroing them."""
         for label in labels.tolist():
             if label != FIXED:
-                self._inexact.setdefault(label, f"{reason} ({self._place()})")
-
-    def _place(self) -> str:
-        return f"at {self._where[-1]}" if self._where and self._where[-1] else "in forward()"
+                self._inexact.setdefault(label, f"{reason} ({place_of(self._where)})")
 
     # ---- tensors -----------------------------------------------------------------------------
-
-    def _enter(self, name: str) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
-            self._where.append(name)
-
-        return hook
-
-    def _leave(self, *_: Any) -> None:
-        self._where.pop()
 
     def _key(self, tensor: Tensor) -> str | None:
         names = self._names.get(tensor)
