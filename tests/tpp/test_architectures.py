@@ -71,8 +71,8 @@ def plans(draw, model, channels, most=6):
     for name in names:
         found = channels[name]
         groups, per_group = found.groups, found.filters // found.groups
-        if name in pruned or per_group == 1:
-            continue
+        if not pruned.keys().isdisjoint((name, *found.tied)) or per_group == 1:
+            continue  # what is tied has its filters already
         count = draw(st.integers(1, per_group - 1))
         generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
         order = torch.stack([torch.randperm(per_group, generator=generator) for _ in range(groups)])
