@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from data_pipelines.index import ImageIndex, scan_class_folders
+from data_pipelines.image_index import ImageIndex, scan_class_folders
 from tpp.errors import UserError
 from tpp.models import build_model
 from tpp.plan import PruningPlan

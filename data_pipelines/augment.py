@@ -1,12 +1,12 @@
-"""Where each image is cut and how it is scaled: arithmetic on sizes, for both loaders.
+"""What happens to each image: where it is cut, how its colours change, which box is erased.
 
-Both loaders call the functions of this file, so an image gets the same window and the same flip
-whichever of them reads it. The random numbers are the sample's own (order.uniforms).
+Plain data and arithmetic on numbers, for both loaders: an image gets the same window, flip, colours
+and box whichever of them reads it. The random numbers are the sample's own (order.uniforms).
 """
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,13 +21,123 @@ AUGMENTATIONS = ("imagenet", "cifar", "none")
 # RandomResizedCrop.
 _AREA = (0.08, 1.0)
 _RATIO = (3 / 4, 4 / 3)
-_TRIES = 10
 
-# What each of a sample's random numbers decides.
+# Zhong et al., "Random Erasing Data Augmentation", AAAI 2020. Width over height here; the paper's
+# ratio, 0.3 to 3.3, is height over width.
+_ERASED_AREA = (0.02, 1 / 3)
+_ERASED_RATIO = (1 / 3.3, 1 / 0.3)
+
+MOST_OPERATIONS = 4
+RAND_AUGMENT_OPERATIONS = (
+    *("translate_x", "translate_y", "shear_x", "shear_y", "rotate"),
+    *("brightness", "contrast", "color", "sharpness", "posterize", "solarize"),
+    *("equalize", "auto_contrast", "identity"),
+)
+"""RandAugment's operations by their numbers, with the names of DALI's suite."""
+
+# What each of a sample's random numbers decides. A run that goes on with newer code must find its
+# numbers where they were, so new ones are put at the end.
 _FLIP, _TOP, _LEFT = 0, 1, 2
-_AREAS = slice(3, 3 + _TRIES)
-_RATIOS = slice(3 + _TRIES, 3 + 2 * _TRIES)
-UNIFORMS = 3 + 2 * _TRIES
+_AREAS = slice(3, 13)
+_RATIOS = slice(13, 23)
+_COLORS = slice(23, 27)
+_OPERATIONS = slice(27, 31)
+_SIGNS = slice(31, 35)
+_ERASED, _ERASED_TOP, _ERASED_LEFT = 35, 36, 37
+_ERASED_AREAS = slice(38, 48)
+_ERASED_RATIOS = slice(48, 58)
+UNIFORMS = 58
+
+
+@dataclass(frozen=True)
+class ColorJitter:
+    """How far colours may change; the ranges of torchvision's ColorJitter.
+
+    Attributes:
+        brightness, contrast, saturation: each factor is drawn from [max(0, 1 - x), 1 + x].
+        hue: the turn of the colour circle is drawn from [-hue, hue]; 1 is a whole turn.
+
+    Raises:
+        UserError: a value lies outside its range.
+    """
+
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+    hue: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("brightness", "contrast", "saturation"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(
+                    f"color_jitter: {name} must be at least 0, not {getattr(self, name)}"
+                )
+        if not 0 <= self.hue <= 0.5:
+            raise UserError(f"color_jitter: hue must lie between 0 and 0.5 turns, not {self.hue}")
+
+
+@dataclass(frozen=True)
+class RandAugment:
+    """Cubuk et al., "RandAugment", NeurIPS 2020: a few of 14 operations, all of one strength.
+
+    Attributes:
+        operations: how many are applied, one after the other.
+        magnitude: their strength, a bin from 0 (none) to bins - 1 (the strongest).
+        bins: number of steps into which each operation's range is divided.
+
+    Raises:
+        UserError: a value lies outside its range.
+    """
+
+    operations: int = 2
+    magnitude: int = 9
+    bins: int = 31
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.operations <= MOST_OPERATIONS:
+            raise UserError(
+                f"rand_augment: operations must lie between 1 and {MOST_OPERATIONS}, "
+                f"not {self.operations}"
+            )
+        if self.bins < 2:
+            raise UserError(f"rand_augment: bins must be at least 2, not {self.bins}")
+        if not 0 <= self.magnitude < self.bins:
+            raise UserError(
+                f"rand_augment: magnitude must lie between 0 and {self.bins - 1} "
+                f"with {self.bins} bins, not {self.magnitude}"
+            )
+
+
+@dataclass(frozen=True)
+class ProgressiveResizing:
+    """Training on small images first, as FFCV's ImageNet recipe does (Leclerc et al., CVPR 2023).
+
+    Attributes:
+        start_size: side of the square fed to the network up to ``start_epoch``, in pixels.
+        start_epoch, end_epoch: between them the side grows evenly, up to the transform's
+            image_size.
+        multiple: between them the side is rounded to multiples of this, in pixels.
+
+    Raises:
+        UserError: a value lies outside its range.
+    """
+
+    start_size: int
+    start_epoch: float
+    end_epoch: float
+    multiple: int = 32
+
+    def __post_init__(self) -> None:
+        for name in ("start_size", "multiple"):
+            if getattr(self, name) < 1:
+                raise UserError(
+                    f"progressive resizing: {name} must be at least 1, not {getattr(self, name)}"
+                )
+        if not 0 <= self.start_epoch < self.end_epoch < math.inf:
+            raise UserError(
+                "progressive resizing: end_epoch must come after start_epoch, and that not before "
+                f"0, not {self.end_epoch} and {self.start_epoch}"
+            )
 
 
 @dataclass(frozen=True)
@@ -43,9 +153,13 @@ class ImageTransform:
             pixels, random crop and flip. 'none': as evaluation.
         mean, std: per channel, of values in 0..1.
         channels: 3 for RGB, 1 for grey.
+        rand_augment, color_jitter: of training, in this order, on the cut and scaled image.
+        random_erasing: of training, last of all: the probability with which a box of the image is
+            filled with 0 after normalisation, which is the mean.
 
     Raises:
-        UserError: a value lies outside its range, or mean or std has another length than channels.
+        UserError: a value lies outside its range; mean or std has another length than channels; a
+            change of colours of grey images, or any of the last three without an augmentation.
     """
 
     image_size: int
@@ -54,6 +168,9 @@ class ImageTransform:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     channels: int = 3
+    color_jitter: ColorJitter | None = None
+    rand_augment: RandAugment | None = None
+    random_erasing: float = 0.0
 
     @classmethod
     def prepared(cls, preprocessing: Mapping[str, Any], *, augmentation: str) -> "ImageTransform":
@@ -91,6 +208,24 @@ class ImageTransform:
                 raise UserError(f"{name} must have {self.channels} values, not {len(values)}")
         if min(self.std) <= 0:
             raise UserError(f"std must be positive, not {min(self.std)}")
+        if not 0 <= self.random_erasing <= 1:
+            raise UserError(
+                f"random_erasing must be a probability from 0 to 1, not {self.random_erasing}"
+            )
+        for name in ("color_jitter", "rand_augment", "random_erasing"):
+            if self.augmentation == "none" and getattr(self, name):
+                raise UserError(
+                    f"{name} cannot go with augmentation 'none', which trains on images as they "
+                    "are evaluated: choose 'imagenet' or 'cifar'"
+                )
+            if self.channels == 1 and name != "random_erasing" and getattr(self, name):
+                raise UserError(f"{name} needs images of 3 channels (RGB), not 1 (grey)")
+
+    def plain(self) -> "ImageTransform":
+        """The transform of evaluation: as this one, with nothing random in it."""
+        return replace(
+            self, augmentation="none", color_jitter=None, rand_augment=None, random_erasing=0.0
+        )
 
 
 def flips(uniforms: Float64s) -> NDArray[np.bool_]:
@@ -111,23 +246,39 @@ def random_resized_windows(sizes: Int64s, uniforms: Float64s) -> Int64s:
     Returns:
         top, left, height, width of each window, shape (n, 4).
     """
-    height, width = sizes[:, :1].astype(np.float64), sizes[:, 1:].astype(np.float64)
-    area = height * width * _between(_AREA[0], _AREA[1], uniforms[:, _AREAS])
-    ratio = np.exp(_between(math.log(_RATIO[0]), math.log(_RATIO[1]), uniforms[:, _RATIOS]))
-    tries = np.stack([np.rint(np.sqrt(area / ratio)), np.rint(np.sqrt(area * ratio))])  # h, w
-    limits = np.stack([height, width])
-    fits = np.logical_and.reduce((tries > 0) & (tries <= limits), axis=0)
-    first = fits.argmax(1)
-    window = tries[:, np.arange(len(sizes)), first]
-
-    slack = limits[:, :, 0] - window
-    corner = np.floor(uniforms[:, [_TOP, _LEFT]].T * (slack + 1))
-
-    found = fits.any(axis=1)
-    fallback = _central_windows(limits[:, :, 0])
+    limits = sizes.T.astype(np.float64)
+    window, corner, found = _first_fitting(
+        limits,
+        _between(*_AREA, uniforms[:, _AREAS]),
+        _log_between(*_RATIO, uniforms[:, _RATIOS]),
+        uniforms[:, [_TOP, _LEFT]].T,
+    )
+    fallback = _central_windows(limits)
     window = np.where(found, window, fallback)
-    corner = np.where(found, corner, (limits[:, :, 0] - fallback) // 2)
-    return np.concatenate([corner, window]).T.astype(np.int64)
+    corner = np.where(found, corner, (limits - fallback) // 2)
+    return np.concatenate([corner, window]).T.astype(np.int64, order="C")
+
+
+def _first_fitting(
+    limits: Float64s, areas: Float64s, ratios: Float64s, places: Float64s
+) -> tuple[Float64s, Float64s, NDArray[np.bool_]]:
+    """Of several tries at a window in each image, the first that fits, placed evenly.
+
+    Args:
+        limits: height and width of each image, shape (2, n).
+        areas: of the tries as shares of the image's area, shape (n, tries).
+        ratios: widths of the tries over their heights, shape (n, tries).
+        places: where the window goes, vertically and across, in [0, 1), shape (2, n).
+
+    Returns:
+        height and width, then top and left, shape (2, n); and whether any try fitted, shape (n,).
+    """
+    height, width = limits[:, :, None]
+    area = height * width * areas
+    tries = np.stack([np.rint(np.sqrt(area / ratios)), np.rint(np.sqrt(area * ratios))])
+    fits = np.logical_and.reduce((tries > 0) & (tries <= limits[:, :, None]), axis=0)
+    window = tries[:, np.arange(len(fits)), fits.argmax(1)]
+    return window, np.floor(places * (limits - window + 1)), fits.any(axis=1)
 
 
 def _central_windows(sizes: Float64s) -> Float64s:
@@ -182,5 +333,87 @@ def _centre_corners(sizes: Int64s, side: int) -> Int64s:
     return np.where(sizes >= side, inside, -((side - sizes) // 2))
 
 
+def color_jitter_factors(uniforms: Float64s, jitter: ColorJitter) -> Float64s:
+    """Factors of brightness, contrast and saturation, and the hue's turn, shape (n, 4).
+
+    Args:
+        uniforms: shape (n, UNIFORMS).
+        jitter: the ranges.
+    """
+    strengths = np.array([jitter.brightness, jitter.contrast, jitter.saturation])
+    low = np.append(np.maximum(1 - strengths, 0), -jitter.hue)
+    high = np.append(1 + strengths, jitter.hue)
+    return low + (high - low) * uniforms[:, _COLORS]
+
+
+def rand_augment_choices(uniforms: Float64s, rand: RandAugment) -> tuple[Int64s, Int64s]:
+    """Which operations each image goes through, and which of them the other way round.
+
+    Args:
+        uniforms: shape (n, UNIFORMS).
+        rand: how many operations.
+
+    Returns:
+        numbers of operations (places in :data:`RAND_AUGMENT_OPERATIONS`) in the order of their
+        application; and 1 where the operation's direction is turned (left for right, darker for
+        brighter), else 0. Both of shape (n, rand.operations).
+    """
+    numbers = np.floor(uniforms[:, _OPERATIONS] * len(RAND_AUGMENT_OPERATIONS)).astype(np.int64)
+    turned = (uniforms[:, _SIGNS] < 0.5).astype(np.int64)
+    return numbers[:, : rand.operations], turned[:, : rand.operations]
+
+
+def erasing_boxes(uniforms: Float64s, side: int, probability: float) -> Int64s:
+    """Boxes to erase from square images: one of random area and aspect ratio, evenly placed.
+
+    Ten tries at a box, as torchvision's RandomErasing makes them; if none fits in the image,
+    nothing is erased.
+
+    Args:
+        uniforms: shape (n, UNIFORMS).
+        side: of the images, in pixels.
+        probability: with which an image gets a box.
+
+    Returns:
+        top, left, height, width of each box, shape (n, 4); zeros where there is none.
+    """
+    box, corner, found = _first_fitting(
+        np.full((2, len(uniforms)), float(side)),
+        _between(*_ERASED_AREA, uniforms[:, _ERASED_AREAS]),
+        _log_between(*_ERASED_RATIO, uniforms[:, _ERASED_RATIOS]),
+        uniforms[:, [_ERASED_TOP, _ERASED_LEFT]].T,
+    )
+    erased = found & (uniforms[:, _ERASED] < probability)
+    return np.where(erased, np.concatenate([corner, box]), 0).T.astype(np.int64, order="C")
+
+
+def training_size(epoch: float, image_size: int, progressive: ProgressiveResizing) -> int:
+    """Side of the square fed to the network at a moment of training, in pixels.
+
+    Args:
+        epoch: epochs trained so far, a whole number or not.
+        image_size: the side at the end.
+        progressive: how it gets there.
+
+    Raises:
+        UserError: the side would shrink.
+    """
+    first, multiple = progressive.start_size, progressive.multiple
+    if first > image_size:
+        raise UserError(
+            f"progressive resizing: start_size {first} is larger than image_size {image_size}"
+        )
+    length = progressive.end_epoch - progressive.start_epoch
+    done = min(max((epoch - progressive.start_epoch) / length, 0.0), 1.0)
+    if done in (0.0, 1.0):
+        return image_size if done else first
+    nearest = math.floor((first + done * (image_size - first)) / multiple + 0.5) * multiple
+    return min(max(nearest, first), image_size)
+
+
 def _between(low: float, high: float, uniforms: Float64s) -> Float64s:
     return low + (high - low) * uniforms
+
+
+def _log_between(low: float, high: float, uniforms: Float64s) -> Float64s:
+    return np.exp(_between(math.log(low), math.log(high), uniforms))

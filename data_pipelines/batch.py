@@ -1,15 +1,20 @@
-"""What a loader is asked for and what it makes; and how one image file is read."""
+"""What a loader is asked for and what it makes; and how one image is decoded with PIL."""
 
 from dataclasses import dataclass
+from io import BytesIO
+from typing import NamedTuple
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from data_pipelines.order import Float64s, Int64s
-from tpp.errors import UserError
 
 Batch = tuple[Tensor, Tensor]
-"""Images, float32 (b, c, h, w), normalised; labels, int64 (b,). Both on the device asked for."""
+"""Images (b, c, h, w), normalised; labels, int64 (b,), or where images were mixed the share of each
+class, float32 (b, classes). Both on the device asked for."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,29 +22,45 @@ class Request:
     """One batch for a loader to make.
 
     Attributes:
-        paths: the image files, b of them.
-        labels: int64, shape (b,).
+        samples: their global numbers in training, their places in evaluation; int64, shape (b,).
+        images: which image of the index each one is; int64, shape (b,).
         uniforms: random numbers of each sample's augmentation, shape (b, UNIFORMS), or (b, 0)
             for evaluation.
+        side: of the square images to make, in pixels.
     """
 
-    paths: list[str]
-    labels: Int64s
+    samples: Int64s
+    images: Int64s
     uniforms: Float64s
+    side: int
 
 
-def open_image(path: str, channels: int) -> Image.Image:
-    """Decode an image file with PIL, as RGB (3 channels) or grey (1); EXIF rotation is ignored.
+class Output(NamedTuple):
+    """The form in which a loader hands over images.
+
+    Attributes:
+        device: where they lie; DALI decodes on it, if it is a GPU.
+        dtype: float32, or float16 for networks that compute in half precision anyway.
+        channels_last: whether the channels of a pixel lie side by side in memory.
+    """
+
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+    channels_last: bool = False
+
+
+def decode_with_pil(data: NDArray[np.uint8], channels: int) -> Image.Image:
+    """Decode an image file's bytes as RGB (3 channels) or grey (1); EXIF rotation is ignored.
 
     Raises:
-        UserError: the file cannot be read or decoded.
+        ValueError: the bytes cannot be decoded.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(BytesIO(data.data)) as image:
             grey16 = image.mode.startswith("I")
             # PIL's own conversion clips 16-bit grey at 255.
             decoded = image.point(lambda value: value / 257) if grey16 else image
             return decoded.convert("L" if channels == 1 else "RGB")
     # PIL reports a damaged file by any of these, depending on the format.
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: cannot read this image ({error})") from None
+        raise ValueError(str(error)) from None

@@ -1,120 +1,427 @@
-"""The images of a data set in class folders: ROOT/<class>/<image>.jpg.
+"""``python -m data_pipelines.index DIR`` writes the index of a folder of images.
 
-``python -m data_pipelines.index DIR`` prints what a folder holds.
+Every file's header and its last bytes are read, so that a run knows each image's size beforehand,
+and a damaged file is found now and not in a run's third night.
 """
 
 import argparse
-import hashlib
+import errno
+import multiprocessing
 import os
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import cached_property
+import signal
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from data_pipelines.header import TAIL, Header, find_damage, is_turned, looks_whole, read_header
+from data_pipelines.image_index import (
+    INDEX_FILE,
+    SCAN_THREADS,
+    ImageIndex,
+    folder_mark,
+    image_names,
+    load_index,
+    save_index,
+    scan_class_folders,
+    visible,
+)
+from data_pipelines.order import Int64s
 from tpp.errors import UserError, run_command
+from tpp.files import write_whole
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
-# Listing a folder of a network file system is all waiting; local ones do not mind.
-_SCAN_THREADS = 16
+PARTS = ("train", "val", "test")
+"""Names of the folders of class folders that a data set's folder may hold."""
 
-
-@dataclass(frozen=True, eq=False)
-class ImageIndex:
-    """Every image of a data set, in an order that depends on the names alone.
-
-    Attributes:
-        root: the folder that holds the class folders.
-        files: paths relative to ``root``, by class and then by name.
-        labels: class number of each file, int64, shape (len(files),).
-        classes: names of the class folders, sorted; the label is the position in this list.
-    """
-
-    root: Path
-    files: list[str]
-    labels: NDArray[np.int64]
-    classes: list[str]
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """12 hex digits that change when a file or a label does; independent of ``root``."""
-        digest = hashlib.sha256()
-        for file in self.files:
-            digest.update(os.fsencode(file) + b"\0")
-        digest.update(self.labels.astype("<i8").tobytes())
-        return digest.hexdigest()[:12]
+REPORT_FILE = ".index-report.tsv"
+# Holds the header of 99.5% of ImageNet's photos; the others are read whole.
+_HEAD = 32 * 1024
+# Enough that handing work over costs nothing, few enough that Ctrl-C is obeyed at once.
+_FILES_A_TASK, _DECODED_A_TASK = 128, 16
+# A folder's time of change is this coarse at worst (NFS, ext3); nanoseconds.
+_CLOCK = 2 * 10**9
+# These say nothing about the file.
+_SHORTAGES = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+_ADVICE = {
+    "CMYK": "none needed: decoded as RGB",
+    "PNG named as a JPEG": "none needed: told by its content",
+    "JPEG named as a PNG": "none needed: told by its content",
+    "neither JPEG nor PNG": "none needed, but as JPEG or PNG it would be decoded faster",
+}
+_UNREADABLE = "unreadable: "
+_T = TypeVar("_T")
 
 
-def scan_class_folders(root: str | os.PathLike[str]) -> ImageIndex:
-    """List the images (.jpg, .jpeg, .png in any case) of the class folders in ``root``.
+class _Look(NamedTuple):
+    """What a look at one file has shown; ``notes`` are worth counting, but no damage."""
 
-    Classes are the sorted folder names, as in torchvision's ImageFolder. Hidden files and folders
-    are left out. No file is opened.
-
-    Raises:
-        UserError: ``root`` is not a readable folder, holds no class folders or no images, or a
-            class folder has no images.
-    """
-    root = Path(root)
-    layout = f"expected class folders such as {root}/<class>/<image>.jpg"
-    classes = _visible(root, folders=True)
-    if not classes:
-        raise UserError(f"{root}: no class folders; {layout}")
-    with ThreadPoolExecutor(_SCAN_THREADS) as pool:
-        images = list(pool.map(lambda name: _image_names(root / name), classes))
-    if not any(images):
-        raise UserError(f"{root}: no images in its {len(classes)} folders; {layout}")
-    for name, found in zip(classes, images, strict=True):
-        if not found:
-            raise UserError(
-                f"{root / name}: class folder without images; "
-                f"expected {', '.join(IMAGE_SUFFIXES)} files, or no such folder"
-            )
-    files = [
-        f"{name}/{image}" for name, found in zip(classes, images, strict=True) for image in found
-    ]
-    counts = [len(found) for found in images]
-    labels = np.repeat(np.arange(len(classes), dtype=np.int64), counts)
-    return ImageIndex(root, files, labels, classes)
+    byte_size: int
+    height: int
+    width: int
+    damage: str | None
+    notes: tuple[str, ...]
 
 
-def _image_names(folder: Path) -> list[str]:
-    names = _visible(folder, folders=False)
-    return [name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
+@dataclass(frozen=True)
+class _Survey:
+    """An index, and what was found while it was made: damages and notes by image number."""
 
-
-def _visible(folder: Path, *, folders: bool) -> list[str]:
-    """Sorted names of the folders, or else of the files, in ``folder`` that are not hidden."""
-    try:
-        with os.scandir(folder) as entries:
-            return sorted(
-                entry.name
-                for entry in entries
-                if not entry.name.startswith(".") and entry.is_dir() == folders
-            )
-    except OSError as error:
-        raise UserError(f"{folder}: cannot list the data folder ({error.strerror})") from None
+    index: ImageIndex
+    damages: dict[int, str]
+    notes: dict[int, tuple[str, ...]]
 
 
 def main() -> None:
-    """Print the number of classes and images of a folder and its fingerprint."""
+    """Index a folder of images, or the train, val and test folders in it; print what they hold."""
     parser = argparse.ArgumentParser(
-        prog="python -m data_pipelines.index", description="Say what a folder of images holds."
+        prog="python -m data_pipelines.index",
+        description="Index a folder of images: their sizes, and which files are broken.",
     )
-    parser.add_argument("folder", metavar="DIR", help="folder with one folder of images per class")
-    index = scan_class_folders(parser.parse_args().folder)
+    parser.add_argument(
+        "folder",
+        metavar="DIR",
+        type=Path,
+        help="folder with one folder of images per class, or with such folders train, val and test",
+    )
+    parser.add_argument(
+        "--out",
+        metavar="FOLDER",
+        type=Path,
+        help="write train.safetensors etc. there, for a run with data.index=FOLDER; "
+        f"by default {INDEX_FILE} beside the class folders",
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        help=f"files read (default {SCAN_THREADS}) or decoded (default: one a core) at a time",
+    )
+    parser.add_argument("--decode", action="store_true", help="decode every image, to be sure")
+    parser.add_argument("--strict", action="store_true", help="end with 1 if a file is broken")
+    options = parser.parse_args()
+    if options.threads is not None and options.threads < 1:
+        raise UserError(f"--threads must be at least 1, not {options.threads}")
+    _silence_pil()
+    parts = _parts(options.folder)
+    for part in parts:
+        _check(part, options.out)
+    broken = 0
+    for number, part in enumerate(parts):
+        start = time.perf_counter()
+        survey = _survey(part, options.threads, decode=options.decode)
+        index_file, report_file = _targets(part, options.out)
+        _write_report(survey, report_file)
+        save_index(survey.index, index_file)
+        if number:
+            print()
+        _print(survey, index_file, report_file, time.perf_counter() - start)
+        broken += len(survey.damages)
+    if broken and options.strict:
+        sys.exit(1)
+
+
+def _parts(folder: Path) -> list[Path]:
+    """The folders to index: the one given, or those in it that are a data set's parts."""
+    found = visible(folder, folders=True)
+    named = [folder / name for name in PARTS if name in found]
+    # A class may be named 'train' as well.
+    parts = [
+        part
+        for part in named
+        if (part / INDEX_FILE).exists() or (visible(part, folders=True) and not image_names(part))
+    ]
+    return parts or [folder]
+
+
+def _check(folder: Path, out: Path | None) -> None:
+    """Find out before an hour's work what would make it useless."""
+    if _holds_shards(folder):
+        raise UserError(
+            f"{folder}: these are tar shards, which carry their index ({INDEX_FILE}); "
+            "expected class folders"
+        )
+    target = out or folder
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{target}: cannot make the folder of --out ({error.strerror})") from None
+    if not os.access(target, os.W_OK | os.X_OK):
+        raise UserError(f"{target}: cannot write the index there; choose another place with --out")
+
+
+def _holds_shards(folder: Path) -> bool:
+    try:
+        return bool(load_index(folder / INDEX_FILE, folder).containers)
+    except UserError:
+        return False
+
+
+def _targets(folder: Path, out: Path | None) -> tuple[Path, Path]:
+    """Where a folder's index and its report go."""
+    if out is None:
+        return folder / INDEX_FILE, folder / REPORT_FILE
+    name = folder.name if folder.name not in ("", "..") else folder.resolve().name
+    return out / f"{name}.safetensors", out / f"{name}-report.tsv"
+
+
+def _survey(folder: Path, threads: int | None, *, decode: bool) -> _Survey:
+    """List a folder's images and look at each of them."""
+    # Before the listing, so that what comes or goes in the meantime is noticed by check_fits.
+    now = time.time_ns()
+    marks = {name: folder_mark(folder / name) for name in visible(folder, folders=True)}
+    # Another change within the same tick of the clock would not show.
+    marks = {name: mark if mark < now - _CLOCK else -1 for name, mark in marks.items()}
+    index = scan_class_folders(folder)
+    index = replace(index, marks=np.array([marks.get(name, -1) for name in index.classes]))
+    survey = _Survey(index, {}, {})
+
+    def look(places: range) -> None:
+        for place in places:
+            found = _look(index.location(place).path)
+            index.byte_sizes[place] = found.byte_size
+            index.sizes[place] = found.height, found.width
+            if found.damage:
+                survey.damages[place] = found.damage
+            if found.notes:
+                survey.notes[place] = found.notes
+
+    places = range(len(index))
+    pool = ThreadPoolExecutor(threads or SCAN_THREADS)
+    _in_pool(pool, look, _stretches(places, _FILES_A_TASK), f"{folder.name}: reading")
+    if decode:
+        whole = [place for place in places if place not in survey.damages]
+        survey.damages.update(_decode(index, whole, threads or len(os.sched_getaffinity(0))))
+    broken = list(survey.damages)
+    index.broken[broken] = True
+    index.sizes[broken] = 0
+    return survey
+
+
+def _look(path: str) -> _Look:
+    """Read a file's header and its end; all of it only where these leave a doubt."""
+    try:
+        # A pipe of this name would block otherwise; reading from it fails as it should.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            byte_size = os.fstat(descriptor).st_size
+            head = os.pread(descriptor, _HEAD, 0)
+            header = _header_of_whole(descriptor, head, byte_size)
+        finally:
+            os.close(descriptor)
+        damage = None
+        if header is None:
+            data = head if byte_size <= len(head) else Path(path).read_bytes()
+            damage = find_damage(data)
+            header = None if damage else read_header(data)
+    except OSError as error:
+        if error.errno in _SHORTAGES:
+            raise UserError(f"{path}: {error.strerror}; give fewer --threads") from None
+        return _Look(-1, 0, 0, f"{_UNREADABLE}{error.strerror}", ())
+    if header is None:
+        return _Look(byte_size, 0, 0, damage, ())
+    return _Look(byte_size, header.height, header.width, None, _notes(path, header, head))
+
+
+def _header_of_whole(descriptor: int, head: bytes, byte_size: int) -> Header | None:
+    """The header of a large file that looks whole; None where all of the file must be seen."""
+    if byte_size <= len(head):
+        return None
+    try:
+        header = read_header(head)
+    except ValueError:
+        return None
+    tail = os.pread(descriptor, TAIL, max(byte_size - TAIL, len(head)))
+    return header if looks_whole(header, tail) else None
+
+
+def _notes(path: str, header: Header, head: bytes) -> tuple[str, ...]:
+    named_png = path.lower().endswith(".png")
+    noted = {
+        "grey": header.channels < 3,
+        "CMYK": header.format == "jpeg" and header.channels == 4,
+        "PNG named as a JPEG": header.format == "png" and not named_png,
+        "JPEG named as a PNG": header.format == "jpeg" and named_png,
+        "neither JPEG nor PNG": header.format == "other",
+        "turned": header.format == "jpeg" and is_turned(head),
+    }
+    return tuple(note for note, holds in noted.items() if holds)
+
+
+def _decode(index: ImageIndex, places: list[int], processes: int) -> dict[int, str]:
+    """Decode images in processes of their own; what is wrong with those that fail."""
+    stretches = _stretches(places, _DECODED_A_TASK)
+    paths = [[index.location(place).path for place in stretch] for stretch in stretches]
+    # Each process would import PyTorch for itself otherwise.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["data_pipelines.image_index"])
+    pool = ProcessPoolExecutor(processes, context, initializer=_begin_decoding)
+    try:
+        found = _in_pool(pool, _decode_files, paths, f"{index.root.name}: decoding")
+    except BrokenProcessPool:
+        raise UserError(
+            f"{index.root}: a process that decodes images was killed, perhaps for want of memory; "
+            "give fewer --threads"
+        ) from None
+    damages = (damage for stretch in found for damage in stretch)
+    return {place: damage for place, damage in zip(places, damages, strict=True) if damage}
+
+
+def _begin_decoding() -> None:
+    # Ctrl-C reaches all processes; the first one ends the others.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _silence_pil()
+
+
+def _silence_pil() -> None:
+    # It warns of odd metadata and large images, without saying which file it means.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+def _decode_files(paths: list[str]) -> list[str | None]:
+    found: list[str | None] = []
+    for path in paths:
+        try:
+            found.append(find_damage(Path(path).read_bytes(), decode=True))
+        except OSError as error:
+            found.append(f"{_UNREADABLE}{error.strerror}")
+    return found
+
+
+def _stretches(items: Any, length: int) -> list[Any]:
+    return [items[start : start + length] for start in range(0, len(items), length)]
+
+
+def _in_pool(
+    pool: Executor, work: Callable[[Any], _T], stretches: Sequence[Sequence[Any]], title: str
+) -> list[_T]:
+    """Call ``work`` with each stretch of a list, with a progress bar over the list's items."""
+    console = Console(stderr=True)
+    progress = Progress(
+        TextColumn("[bold]{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+    )
+    results = []
+    with pool, progress:
+        task = progress.add_task(escape(title), total=sum(map(len, stretches)))
+        try:
+            for stretch, result in zip(stretches, pool.map(work, stretches), strict=True):
+                results.append(result)
+                progress.advance(task, len(stretch))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return results
+
+
+def _write_report(survey: _Survey, path: Path) -> None:
+    """Write a line for each finding, the broken files first; no file where there is none."""
+    odd = [
+        (place, note)
+        for place, notes in survey.notes.items()
+        for note in notes
+        if note in _ADVICE and place not in survey.damages
+    ]
+    lines = ["path\tfinding\twhat to do"]
+    for place, what in sorted(survey.damages.items()) + sorted(odd):
+        file = _shown(survey.index.location(place).path)
+        lines.append(f"{file}\t{_shown(what)}\t{_advice(what)}")
+    try:
+        if len(lines) > 1:
+            write_whole(path, "\n".join(lines) + "\n")
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot write the report ({error.strerror}); choose another place with --out"
+        ) from None
+
+
+def _advice(what: str) -> str:
+    if what in _ADVICE:
+        return _ADVICE[what]
+    if what == _UNREADABLE + os.strerror(errno.EACCES):
+        return "make it readable (chmod), then index again"
+    if what == _UNREADABLE + os.strerror(errno.ENOENT):
+        return "it went away, or is a link to nothing: put it back or delete it, then index again"
+    if what.startswith(_UNREADABLE):
+        return "look after the file system, then index again"
+    return "extract it anew from the archive, delete it, or run with data.on_error=skip"
+
+
+def _print(survey: _Survey, index_file: Path, report_file: Path, seconds: float) -> None:
+    index = survey.index
     counts = np.bincount(index.labels)
-    smallest, largest = int(counts.argmin()), int(counts.argmax())
-    print(f"classes      {len(index.classes)}")
-    print(f"images       {len(index)}")
-    print(f"smallest     {index.classes[smallest]} ({counts[smallest]} images)")
-    print(f"largest      {index.classes[largest]} ({counts[largest]} images)")
-    print(f"fingerprint  {index.fingerprint}")
+    lines = {
+        "folder": _shown(str(index.root)),
+        "classes": f"{len(index.classes):,}",
+        "images": f"{len(index):,}",
+        "smallest": _class(index, counts, int(counts.argmin())),
+        "largest": _class(index, counts, int(counts.argmax())),
+        "bytes": _bytes(int(index.byte_sizes[index.byte_sizes > 0].sum())),
+        "pixels": _pixels(index),
+    }
+    if survey.damages:
+        first = sorted(survey.damages)[:3]
+        names = ", ".join(_shown(index.files[place]) for place in first)
+        lines["broken"] = f"{len(survey.damages):,} ({names}{', ...' * (len(survey.damages) > 3)})"
+    found = Counter(note for notes in survey.notes.values() for note in notes)
+    lines |= {note: f"{found[note]:,}" for note in (*_ADVICE, "grey") if found[note]}
+    if found["turned"]:
+        lines["turned"] = f"{found['turned']:,} by their EXIF data, which no run follows"
+    lines |= {"fingerprint": index.fingerprint, "index": _shown(str(index_file))}
+    if report_file.exists():
+        lines["report"] = _shown(str(report_file))
+    lines["time"] = f"{seconds:.1f} s ({len(index) / seconds:,.0f} files/s)"
+    width = max(map(len, lines))
+    for name, value in lines.items():
+        print(f"{name:<{width}}  {value}")
+
+
+def _class(index: ImageIndex, counts: Int64s, label: int) -> str:
+    return f"{_shown(index.classes[label])} ({counts[label]:,} images)"
+
+
+def _bytes(count: int) -> str:
+    for size, unit in ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+        if count >= size:
+            return f"{count / size:.4g} {unit}"
+    return f"{count} B"
+
+
+def _pixels(index: ImageIndex) -> str:
+    """Height and width of the median, the smallest and the largest image by area."""
+    sizes = index.sizes[~index.broken].astype(np.int64)
+    if not len(sizes):
+        return "none: every image is broken"
+    order = np.argsort(sizes.prod(1), kind="stable")
+    median, least, most = sizes[order[[(len(order) - 1) // 2, 0, -1]]].tolist()
+    return (
+        f"height x width: median {median[0]} x {median[1]}, "
+        f"smallest {least[0]} x {least[1]}, largest {most[0]} x {most[1]}"
+    )
+
+
+def _shown(text: str) -> str:
+    """A name in one line and in characters that can be printed, whatever bytes it is made of."""
+    known = os.fsencode(text).decode(errors="backslashreplace")
+    return "".join(
+        sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in known
+    )
 
 
 if __name__ == "__main__":

@@ -5,16 +5,18 @@ the loader requests; the loader reads, decodes, crops and normalises. So both lo
 samples in the same order with the same crops and flips, and their pixels differ by rounding only.
 """
 
-from collections.abc import Generator, Iterator
-from dataclasses import replace
+import contextlib
+from collections.abc import Callable, Generator, Iterator
 
 import numpy as np
 import torch
 
 from data_pipelines.augment import UNIFORMS, ImageTransform
-from data_pipelines.batch import Batch, Request
-from data_pipelines.index import ImageIndex
-from data_pipelines.order import Float64s, Int64s, rank_samples, sample_images, uniforms
+from data_pipelines.batch import Batch, Output, Request
+from data_pipelines.image_index import ImageIndex
+from data_pipelines.mixing import MIXING_UNIFORMS, Mixing, mix
+from data_pipelines.order import Int64s, SampleOrder, mixing_uniforms, rank_samples, uniforms
+from data_pipelines.source import BadImages, ImageSource
 from tpp.errors import UserError
 
 LOADERS = ("auto", "dali", "torchvision")
@@ -34,6 +36,13 @@ def train_batches(
     world_size: int,
     threads: int,
     device: torch.device,
+    order: SampleOrder | None = None,
+    mixing: Mixing | None = None,
+    image_side: Callable[[int], int] | None = None,
+    bad: BadImages | None = None,
+    dtype: torch.dtype = torch.float32,
+    channels_last: bool = False,
+    prefetch: int = 2,
 ) -> Generator[Batch, None, None]:
     """One rank's training batches of steps start_step to start_step + steps - 1.
 
@@ -43,13 +52,21 @@ def train_batches(
         loader: 'dali', 'torchvision' or 'auto', see :func:`resolve_loader`.
         global_batch: images per step over all ranks.
         accumulation: batches that one step is made of on each rank.
-        seed: of the order and the augmentation.
+        seed: of the augmentation, and of the order unless that is given.
         start_step: the first step, from 0; any step can be the first.
         steps: number of steps.
         rank: this process, 0 to world_size - 1.
         world_size: number of processes that share a step.
         threads: decoding threads (DALI) or worker processes (torchvision; 0: in this process).
         device: where the batches go; DALI decodes on it, if it is a GPU.
+        order: see :func:`training_order`; by default a whole shuffle of every epoch.
+        mixing: mixup and cutmix; each batch is mixed with itself on this rank.
+        image_side: of the images of a 0-based step, in pixels, for progressive resizing with the
+            'imagenet' recipe; by default transform.image_size.
+        bad: what to do about images that cannot be read; by default the first one is an error.
+        dtype: of the images, float32 or float16.
+        channels_last: memory format of the images.
+        prefetch: batches made ahead (per worker process, with torchvision).
 
     Returns:
         An iterator over steps * accumulation batches of global_batch / (world_size * accumulation)
@@ -57,24 +74,29 @@ def train_batches(
 
     Raises:
         UserError: the batch does not divide evenly; the loader is unknown or not installed; or,
-            while iterating, an image cannot be read.
+            while iterating, an image cannot be read and may not be skipped.
     """
     if global_batch < 1 or global_batch % (world_size * accumulation):
         raise UserError(
             f"a global batch of {global_batch} images cannot be shared evenly by "
             f"{world_size} ranks x {accumulation} accumulation steps"
         )
-    requests = _train_requests(
-        index,
-        global_batch,
-        accumulation,
-        seed,
-        range(start_step, start_step + steps),
-        rank,
-        world_size,
-    )
+    order = order or training_order(index, seed)
+    bad = bad or BadImages(index)
     size = global_batch // (world_size * accumulation)
-    return _batches(loader, requests, transform, size, threads, device)
+
+    def parts() -> Iterator[tuple[int, Int64s]]:
+        covered = range(start_step, start_step + steps)
+        return _train_parts(covered, global_batch, accumulation, rank, world_size)
+
+    side = image_side or (lambda step: transform.image_size)
+    requests = _train_requests(parts(), order, seed, bad, side)
+    output = Output(device, dtype, channels_last)
+    source = ImageSource(index, order, bad)
+    batches = _batches(loader, source, requests, transform, size, threads, output, prefetch)
+    if mixing is None:
+        return batches
+    return _mixed(batches, parts(), mixing, len(index.classes), seed)
 
 
 def eval_batches(
@@ -87,16 +109,48 @@ def eval_batches(
     world_size: int,
     threads: int,
     device: torch.device,
+    bad: BadImages | None = None,
+    dtype: torch.dtype = torch.float32,
+    channels_last: bool = False,
+    prefetch: int = 2,
 ) -> Generator[Batch, None, None]:
     """One rank's share of the images, each exactly once, in index order, without augmentation.
 
     The rank takes images rank, rank + world_size, ... in batches of ``batch_size``, of which the
-    last may be smaller. With fewer images than ranks, some ranks get no batch at all. The other
-    arguments, and the errors, are those of :func:`train_batches`.
+    last may be smaller. With fewer images than ranks, some ranks get no batch at all. Images that
+    ``bad`` lets be skipped are left out. The other arguments, and the errors, are those of
+    :func:`train_batches`.
     """
-    requests = _eval_requests(index, batch_size, rank, world_size)
-    plain = replace(transform, augmentation="none")
-    return _batches(loader, requests, plain, batch_size, threads, device)
+    plain = transform.plain()
+    bad = bad or BadImages(index)
+    requests = _eval_requests(len(index), batch_size, rank, world_size, bad, plain.image_size)
+    output = Output(device, dtype, channels_last)
+    source = ImageSource(index, None, bad)
+    return _batches(loader, source, requests, plain, batch_size, threads, output, prefetch)
+
+
+def training_order(
+    index: ImageIndex, seed: int, *, repeats: int = 1, window: int | None = None
+) -> SampleOrder:
+    """The order in which training goes through an index.
+
+    Args:
+        index: the images.
+        seed: the run's.
+        repeats: how often an image comes in a row, see :class:`SampleOrder`.
+        window: images that are shuffled among each other, shards being read one after the other;
+            None for a whole shuffle.
+
+    Raises:
+        UserError: a window for images that are not in shards.
+    """
+    if window is not None and not index.containers:
+        raise UserError(
+            f"data.shuffle_window: the images in {index.root} are files of their own, not shards; "
+            "leave it out, or make shards with: python -m data_pipelines.shards"
+        )
+    shards = index.container if window is not None else None
+    return SampleOrder(seed, len(index), repeats, window, shards)
 
 
 def resolve_loader(name: str) -> str:
@@ -123,47 +177,66 @@ def resolve_loader(name: str) -> str:
 
 def _batches(
     loader: str,
+    source: ImageSource,
     requests: Iterator[Request],
     transform: ImageTransform,
     batch_size: int,
     threads: int,
-    device: torch.device,
+    output: Output,
+    prefetch: int,
 ) -> Generator[Batch, None, None]:
     # Only the loader that is asked for is imported: DALI is not installed everywhere.
     if resolve_loader(loader) == "dali":
         from data_pipelines.dali import dali_batches
 
-        return dali_batches(requests, transform, batch_size, threads, device)
+        return dali_batches(source, requests, transform, batch_size, threads, output, prefetch)
     from data_pipelines.torch_loader import torch_batches
 
-    return torch_batches(requests, transform, threads, device)
+    return torch_batches(source, requests, transform, threads, output, prefetch)
 
 
-def _train_requests(
-    index: ImageIndex,
-    global_batch: int,
-    accumulation: int,
-    seed: int,
-    steps: range,
-    rank: int,
-    world_size: int,
-) -> Iterator[Request]:
+def _train_parts(
+    steps: range, global_batch: int, accumulation: int, rank: int, world_size: int
+) -> Iterator[tuple[int, Int64s]]:
+    """Step and sample numbers of each of a rank's batches."""
     for step in steps:
         samples = rank_samples(step, global_batch, rank, world_size)
         for part in np.split(samples, accumulation):
-            images = sample_images(seed, part, len(index))
-            yield _request(index, images, uniforms(seed, part, UNIFORMS))
+            yield step, part
+
+
+def _train_requests(
+    parts: Iterator[tuple[int, Int64s]],
+    order: SampleOrder,
+    seed: int,
+    bad: BadImages,
+    image_side: Callable[[int], int],
+) -> Iterator[Request]:
+    for step, samples in parts:
+        bad.ask(len(samples))
+        yield Request(
+            samples, order.images(samples), uniforms(seed, samples, UNIFORMS), image_side(step)
+        )
 
 
 def _eval_requests(
-    index: ImageIndex, batch_size: int, rank: int, world_size: int
+    images: int, batch_size: int, rank: int, world_size: int, bad: BadImages, side: int
 ) -> Iterator[Request]:
-    mine = np.arange(rank, len(index), world_size, dtype=np.int64)
+    mine = np.arange(rank, images, world_size, dtype=np.int64)
     for start in range(0, len(mine), batch_size):
-        images = mine[start : start + batch_size]
-        yield _request(index, images, np.empty((len(images), 0)))
+        part = mine[start : start + batch_size]
+        bad.ask(len(part))
+        yield Request(part, part, np.empty((len(part), 0)), side)
 
 
-def _request(index: ImageIndex, images: Int64s, uniforms: Float64s) -> Request:
-    paths = [f"{index.root}/{index.files[image]}" for image in images]
-    return Request(paths, index.labels[images], uniforms)
+def _mixed(
+    batches: Generator[Batch, None, None],
+    parts: Iterator[tuple[int, Int64s]],
+    mixing: Mixing,
+    classes: int,
+    seed: int,
+) -> Generator[Batch, None, None]:
+    with contextlib.closing(batches):
+        for (_, samples), (images, labels) in zip(parts, batches, strict=False):
+            draws = mixing_uniforms(seed, int(samples[0]), MIXING_UNIFORMS)
+            yield mix(images, labels, classes, mixing, draws)

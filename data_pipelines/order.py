@@ -3,13 +3,18 @@
 Training is one endless stream of samples numbered 0, 1, 2, ... across all ranks. Sample g is
 image ``permutation(seed, epoch, size)[i]`` with ``epoch, i = divmod(g, size)``, and step s with
 global batch B covers samples s*B to (s+1)*B - 1. Batches are always full and may cross the end
-of an epoch, so every image is seen exactly once per epoch.
+of an epoch, so every image is seen exactly once per epoch. (With repeated augmentation, samples
+r*k to r*k + r-1 are the image at place k of this stream: each is seen r times in r epochs.)
+
+Images in shards can be shuffled within a window instead, see :class:`SampleOrder`: what is read
+at any time then lies in few shards. Still a pure function; all of the above holds.
 
 The random numbers of a sample's augmentation come from the same kind of hash. Nothing here has
 state: a run resumes at any step, with any number of ranks, and every sample is the same again.
 NumPy's generators are not used, since their streams may change between versions.
 """
 
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -25,6 +30,8 @@ _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = 2**64 - 1
 _ORDER_STREAM = 1
 _AUGMENT_STREAM = 2
+_SHARD_STREAM = 3
+_MIX_STREAM = 4
 
 
 def permutation(seed: int, epoch: int, size: int) -> Int64s:
@@ -50,9 +57,18 @@ def uniforms(seed: int, samples: Int64s, count: int) -> Float64s:
         samples: global sample numbers, shape (n,).
         count: numbers wanted per sample; the first k are the same for any count >= k.
     """
-    sample_keys = _hash(_key(seed, _AUGMENT_STREAM), samples.astype(np.uint64))
+    return _uniforms(_key(seed, _AUGMENT_STREAM), samples, count)
+
+
+def _uniforms(key: int, samples: Int64s, count: int) -> Float64s:
+    sample_keys = _hash(key, samples.astype(np.uint64))
     bits = _hash(sample_keys[:, None], np.arange(count, dtype=np.uint64)[None, :])
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def mixing_uniforms(seed: int, sample: int, count: int) -> Float64s:
+    """Random numbers in [0, 1) of the batch that begins with a sample: shape (count,)."""
+    return _uniforms(_key(seed, _MIX_STREAM), np.array([sample]), count)[0]
 
 
 def rank_samples(step: int, global_batch: int, rank: int, world_size: int) -> Int64s:
@@ -64,14 +80,64 @@ def rank_samples(step: int, global_batch: int, rank: int, world_size: int) -> In
     return step * global_batch + np.arange(rank, global_batch, world_size, dtype=np.int64)
 
 
-def sample_images(seed: int, samples: Int64s, size: int) -> Int64s:
-    """The image (0..size-1) that each global sample number stands for; same shape as samples."""
-    epochs, places = np.divmod(samples, size)
-    images = np.empty_like(samples)
-    for epoch in np.unique(epochs):
-        here = epochs == epoch
-        images[here] = permutation(seed, int(epoch), size)[places[here]]
-    return images
+@dataclass(frozen=True, eq=False)
+class SampleOrder:
+    """Which image each global sample number stands for.
+
+    Attributes:
+        seed: the run's seed.
+        size: number of images.
+        repeats: consecutive samples that are the same image, augmented differently (repeated
+            augmentation: Hoffer et al., "Augment your batch", CVPR 2020). Ranks take turns in the
+            stream, so the repetitions go to different ranks.
+        window: None to shuffle over the whole epoch. Else the shards are shuffled and read one
+            after the other, and within every ``window`` consecutive images of this sequence the
+            order is random: a window's images come from shards that follow each other in the
+            epoch's order of shards. A window of at least ``size`` images is a whole shuffle.
+        shards: the shard of each image, shape (size,); only with a window.
+    """
+
+    seed: int
+    size: int
+    repeats: int = 1
+    window: int | None = None
+    shards: NDArray[np.int32] | None = None
+    _windowed: dict[int, Int64s] = field(default_factory=dict, init=False, repr=False)
+
+    def images(self, samples: Int64s) -> Int64s:
+        """The image (0..size-1) that each sample number stands for; same shape as samples."""
+        epochs, places = np.divmod(samples // self.repeats, self.size)
+        images = np.empty_like(samples)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            images[here] = self._epoch(int(epoch))[places[here]]
+        return images
+
+    def image_after(self, sample: int, count: int) -> int:
+        """The image that comes ``count`` images after that of ``sample`` in the stream."""
+        return int(self.images(np.array([sample + count * self.repeats]))[0])
+
+    def _epoch(self, epoch: int) -> Int64s:
+        if self.window is None or self.shards is None:
+            return permutation(self.seed, epoch, self.size)
+        if epoch not in self._windowed:
+            # Two epochs: a batch may lie across the end of one.
+            for old in sorted(self._windowed)[:-1]:
+                self._windowed.pop(old, None)
+            self._windowed[epoch] = self._windowed_order(epoch)
+        return self._windowed[epoch]
+
+    def _windowed_order(self, epoch: int) -> Int64s:
+        assert self.window is not None and self.shards is not None
+        shards = permutation(_key(self.seed, _SHARD_STREAM), epoch, int(self.shards.max()) + 1)
+        turn = np.argsort(shards)[self.shards]  # of the image's shard
+        shuffled = np.empty(self.size, dtype=np.int64)
+        shuffled[permutation(self.seed, epoch, self.size)] = np.arange(self.size)
+        # At random within a shard, as the epoch's whole shuffle has it, so that the cut between
+        # two windows falls on other images of a shard in every epoch.
+        sequence = np.lexsort((shuffled, turn))
+        windows = np.arange(self.size) // self.window
+        return sequence[np.lexsort((shuffled[sequence], windows))]
 
 
 def _key(*parts: int) -> int:

@@ -7,64 +7,116 @@ import threading
 from collections.abc import Generator, Iterator
 from functools import partial
 from multiprocessing.context import BaseContext
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as F
 
-from data_pipelines.augment import ImageTransform, flips, frames, random_resized_windows
-from data_pipelines.batch import Batch, Request, open_image
+from data_pipelines.augment import (
+    ImageTransform,
+    color_jitter_factors,
+    erasing_boxes,
+    flips,
+    frames,
+    rand_augment_choices,
+    random_resized_windows,
+)
+from data_pipelines.batch import Batch, Output, Request, decode_with_pil
+from data_pipelines.source import ImageSource
+from data_pipelines.torch_augment import color_jitter, erase, rand_augment
 from tpp.errors import UserError
 
 
+class _Made(NamedTuple):
+    """A batch from a worker.
+
+    Attributes:
+        pixels: uint8, shape (b, c, h, w).
+        labels: int64, shape (b,).
+        boxes: to erase once the pixels are normalised, int64, shape (b, 4); or None.
+        bad: images that could not be read, and why.
+    """
+
+    pixels: Tensor
+    labels: Tensor
+    boxes: Tensor | None
+    bad: list[tuple[int, str]]
+
+
 def torch_batches(
-    requests: Iterator[Request], transform: ImageTransform, threads: int, device: torch.device
+    source: ImageSource,
+    requests: Iterator[Request],
+    transform: ImageTransform,
+    threads: int,
+    output: Output,
+    prefetch: int,
 ) -> Generator[Batch, None, None]:
     """Make the batches of ``requests``, in order, in ``threads`` worker processes (0: in this one).
 
     Raises:
-        UserError: an image cannot be read; raised when the batch's turn comes.
+        UserError: an image cannot be read and may not be skipped; raised when the batch's turn
+            comes.
     """
+    device = output.device
     loader = DataLoader(
-        _Images(transform),
-        # A request is a whole batch, made here in order. Workers get just what they need of the
-        # index, and know neither the order nor a seed.
+        _Images(source, transform),
+        # A request is a whole batch, made here in order: how the work is split among the workers
+        # decides nothing.
         sampler=requests,
         batch_size=None,
         num_workers=threads,
         collate_fn=_as_is,
+        prefetch_factor=prefetch if threads else None,
         pin_memory=device.type == "cuda",
         multiprocessing_context=_worker_context() if threads else None,
         worker_init_fn=partial(_end_with, os.getpid()) if threads else None,
     )
     scale = 255 * torch.tensor([transform.mean, transform.std], device=device)
     mean, std = scale[:, None, :, None, None]
+    form = torch.channels_last if output.channels_last else torch.contiguous_format
     for made in loader:
         if isinstance(made, UserError):
             raise made
-        pixels, labels = made
-        images = pixels.to(device, non_blocking=True).float().sub_(mean).div_(std)
-        yield images, labels.to(device, non_blocking=True)
+        for image, reason in made.bad:
+            source.bad.add(image, reason)
+        if not len(made.labels):
+            continue
+        pixels = made.pixels.to(device, non_blocking=True, memory_format=form)
+        images = pixels.float().sub_(mean).div_(std)
+        if made.boxes is not None:
+            erase(images, made.boxes.to(device, non_blocking=True))
+        yield images.to(output.dtype), made.labels.to(device, non_blocking=True)
 
 
-class _Images(Dataset[Batch | UserError]):
-    """From a request to its images, uint8 (b, c, h, w), and labels."""
+class _Images(Dataset[_Made | UserError]):
+    """From a request to its images."""
 
-    def __init__(self, transform: ImageTransform) -> None:
-        self.transform = transform
+    def __init__(self, source: ImageSource, transform: ImageTransform) -> None:
+        self._source, self._transform = source, transform
 
-    def __getitem__(self, request: Request) -> Batch | UserError:
+    def __getitem__(self, request: Request) -> _Made | UserError:
+        transform = self._transform
         # An error is handed over, not raised: DataLoader would wrap it in the worker's traceback.
         try:
-            images = [open_image(path, self.transform.channels) for path in request.paths]
+            fetched = self._source.fetch(
+                request,
+                range(len(request.images)),
+                lambda data: decode_with_pil(data, transform.channels),
+            )
         except UserError as error:
             return error
+        images = fetched.items
+        labels = torch.from_numpy(self._source.index.labels[fetched.images])
+        if not images:
+            return _Made(torch.empty(0), labels, None, fetched.bad)
         sizes = np.array([(image.height, image.width) for image in images], dtype=np.int64)
-        transform, side = self.transform, [self.transform.image_size] * 2
+        uniforms = request.uniforms[fetched.rows]
+        side = [request.side] * 2
         if transform.augmentation == "imagenet":
-            windows = random_resized_windows(sizes, request.uniforms).tolist()
+            windows = random_resized_windows(sizes, uniforms).tolist()
             cut = [
                 F.resized_crop(image, *w, side) for image, w in zip(images, windows, strict=True)
             ]
@@ -72,14 +124,24 @@ class _Images(Dataset[Batch | UserError]):
             cut = [
                 F.crop(F.resize(image, [height, width]), top, left, *side)
                 for image, (height, width, top, left) in zip(
-                    images, frames(sizes, request.uniforms, transform).tolist(), strict=True
+                    images, frames(sizes, uniforms, transform).tolist(), strict=True
                 )
             ]
         batch = torch.stack([F.pil_to_tensor(image) for image in cut])
+        if transform.rand_augment is not None:
+            choices = rand_augment_choices(uniforms, transform.rand_augment)
+            batch = rand_augment(batch, *choices, transform.rand_augment)
+        if transform.color_jitter is not None:
+            batch = color_jitter(batch, color_jitter_factors(uniforms, transform.color_jitter))
+        boxes = None
+        if transform.random_erasing:
+            boxes = torch.from_numpy(
+                erasing_boxes(uniforms, request.side, transform.random_erasing)
+            )
         if transform.augmentation != "none":
-            mirrored = torch.from_numpy(flips(request.uniforms))
+            mirrored = torch.from_numpy(flips(uniforms))
             batch[mirrored] = batch[mirrored].flip(-1)
-        return batch, torch.from_numpy(request.labels)
+        return _Made(batch, labels, boxes, fetched.bad)
 
 
 def _as_is(made: Any) -> Any:

@@ -26,6 +26,7 @@ from pydantic import (
     model_validator,
 )
 
+from data_pipelines.augment import MOST_OPERATIONS
 from tpp.budget import BUDGET_KINDS, Budget, BudgetKind, parse_count
 from tpp.errors import UserError
 from tpp.files import write_whole
@@ -79,8 +80,86 @@ class DemoData(Section):
     seed: int = 0
 
 
+class ColorJitterSection(Section):
+    """Random changes of colour, as torchvision's ColorJitter draws them.
+
+    Attributes:
+        brightness, contrast, saturation: factors between 1 - value and 1 + value.
+        hue: turns of the colour wheel, between -value and value.
+    """
+
+    brightness: Annotated[float, Field(ge=0)] = 0.0
+    contrast: Annotated[float, Field(ge=0)] = 0.0
+    saturation: Annotated[float, Field(ge=0)] = 0.0
+    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+
+
+class RandAugmentSection(Section):
+    """RandAugment (Cubuk et al. 2020).
+
+    Attributes:
+        operations: how many are applied to each image.
+        magnitude: of each one, of ``bins`` levels.
+        bins: number of levels.
+    """
+
+    operations: Annotated[int, Field(ge=1, le=MOST_OPERATIONS)] = 2
+    magnitude: Annotated[int, Field(ge=0)] = 9
+    bins: Annotated[int, Field(ge=2)] = 31
+
+    @model_validator(mode="after")
+    def _magnitude_is_a_level(self) -> "RandAugmentSection":
+        if self.magnitude >= self.bins:
+            raise ValueError(f"magnitude ({self.magnitude}) must be below bins ({self.bins})")
+        return self
+
+
+class ProgressiveSection(Section):
+    """Progressive resizing: smaller images first, with the 'imagenet' augmentation.
+
+    Attributes:
+        start_size: side of the images up to ``start_epoch``, in pixels.
+        start_epoch, end_epoch: of the stage; between them the side grows to ``data.image_size``,
+            in multiples of 32.
+    """
+
+    start_size: PositiveInt
+    start_epoch: Annotated[float, Field(ge=0)] = 0.0
+    end_epoch: PositiveFloat
+
+    @model_validator(mode="after")
+    def _grows(self) -> "ProgressiveSection":
+        if self.end_epoch <= self.start_epoch:
+            raise ValueError(
+                f"end_epoch ({self.end_epoch}) must come after start_epoch ({self.start_epoch})"
+            )
+        return self
+
+
+class AugmentSection(Section):
+    """Augmentation of the training images beyond ``data.augmentation``; all off by default.
+
+    Attributes:
+        color_jitter: random colours.
+        rand_augment: random operations.
+        random_erasing: probability that a box of the image is erased (Zhong et al. 2020).
+        mixup, cutmix: alpha of the Beta distribution that pairs of images are mixed by (Zhang et
+            al. 2018, Yun et al. 2019); 0 for off. With both, each batch takes one of them.
+        repeats: times that an image comes in a row, augmented differently (Hoffer et al. 2020).
+        progressive: smaller images first.
+    """
+
+    color_jitter: ColorJitterSection | None = None
+    rand_augment: RandAugmentSection | None = None
+    random_erasing: Annotated[float, Field(ge=0, le=1)] = 0.0
+    mixup: Annotated[float, Field(ge=0)] = 0.0
+    cutmix: Annotated[float, Field(ge=0)] = 0.0
+    repeats: PositiveInt = 1
+    progressive: ProgressiveSection | None = None
+
+
 class DataSection(Section):
-    """The images: class folders below ``root``, and how they become tensors.
+    """The images: class folders or shards below ``root``, and how they become tensors.
 
     Attributes:
         root: folder that holds the ``train`` and ``val`` folders.
@@ -94,6 +173,17 @@ class DataSection(Section):
         channels: 3 for RGB, 1 for grey.
         threads: decoding threads (DALI) or worker processes (torchvision) per rank.
         demo: generate the embedded data set.
+        index: folder that holds the indices, ``train.safetensors`` and so on, that
+            ``python -m data_pipelines.index --out`` wrote; null for those in the image folders
+            themselves, or none.
+        on_error: what becomes of an image that cannot be read: ``fail`` ends the run and names
+            it, ``skip`` replaces it by the next one of the order, and leaves it out of
+            evaluations.
+        max_skipped: the share of the images that may be skipped.
+        shuffle_window: of shards: null shuffles whole epochs, a number the shards, and the images
+            within windows of so many.
+        prefetch: batches made ahead (torchvision: by each worker).
+        augment: augmentation beyond ``augmentation``; a stage's ``augment`` replaces it.
     """
 
     root: str
@@ -108,6 +198,12 @@ class DataSection(Section):
     channels: Literal[1, 3] = 3
     threads: Annotated[int, Field(ge=1, le=256)] = 4
     demo: DemoData | None = None
+    index: str | None = None
+    on_error: Literal["fail", "skip"] = "fail"
+    max_skipped: Ratio = 0.001
+    shuffle_window: PositiveInt | None = None
+    prefetch: Annotated[int, Field(ge=1, le=64)] = 2
+    augment: AugmentSection = AugmentSection()
 
     @model_validator(mode="after")
     def _one_value_per_channel(self) -> "DataSection":
@@ -118,6 +214,22 @@ class DataSection(Section):
                 f"resize ({self.resize}) must not be smaller than image_size ({self.image_size})"
             )
         return self
+
+    def check_augment(self, augment: AugmentSection, key: str) -> None:
+        """Check that augmentations go with the recipe; ValueError names what does not."""
+        if self.augmentation == "none" and augment != AugmentSection(repeats=augment.repeats):
+            raise ValueError(f"{key}: with augmentation: none there is no augmentation to add to")
+        if self.channels == 1 and (augment.color_jitter or augment.rand_augment):
+            raise ValueError(f"{key}: color_jitter and rand_augment need 3 channels")
+        if augment.progressive is None:
+            return
+        if self.augmentation != "imagenet":
+            raise ValueError(f"{key}.progressive: goes with augmentation: imagenet only")
+        if augment.progressive.start_size > self.image_size:
+            raise ValueError(
+                f"{key}.progressive.start_size ({augment.progressive.start_size}) must not be "
+                f"larger than image_size ({self.image_size})"
+            )
 
     def preprocessing(self) -> dict[str, Any]:
         """What a user of the trained network must do to an image; kept in every checkpoint."""
@@ -292,6 +404,7 @@ class StageSection(Section):
         optimizer: of the training stages.
         label_smoothing: of the training loss.
         method: another method than the configuration's, for this stage.
+        augment: another ``data.augment``, as a whole, for this stage.
     """
 
     kind: StageKind
@@ -300,14 +413,17 @@ class StageSection(Section):
     optimizer: OptimizerSection | None = None
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     method: dict[str, Any] | None = None
+    augment: AugmentSection | None = None
 
     @model_validator(mode="after")
     def _training_needs_an_optimizer(self) -> "StageSection":
         trains = self.kind in TRAINING_KINDS
         if trains and self.optimizer is None:
             raise ValueError(f"a {self.kind} stage needs an optimizer")
-        if not trains and (self.optimizer or self.epochs):
-            raise ValueError(f"stages of kind {self.kind} take neither epochs nor optimizer")
+        if not trains and (self.optimizer or self.epochs or self.augment):
+            raise ValueError(
+                f"stages of kind {self.kind} take neither epochs nor optimizer nor augment"
+            )
         if self.kind in ("dense", "finetune") and self.epochs is None:
             raise ValueError(f"a {self.kind} stage needs epochs")
         return self
@@ -368,6 +484,7 @@ class Config(Section):
         if not self.stages:
             raise ValueError("stages: at least one is needed")
         self.output = self.output or f"runs/{self.name}"
+        self.data.check_augment(self.data.augment, "data.augment")
         previous: str | None = None
         names = list(self.stages)
         for position, (name, stage) in enumerate(self.stages.items()):
@@ -386,6 +503,8 @@ class Config(Section):
                     f"stages.{name}: pruning.ratios says of no layer what goes, and there is no "
                     "pruning.budget"
                 )
+            if stage.augment is not None:
+                self.data.check_augment(stage.augment, f"stages.{name}.augment")
             method = self.stage_method(name)
             if stage.kind == "regularize":
                 try:
@@ -416,6 +535,10 @@ class Config(Section):
             budget=pruning.budget.budget() if pruning.budget else None,
             seed=self.seed,
         )
+
+    def stage_augment(self, name: str) -> AugmentSection:
+        """How the images of stage ``name`` are augmented beyond ``data.augmentation``."""
+        return self.stages[name].augment or self.data.augment
 
     def stage_method(self, name: str) -> Method:
         """A fresh instance of the method of stage ``name``, with its settings."""

@@ -8,7 +8,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from data_pipelines.index import scan_class_folders
+from data_pipelines.image_index import scan_class_folders
 from tpp.describe import count
 from tpp.errors import UserError
 from tpp.models import Architecture, build_on_meta

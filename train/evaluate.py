@@ -10,13 +10,15 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from data_pipelines.index import ImageIndex, scan_class_folders
+from data_pipelines.image_index import ImageIndex, open_images
 from data_pipelines.loaders import ImageTransform, eval_batches, resolve_loader
+from data_pipelines.source import ON_ERROR, BadImages
 from tpp.checkpoint import find_metadata, load_model
 from tpp.errors import UserError, run_command
 from tpp.models import build_model, input_shape
 from tpp.sources import load_weights
 from train.distributed import make_accelerator, sum_over_ranks
+from train.monitor import say
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,6 @@ def evaluate(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
     accelerator: Accelerator,
-    *,
-    channels_last: bool = False,
 ) -> Accuracy:
     """Evaluate ``model`` on the batches of all ranks.
 
@@ -54,13 +54,10 @@ def evaluate(
             its forward pass may communicate. Left in evaluation mode.
         batches: this rank's images (b, c, h, w) and labels (b,), on its device.
         accelerator: for autocast and the sum over ranks.
-        channels_last: memory format of the images.
     """
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=accelerator.device)
     for images, labels in batches:
-        if channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
         with accelerator.autocast():
             logits = model(images)
         logits = logits.float()
@@ -87,15 +84,27 @@ def main() -> None:
     parser.add_argument("--loader", default="auto", help="auto, dali or torchvision")
     parser.add_argument("--threads", type=int, default=4, help="decoding threads (default: 4)")
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
+    parser.add_argument(
+        "--on-error", choices=ON_ERROR, default="fail", help="leave out images that cannot be read"
+    )
+    parser.add_argument(
+        "--max-skipped", type=float, default=0.001, help="share that may be (default: 0.001)"
+    )
     arguments = parser.parse_args()
     for name in ("batch_size", "threads"):
         if getattr(arguments, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1")
 
-    index = scan_class_folders(arguments.data)
+    index = open_images(Path(arguments.data))
     model, transform = _load(Path(arguments.checkpoint), arguments.model, index)
     loader = resolve_loader(arguments.loader)
     accelerator = make_accelerator(arguments.precision)
+    bad = BadImages(
+        index,
+        on_error=arguments.on_error,
+        limit=arguments.max_skipped,
+        world_size=accelerator.num_processes,
+    )
     accuracy = evaluate(
         model.to(accelerator.device),
         eval_batches(
@@ -107,13 +116,17 @@ def main() -> None:
             world_size=accelerator.num_processes,
             threads=arguments.threads,
             device=accelerator.device,
+            bad=bad,
         ),
         accelerator,
     )
+    for path, reason in bad.take_new():
+        say(f"skipped: {path} ({reason})")
     if accelerator.is_main_process:
         print(
             f"{arguments.checkpoint}: top-1 {accuracy.top1:.2f}%, top-5 {accuracy.top5:.2f}%, "
-            f"loss {accuracy.loss:.4f} over {accuracy.images:,} images"
+            f"loss {accuracy.loss:.4f} over {accuracy.images:,}"
+            + (" images" if accuracy.images == len(index) else f" of {len(index):,} images")
         )
     accelerator.end_training()
 

@@ -25,7 +25,6 @@ class LoopSettings:
         finished: whether so many steps are enough.
         accumulation: micro-batches per optimiser step.
         label_smoothing: of the cross entropy.
-        channels_last: memory format of the images.
         log_every: steps over which a report is averaged.
         seed: of this rank's dropout and the like.
     """
@@ -34,7 +33,6 @@ class LoopSettings:
     finished: Callable[[int], bool]
     accumulation: int = 1
     label_smoothing: float = 0.0
-    channels_last: bool = False
     log_every: int = 50
     seed: int = 0
 
@@ -45,7 +43,7 @@ class Report:
 
     Attributes:
         loss_terms: task loss, and each term that the method added.
-        top1: per cent of the training images, as augmented.
+        top1: per cent of the training images, as augmented (mixed ones: of their larger shares).
         lr: learning rate of the last step.
         images_per_second: over all ranks.
         step_time: seconds per optimiser step.
@@ -155,8 +153,6 @@ def train(
             asked = time.perf_counter()
             images, labels = next(batches)
             meter.count(len(labels), time.perf_counter() - asked)
-            if settings.channels_last:
-                images = images.contiguous(memory_format=torch.channels_last)
             last = micro == settings.accumulation - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(model):
                 with accelerator.autocast():
@@ -165,7 +161,9 @@ def train(
                 loss = F.cross_entropy(logits, labels, label_smoothing=settings.label_smoothing)
                 loss = loss / settings.accumulation
                 meter.add("task", loss)
-                meter.add("correct", (logits.argmax(1) == labels).sum())
+                # Of mixed images, the class that has the larger share.
+                classes = labels if labels.dim() == 1 else labels.argmax(1)
+                meter.add("correct", (logits.argmax(1) == classes).sum())
                 if last:
                     for name, term in method.loss_terms(step).items():
                         meter.add(name, term)

@@ -8,13 +8,12 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from data_pipelines.demo import generate_demo
-from data_pipelines.index import ImageIndex, scan_class_folders
-from data_pipelines.loaders import resolve_loader
 from tpp.errors import UserError
 from tpp.models import Architecture, build_on_meta
 from tpp.plan import PruningPlan
 from tpp.selection import Selection, prunable_layers
 from train.config import Config
+from train.data import RunData
 from train.distributed import check_batch_size
 from train.weights import starting_weights_exist
 
@@ -23,8 +22,7 @@ from train.weights import starting_weights_exist
 class Preflight:
     """What was found out about a configuration before anything is loaded."""
 
-    train_index: ImageIndex
-    val_index: ImageIndex
+    data: RunData
     architecture: Architecture
 
 
@@ -37,7 +35,6 @@ def preflight(config: Config, accelerator: Accelerator) -> Preflight:
             short to zero every layer out, a missing checkpoint or loader.
     """
     check_batch_size(config.training, accelerator.num_processes)
-    resolve_loader(config.data.loader)
     starting_weights_exist(config.model)
     if config.data.demo:
         demo = config.data.demo
@@ -50,24 +47,16 @@ def preflight(config: Config, accelerator: Accelerator) -> Preflight:
                 image_size=config.data.image_size,
                 seed=demo.seed,
             )
-    root = Path(config.data.root)
-    train_index = scan_class_folders(root / config.data.train)
-    val_index = scan_class_folders(root / config.data.val)
-    if train_index.classes != val_index.classes:
-        odd = sorted(set(train_index.classes) ^ set(val_index.classes))[0]
-        raise UserError(
-            f"data.root: {root}: class folder {odd!r} is in only one of "
-            f"{config.data.train!r} and {config.data.val!r}"
-        )
-    classes = len(train_index.classes)
+    data = RunData(config, accelerator)
+    classes = len(data.train.index.classes)
     if config.model.num_classes not in (None, classes):
         raise UserError(
-            f"model.num_classes is {config.model.num_classes}, but {root / config.data.train} "
+            f"model.num_classes is {config.model.num_classes}, but {data.train.index.root} "
             f"holds {classes} class folders"
         )
     architecture = Architecture(config.model.name, classes, config.model.args)
     check_plans(config, architecture)
-    return Preflight(train_index, val_index, architecture)
+    return Preflight(data, architecture)
 
 
 def check_plans(config: Config, architecture: Architecture) -> PruningPlan | None:

@@ -4,6 +4,7 @@ import functools
 import json
 import platform
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -13,8 +14,6 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from data_pipelines.index import ImageIndex
-from data_pipelines.loaders import ImageTransform, eval_batches
 from tpp.checkpoint import load_model, save_model
 from tpp.describe import Counts
 from tpp.errors import UserError
@@ -23,7 +22,8 @@ from tpp.methods.base import Method
 from tpp.models import Architecture, example_input_for
 from tpp.plan import PruningPlan
 from tpp.selection import same_on_all_ranks
-from train.config import Config, StageSection
+from train.config import TRAINING_KINDS, Config, StageSection
+from train.data import RunData
 from train.distributed import broadcast_buffers
 from train.evaluate import Accuracy, evaluate
 from train.monitor import say
@@ -31,6 +31,8 @@ from train.weights import load_starting_weights
 
 MODEL_FILE = "model.safetensors"
 PLAN_FILE = "plan.json"
+# Bad images that are named at once; log.jsonl has all of them.
+_NAMED = 10
 
 
 @dataclass
@@ -39,10 +41,7 @@ class Run:
 
     config: Config
     accelerator: Accelerator
-    train_index: ImageIndex
-    val_index: ImageIndex
-    transform: ImageTransform
-    loader: str
+    data: RunData
     architecture: Architecture
     dense: Counts
     done: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -137,17 +136,8 @@ def evaluate_network(run: Run, model: nn.Module) -> Accuracy:
     broadcast_buffers(model)
     training, accelerator = run.config.training, run.accelerator
     local_batch = training.batch_size // (accelerator.num_processes * training.accumulation)
-    batches = eval_batches(
-        run.val_index,
-        run.transform,
-        loader=run.loader,
-        batch_size=training.evaluate_batch_size or local_batch,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-        threads=run.config.data.threads,
-        device=accelerator.device,
-    )
-    return evaluate(model, batches, accelerator, channels_last=training.channels_last)
+    batches = run.data.eval_batches(training.evaluate_batch_size or local_batch)
+    return evaluate(model, batches, accelerator)
 
 
 def save_network(
@@ -157,7 +147,7 @@ def save_network(
     extra: dict[str, Any] = {
         "run": run.config.name,
         "stage": name,
-        "classes": run.train_index.classes,
+        "classes": run.data.train.index.classes,
     }
     if accuracy is not None:
         extra["accuracy"] = accuracy.to_dict()
@@ -204,7 +194,7 @@ def _summary(results: dict[str, Any]) -> str:
 
 # What may differ between a stage's run and its resumption without making it another run.
 _HARMLESS = {
-    "data": {"root", "threads"},
+    "data": {"root", "threads", "index", "on_error", "max_skipped", "prefetch"},
     "training": {
         "log_every",
         "statistics_every",
@@ -219,12 +209,20 @@ _HARMLESS = {
 
 
 def stage_settings(config: Config, name: str) -> dict[str, Any]:
-    """All that decides a stage's outcome: its own settings, and those of the stages before it."""
+    """All that decides a stage's outcome: its own settings, and those of the stages before it.
+
+    Of newer settings, those that are as it always was are left out: a run begun before they
+    existed goes on.
+    """
     stages: dict[str, Any] = {}
     current: str | None = name
     while current is not None:
         stages[current] = config.stages[current].model_dump()
         stages[current].pop("method")
+        stages[current].pop("augment")
+        if config.stages[current].kind in TRAINING_KINDS:
+            augment = config.stage_augment(current).model_dump(exclude_defaults=True)
+            stages[current] |= {"augment": augment} if augment else {}
         if stages[current]["kind"] != "dense":
             method = config.stage_method(current)
             stages[current]["method"] = {"name": method.name, **method.settings.model_dump()}
@@ -232,8 +230,10 @@ def stage_settings(config: Config, name: str) -> dict[str, Any]:
     settings = config.model_dump(include={"seed", "model", "data", "training"})
     for section, keys in _HARMLESS.items():
         settings[section] = {k: v for k, v in settings[section].items() if k not in keys}
+    settings["data"].pop("augment")
+    if config.data.shuffle_window is None:
+        settings["data"].pop("shuffle_window")
     if any(stage["kind"] in ("regularize", "prune") for stage in stages.values()):
-        # What is as it always was is left out: a run begun before a setting existed goes on.
         settings["pruning"] = config.pruning.model_dump(exclude_defaults=True)
     return {**settings, "stages": stages}
 
@@ -265,6 +265,29 @@ def check_same_settings(run: Run, name: str, settings: dict[str, Any]) -> None:
             f"{run.folder}: stage {name!r} was run with other settings: {difference}; choose "
             f"another folder with output=..., or delete {run.stage_folder(name)} to run it again"
         )
+
+
+def check_same_images(run: Run, name: str, fingerprint: str | None) -> None:
+    """Check that a stage goes on with the images that it began with; None: not written down.
+
+    Raises:
+        UserError: they are others.
+    """
+    index = run.data.train.index
+    if fingerprint not in (None, index.fingerprint):
+        raise UserError(
+            f"{run.folder}: stage {name!r} was begun with other images: the fingerprint of "
+            f"{index.root} was {fingerprint} and is {index.fingerprint}; give it the same images, "
+            f"or delete {run.stage_folder(name)} to run it again"
+        )
+
+
+def say_bad_images(new: list[tuple[str, str]], tell: Callable[[str], None]) -> None:
+    """Name images that are skipped; of many, the first ones."""
+    for path, reason in new[:_NAMED]:
+        tell(f"skipped: {path} ({reason})")
+    if len(new) > _NAMED:
+        tell(f"skipped: {len(new) - _NAMED:,} more images")
 
 
 def _first_difference(old: Any, new: Any, key: str = "") -> str | None:

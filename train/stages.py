@@ -5,7 +5,6 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from data_pipelines.loaders import ImageTransform, resolve_loader
 from tpp.checkpoint import load_model, network_of, read_metadata, save_model
 from tpp.describe import count
 from tpp.models import build_on_meta
@@ -23,6 +22,7 @@ from train.run import (
     load_input,
     place,
     save_network,
+    say_bad_images,
     take_up_done,
     write_results,
 )
@@ -38,12 +38,7 @@ def open_run(config: Config, accelerator: Accelerator, found: Preflight) -> Run:
     run = Run(
         config=config,
         accelerator=accelerator,
-        train_index=found.train_index,
-        val_index=found.val_index,
-        transform=ImageTransform.prepared(
-            config.data.preprocessing(), augmentation=config.data.augmentation
-        ),
-        loader=resolve_loader(config.data.loader),
+        data=found.data,
         architecture=found.architecture,
         dense=count(build_on_meta(found.architecture)),
     )
@@ -119,7 +114,9 @@ def _prune_stage(run: Run, name: str, stage: StageSection) -> dict[str, Any]:
 
 def _evaluate_stage(run: Run, name: str, stage: StageSection) -> dict[str, Any]:
     model = place(run, load_input(run, stage))
+    accuracy = evaluate_network(run, model)
+    say_bad_images(run.data.take_new_bad(), say)
     return {
-        **evaluate_network(run, model).to_dict(),
+        **accuracy.to_dict(),
         **run.count_fields(count(model)),
     }

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data_pipelines.index import ImageIndex
+from data_pipelines.image_index import ImageIndex
 from data_pipelines.loaders import ImageTransform, eval_batches
 from data_pipelines.order import Int64s
 from tpp.trainability import Trainability, measure_trainability
@@ -37,12 +37,11 @@ class TrainabilityProbe:
         device: torch.device,
     ) -> None:
         chosen = probe_images(index, count)
-        files = [index.files[image] for image in chosen]
         batches = eval_batches(
-            ImageIndex(index.root, files, index.labels[chosen], index.classes),
+            index.subset(chosen),
             transform,
             loader=loader,
-            batch_size=len(files),
+            batch_size=len(chosen),
             rank=0,
             world_size=1,
             threads=1,

@@ -10,13 +10,13 @@ import sys
 import time
 from typing import Any
 
-from data_pipelines.loaders import train_batches
 from tpp.describe import count
 from tpp.errors import UserError
 from tpp.methods.base import Method, Settings, TrainingContext
 from tpp.models import architecture_of, example_input_for
 from train.checkpoint import TrainingState, newest_state, save_state
 from train.config import StageSection, steps_for
+from train.data import image_transform
 from train.distributed import convert_sync_batchnorm
 from train.evaluate import Accuracy
 from train.loop import LoopSettings, Report, train
@@ -25,6 +25,7 @@ from train.optim import learning_rate, make_optimizer
 from train.run import (
     MODEL_FILE,
     Run,
+    check_same_images,
     check_same_settings,
     choose_plan,
     evaluate_network,
@@ -33,6 +34,7 @@ from train.run import (
     place,
     save_network,
     save_plan,
+    say_bad_images,
     stage_settings,
 )
 from train.trainability_log import TrainabilityProbe
@@ -52,7 +54,7 @@ class TrainingStage:
         dense = self._stage.kind == "dense"
         self._method = Method(Settings()) if dense else run.config.stage_method(name)
 
-        images, batch = len(run.train_index), self._training.batch_size
+        images, batch = len(run.data.train.index), self._training.batch_size
         epochs = self._stage.epochs
         self._epochs_per_step = batch / images
         self._evaluate_steps = steps_for(self._training.evaluate_every, images, batch)
@@ -72,6 +74,7 @@ class TrainingStage:
             plan = choose_plan(run, self._name, self._network, self._method)
         else:
             check_same_settings(run, self._name, state.extra["settings"])
+            check_same_images(run, self._name, state.extra.get("images"))
             planned = stage.kind == "regularize" and self._method.picks == "before"
             plan = load_plan(run, self._name) if planned else None
             self._network.load_state_dict(state.model)
@@ -104,6 +107,7 @@ class TrainingStage:
         self._started = time.perf_counter()
         try:
             steps = self._loop(start_step)
+            self._report_bad_images(steps)
             self._monitor.event("stage", status="end", step=steps)
         finally:
             self._monitor.close()
@@ -129,28 +133,18 @@ class TrainingStage:
 
     def _loop(self, start_step: int) -> int:
         run, training = self._run, self._training
-        rank, world_size = run.accelerator.process_index, run.accelerator.num_processes
+        rank = run.accelerator.process_index
         model, optimizer = run.accelerator.prepare(self._network, self._optimizer)
-        batches = train_batches(
-            run.train_index,
-            run.transform,
-            loader=run.loader,
-            global_batch=training.batch_size,
-            accumulation=training.accumulation,
-            seed=run.config.seed,
-            start_step=start_step,
-            steps=sys.maxsize if self._total is None else self._total - start_step,
-            rank=rank,
-            world_size=world_size,
-            threads=run.config.data.threads,
-            device=run.accelerator.device,
+        batches = run.data.train_batches(
+            self._name,
+            start_step,
+            sys.maxsize if self._total is None else self._total - start_step,
         )
         settings = LoopSettings(
             lr=self._learning_rate,
             finished=self._finished,
             accumulation=training.accumulation,
             label_smoothing=self._stage.label_smoothing,
-            channels_last=training.channels_last,
             log_every=training.log_every,
             # Far apart, so that neighbouring ranks do not share dropout masks some steps later.
             seed=(run.config.seed * 1_000_003 + rank * 2**40) % 2**62,
@@ -224,6 +218,7 @@ class TrainingStage:
             "data_wait": report.data_wait,
         }
         self._monitor.scalars("train", step, values, prefix="train/")
+        self._report_bad_images(step)
         task = report.loss_terms["task"]
         self._monitor.advance(step, f"loss {task:.3f}  top-1 {report.top1:.1f}%")
 
@@ -250,16 +245,26 @@ class TrainingStage:
             self._save(step)
         return evaluates or saves or measures
 
+    def _report_bad_images(self, step: int) -> None:
+        """Show the images that were skipped since the last time, each one once."""
+        new = self._run.data.take_new_bad()
+        for path, reason in new:
+            self._monitor.event("skipped", step=step, file=path, reason=reason)
+        say_bad_images(new, self._monitor.say)
+        if new:
+            count = len(self._run.data.skipped)
+            self._monitor.scalars("skipped_images", step, {"skipped_images": count}, prefix="data/")
+
     def _make_probe(self) -> TrainabilityProbe | None:
         """On the main rank, if asked for: the others train on, and meet it at the next step."""
         run, training = self._run, self._training
         if training.trainability_every is None or not run.is_main:
             return None
         return TrainabilityProbe(
-            run.val_index,
-            run.transform,
+            run.data.val.index,
+            image_transform(run.config),
             count=training.trainability_images,
-            loader=run.loader,
+            loader=run.data.loader,
             device=run.accelerator.device,
         )
 
@@ -270,6 +275,7 @@ class TrainingStage:
     def _save(self, step: int) -> None:
         extra = {
             "settings": stage_settings(self._run.config, self._name),
+            "images": self._run.data.train.index.fingerprint,
             "method": self._method.state_dict(),
             "start": self._start,
             "elapsed": self._elapsed(),

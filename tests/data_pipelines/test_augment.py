@@ -1,4 +1,7 @@
 import math
+import re
+from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,11 +13,19 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from data_pipelines.augment import (
+    RAND_AUGMENT_OPERATIONS,
     UNIFORMS,
+    ColorJitter,
     ImageTransform,
+    ProgressiveResizing,
+    RandAugment,
+    color_jitter_factors,
+    erasing_boxes,
     flips,
     frames,
+    rand_augment_choices,
     random_resized_windows,
+    training_size,
 )
 from data_pipelines.order import uniforms
 from tpp.errors import UserError
@@ -150,9 +161,195 @@ def test_half_of_the_samples_are_mirrored() -> None:
     assert abs(mirrored.mean() - 0.5) < 0.03
 
 
+def _assert_uniform(values: np.ndarray, low: float, high: float) -> None:
+    """Even over the range, by a Kolmogorov-Smirnov bound at one in a million, and never outside."""
+    assert values.min() >= low and values.max() <= high
+    places = (np.sort(values) - low) / (high - low)
+    even = np.arange(1, len(values) + 1) / len(values)
+    assert np.abs(places - even).max() < 2.7 / math.sqrt(len(values))
+
+
+@pytest.mark.parametrize(
+    "jitter", [ColorJitter(0.4, 0.3, 0.2, 0.1), ColorJitter(1.5, 1.0, 2.0, 0.5)]
+)
+def test_colour_factors_have_torchvision_s_ranges(jitter: ColorJitter) -> None:
+    factors = color_jitter_factors(uniforms(2, np.arange(10**5), UNIFORMS), jitter)
+    theirs = v2.ColorJitter(jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)
+    ranges = (theirs.brightness, theirs.contrast, theirs.saturation, theirs.hue)
+    for values, (low, high) in zip(factors.T, ranges, strict=True):
+        _assert_uniform(values, low, high)
+    correlations = np.corrcoef(factors.T) - np.eye(4)
+    assert np.abs(correlations).max() < 0.02
+
+
+def test_colours_stay_without_jitter() -> None:
+    factors = color_jitter_factors(uniforms(2, np.arange(5), UNIFORMS), ColorJitter())
+    assert factors.tolist() == [[1, 1, 1, 0]] * 5
+
+
+def test_every_operation_is_drawn_equally_often_in_every_place() -> None:
+    count, kinds = 10**5, len(RAND_AUGMENT_OPERATIONS)
+    assert kinds == 14
+    draws = uniforms(3, np.arange(count), UNIFORMS)
+    numbers, turned = rand_augment_choices(draws, RandAugment(4))
+    assert numbers.shape == turned.shape == (count, 4)
+    for place in range(4):
+        counts = np.bincount(numbers[:, place], minlength=kinds)
+        assert len(counts) == kinds
+        assert np.abs(counts - count / kinds).max() < 6 * math.sqrt(count / kinds)
+        assert abs(turned[:, place].mean() - 0.5) < 0.01
+    pairs = np.bincount(numbers[:, 0] * kinds + numbers[:, 1], minlength=kinds**2)
+    assert np.abs(pairs - count / kinds**2).max() < 6 * math.sqrt(count / kinds**2)
+    for place in range(4):
+        assert abs(np.corrcoef(numbers[:, place], turned[:, place])[0, 1]) < 0.02
+    fewer = rand_augment_choices(draws, RandAugment(2))
+    assert (fewer[0] == numbers[:, :2]).all() and (fewer[1] == turned[:, :2]).all()
+
+
+def _reference_box(side: int, u: list[float], probability: float) -> list[int]:
+    """Zhong et al., algorithm 1, with its corner drawn where the box fits, as torchvision does."""
+    if u[35] >= probability:
+        return [0, 0, 0, 0]
+    for area_draw, ratio_draw in zip(u[38:48], u[48:58], strict=True):
+        area = side * side * (0.02 + (1 / 3 - 0.02) * area_draw)
+        # The logarithm of height over width, from 3.3 down to 0.3.
+        ratio = math.exp(math.log(3.3) + (math.log(0.3) - math.log(3.3)) * ratio_draw)
+        height, width = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < height <= side and 0 < width <= side:
+            top, left = int(u[36] * (side - height + 1)), int(u[37] * (side - width + 1))
+            return [top, left, height, width]
+    return [0, 0, 0, 0]
+
+
+@given(st.integers(1, 300), st.floats(0, 1), SEEDS)
+def test_erased_boxes_follow_the_recipe(side: int, probability: float, seed: int) -> None:
+    draws = uniforms(seed, np.arange(8), UNIFORMS)
+    boxes = erasing_boxes(draws, side, probability)
+    for draw, box in zip(draws.tolist(), boxes.tolist(), strict=True):
+        assert box == _reference_box(side, draw, probability)
+        top, left, height, width = box
+        assert top >= 0 and left >= 0 and top + height <= side and left + width <= side
+        if side >= 32 and height:
+            # Rounding moves either side by at most half a pixel.
+            assert (height - 0.5) * (width - 0.5) <= side**2 / 3
+            assert (height + 0.5) * (width + 0.5) >= side**2 * 0.02
+            assert (height - 0.5) / (width + 0.5) <= 3.3 and (height + 0.5) / (width - 0.5) >= 0.3
+
+
+def test_erased_boxes_are_distributed_as_they_should() -> None:
+    count, side = 10**5, 224
+    boxes = erasing_boxes(uniforms(6, np.arange(count), UNIFORMS), side, 0.25)
+    erased = boxes[:, 2] > 0
+    assert abs(erased.mean() - 0.25) < 0.01
+    top, left, height, width = boxes[erased].T
+    share = height * width / side**2
+    assert abs(share.mean() - (0.02 + 1 / 3) / 2) < 0.01
+    assert abs(np.log(height / width).mean() - math.log(0.3 * 3.3) / 2) < 0.02
+    for corner, extent in ((top, height), (left, width)):
+        # Of every place at which the box lies within the image, evenly.
+        assert abs((corner / np.maximum(side - extent, 1)).mean() - 0.5) < 0.02
+    assert not erasing_boxes(uniforms(6, np.arange(1000), UNIFORMS), side, 0.0).any()
+    assert erasing_boxes(uniforms(6, np.arange(1000), UNIFORMS), side, 1.0)[:, 2].all()
+
+
+def test_no_box_that_does_not_fit_is_erased() -> None:
+    draws = np.full((1, UNIFORMS), 0.0)
+    # Areas of a third of the image, and heights of 3.3 widths: taller than the image.
+    draws[:, 38:48] = 1 - 2.0**-53
+    assert erasing_boxes(draws, 224, 1.0).tolist() == [[0, 0, 0, 0]]
+
+
+def test_every_random_number_decides_one_thing() -> None:
+    """And always the same one: a run begun with older code goes on as it was."""
+    base = uniforms(9, np.arange(2000), UNIFORMS)
+    sizes, jitter, rand = np.full((2000, 2), 500), ColorJitter(1, 1, 1, 0.5), RandAugment(4)
+    decisions: list[tuple[range, Callable[[np.ndarray], np.ndarray]]] = [
+        (range(0, 1), flips),
+        (range(1, 23), lambda draws: random_resized_windows(sizes, draws)),
+        (range(23, 27), lambda draws: color_jitter_factors(draws, jitter)),
+        (range(27, 31), lambda draws: rand_augment_choices(draws, rand)[0]),
+        (range(31, 35), lambda draws: rand_augment_choices(draws, rand)[1]),
+        (range(35, 58), lambda draws: erasing_boxes(draws, 64, 0.5)),
+    ]
+    assert UNIFORMS == 58
+    for column in range(UNIFORMS):
+        draws = base.copy()
+        draws[:, column] = (draws[:, column] + 0.5) % 1
+        for columns, decide in decisions:
+            changed = (decide(draws) != decide(base)).any()
+            # So many tries never fail in a row that the last would matter.
+            late = column in range(7, 13) or column in range(17, 23) or column in range(39, 58)
+            assert changed == (column in columns) or (late and not changed)
+
+
+EPOCHS = st.floats(0, 100)
+
+
+@given(
+    st.integers(1, 512),
+    st.integers(0, 512),
+    st.floats(0, 50),
+    st.floats(0.1, 50),
+    st.sampled_from([1, 8, 32]),
+    st.lists(EPOCHS, min_size=2, max_size=8).map(sorted),
+)
+def test_training_size_grows_from_start_to_end(
+    start: int, growth: int, first: float, length: float, multiple: int, epochs: list[float]
+) -> None:
+    progressive = ProgressiveResizing(start, first, first + length, multiple)
+    image_size = start + growth
+    sizes = [training_size(epoch, image_size, progressive) for epoch in epochs]
+    assert sizes == sorted(sizes)
+    for epoch, size in zip(epochs, sizes, strict=True):
+        assert start <= size <= image_size
+        assert size in (start, image_size) or size % multiple == 0
+        if epoch <= first:
+            assert size == start
+        elif epoch >= first + length:
+            assert size == image_size
+        else:
+            line = start + (epoch - first) / length * growth
+            assert abs(size - line) <= multiple / 2 + 1e-6 * image_size
+
+
+def test_training_size_of_a_recipe_by_hand() -> None:
+    # 160 to 224 over ten epochs: on the line at 176 and 208 a half is rounded up.
+    progressive = ProgressiveResizing(160, 5, 15)
+    sizes = [training_size(epoch, 224, progressive) for epoch in (0, 5, 7.4, 7.5, 12, 12.5, 15, 90)]
+    assert sizes == [160, 160, 160, 192, 192, 224, 224, 224]
+
+
+def test_progressive_resizing_cannot_shrink() -> None:
+    with pytest.raises(UserError, match="start_size 256 is larger than image_size 224"):
+        training_size(0, 224, ProgressiveResizing(256, 0, 10))
+
+
+def test_a_plain_transform_changes_nothing_at_random() -> None:
+    transform = replace(
+        _transform(32, 40),
+        color_jitter=ColorJitter(0.4),
+        rand_augment=RandAugment(),
+        random_erasing=0.25,
+    )
+    assert transform.plain() == _transform(32, 40, "none")
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
+        ({"random_erasing": 1.1}, "random_erasing must be a probability from 0 to 1, not 1.1"),
+        ({"random_erasing": math.nan}, "random_erasing must be a probability from 0 to 1, not nan"),
+        ({"random_erasing": 0.1, "augmentation": "none"}, "random_erasing cannot go with"),
+        ({"color_jitter": ColorJitter(), "augmentation": "none"}, "color_jitter cannot go with"),
+        ({"rand_augment": RandAugment(), "augmentation": "none"}, "rand_augment cannot go with"),
+        (
+            {"color_jitter": ColorJitter(), "channels": 1, "mean": (0.5,), "std": (0.5,)},
+            "color_jitter needs images of 3 channels (RGB), not 1",
+        ),
+        (
+            {"rand_augment": RandAugment(), "channels": 1, "mean": (0.5,), "std": (0.5,)},
+            "rand_augment needs images of 3 channels (RGB), not 1",
+        ),
         ({"image_size": 0}, "image_size must be at least 1, not 0"),
         ({"resize": 16}, "resize 16 is smaller than image_size 32"),
         ({"augmentation": "mixup"}, "one of imagenet, cifar, none, not 'mixup'"),
@@ -170,5 +367,33 @@ def test_mistakes_in_a_transform_are_named(changes: dict[str, object], said: str
         "mean": (0.5,) * 3,
         "std": (0.5,) * 3,
     }
-    with pytest.raises(UserError, match=said.replace("(", r"\(").replace(")", r"\)")):
+    with pytest.raises(UserError, match=re.escape(said)):
         ImageTransform(**{**settings, **changes})  # type: ignore[arg-type]
+
+
+def test_grey_images_may_be_erased() -> None:
+    grey = ImageTransform(28, None, "cifar", (0.5,), (0.5,), channels=1, random_erasing=0.5)
+    assert grey.random_erasing == 0.5
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: ColorJitter(brightness=-0.1), "brightness must be at least 0, not -0.1"),
+        (lambda: ColorJitter(contrast=math.inf), "contrast must be at least 0, not inf"),
+        (lambda: ColorJitter(saturation=math.nan), "saturation must be at least 0, not nan"),
+        (lambda: ColorJitter(hue=0.6), "hue must lie between 0 and 0.5 turns, not 0.6"),
+        (lambda: RandAugment(0), "operations must lie between 1 and 4, not 0"),
+        (lambda: RandAugment(5), "operations must lie between 1 and 4, not 5"),
+        (lambda: RandAugment(2, 31), "magnitude must lie between 0 and 30 with 31 bins, not 31"),
+        (lambda: RandAugment(2, -1), "magnitude must lie between 0 and 30 with 31 bins, not -1"),
+        (lambda: RandAugment(2, 0, 1), "bins must be at least 2, not 1"),
+        (lambda: ProgressiveResizing(0, 0, 1), "start_size must be at least 1, not 0"),
+        (lambda: ProgressiveResizing(8, 0, 1, 0), "multiple must be at least 1, not 0"),
+        (lambda: ProgressiveResizing(8, 5, 5), "end_epoch must come after start_epoch"),
+        (lambda: ProgressiveResizing(8, -1, 5), "not 5 and -1"),
+    ],
+)
+def test_mistakes_in_an_augmentation_are_named(make: Callable[[], object], said: str) -> None:
+    with pytest.raises(UserError, match=re.escape(said)):
+        make()

@@ -1,100 +1,476 @@
+"""The index command: what it writes, reports and prints, on real images and on broken ones."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable, Iterator
+from io import BytesIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import pytest
-from torchvision.datasets import ImageFolder
+from PIL import Image
 
-from data_pipelines.index import main, scan_class_folders
+from data_pipelines import index as command
+from data_pipelines.image_index import (
+    INDEX_FILE,
+    ImageIndex,
+    check_fits,
+    load_index,
+    open_images,
+    save_index,
+    scan_class_folders,
+)
+from data_pipelines.index import REPORT_FILE, main
 from tpp.errors import UserError, run_command
 
+ROOT = Path(__file__).resolve().parents[2]
+FACTS = 13
+"""Length of the longest name of a fact that is always printed, and of the gap after it."""
 
-def _touch(root: Path, *names: str) -> Path:
-    for name in names:
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
+
+def _encoded(mode: str = "RGB", format: str = "JPEG", size: int = 40, **options: Any) -> bytes:
+    pixels = np.random.default_rng(0).integers(0, 256, (size, size + 8, 4), dtype=np.uint8)
+    file = BytesIO()
+    Image.fromarray(pixels, "RGBA").convert(mode).save(file, format, **options)
+    return file.getvalue()
+
+
+def _write(root: Path, files: dict[str, bytes]) -> Path:
+    for name, content in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(content)
     return root
 
 
-def test_same_files_classes_and_labels_as_image_folder(tmp_path: Path) -> None:
-    _touch(tmp_path, "b/2.JPEG", "b/10.jpg", "a/x.PNG", "a/é.jpeg", "a/notes.txt", "Z/1.jpg")
-    index = scan_class_folders(tmp_path)
-    folder = ImageFolder(str(tmp_path))
-    assert index.classes == folder.classes
-    theirs = [(str(Path(path).relative_to(tmp_path)), label) for path, label in folder.samples]
-    assert list(zip(index.files, index.labels.tolist(), strict=True)) == theirs
-    assert index.labels.dtype == np.int64
-    assert len(index) == 5
+def _names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
 
 
-def test_hidden_entries_and_loose_files_are_left_out(tmp_path: Path) -> None:
-    _touch(tmp_path, "a/1.jpg", "a/._1.jpg", ".cache/2.jpg", "loose.jpg", "a/sub.jpg/3.jpg")
-    index = scan_class_folders(tmp_path)
-    assert index.files == ["a/1.jpg"]
+@pytest.fixture
+def run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, dict[str, str], str]]:
+    """Run the command: exit code, the facts that it printed, and standard error."""
+
+    def run_it(*arguments: str | Path) -> tuple[int, dict[str, str], str]:
+        monkeypatch.setattr("sys.argv", ["index", *map(str, arguments)])
+        code = 0
+        try:
+            run_command(main)
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        out, err = capsys.readouterr()
+        return code, dict(line.split("  ", 1) for line in out.splitlines() if line), err
+
+    return run_it
 
 
-def test_links_count_as_what_they_point_to(tmp_path: Path) -> None:
-    real = _touch(tmp_path / "real", "1.jpg")
-    root = _touch(tmp_path / "root", "a/1.jpg")
-    (root / "b").symlink_to(real)
-    assert scan_class_folders(root).files == ["a/1.jpg", "b/1.jpg"]
+def _report(path: Path) -> list[list[str]]:
+    head, *lines = path.read_text().splitlines()
+    assert head == "path\tfinding\twhat to do"
+    return [line.split("\t") for line in lines]
 
 
-def test_fingerprint_follows_names_and_labels_only(tmp_path: Path) -> None:
-    one = scan_class_folders(_touch(tmp_path / "one", "a/1.jpg", "b/2.jpg"))
-    same = scan_class_folders(_touch(tmp_path / "same", "b/2.jpg", "a/1.jpg"))
-    assert one.fingerprint == same.fingerprint
-    renamed = scan_class_folders(_touch(tmp_path / "renamed", "a/1.jpg", "b/3.jpg"))
-    more = scan_class_folders(_touch(tmp_path / "more", "a/1.jpg", "b/2.jpg", "b/3.jpg"))
-    assert len({one.fingerprint, renamed.fingerprint, more.fingerprint}) == 3
+@pytest.fixture(scope="module")
+def photos(shared_data: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("photos")
+    with tarfile.open(shared_data("imagenet-sample-500.tar")) as archive:
+        archive.extractall(root, filter="data")
+    return root / "imagenet-sample"
+
+
+def test_real_photos(photos: Path, tmp_path: Path, run: Callable[..., Any]) -> None:
+    code, facts, err = run(photos, "--out", tmp_path / "new" / "folder")
+    assert (code, err) == (0, "")
+    file = tmp_path / "new" / "folder" / "imagenet-sample.safetensors"
+    index = open_images(photos, file)
+    assert _names(file.parent) == [file.name]
+    assert not (photos / INDEX_FILE).exists()
+    assert not index.broken.any()
+    grey = 0
+    for place, name in enumerate(index.files):
+        with Image.open(photos / name) as image:
+            assert index.sizes[place].tolist() == [image.height, image.width]
+            grey += image.mode == "L"
+        assert index.byte_sizes[place] == (photos / name).stat().st_size
+    assert facts["grey"].split() == [str(grey)]
+    areas = sorted(index.sizes.tolist(), key=lambda size: size[0] * size[1])
+    for height, width in (areas[0], areas[-1]):
+        assert f" {height} x {width}" in facts["pixels"]
+    assert facts["bytes"].split() == [f"{index.byte_sizes.sum() / 1e6:.4g}", "MB"]
+
+
+def test_facts_are_aligned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _write(tmp_path, dict.fromkeys(["cat/1.jpg", "dog/1.jpg", "dog/2.jpg"], _encoded()))
+    monkeypatch.setattr("sys.argv", ["index", str(tmp_path)])
+    run_command(main)
+    lines = capsys.readouterr().out.splitlines()
+    assert {line[:FACTS].strip(): line[FACTS:] for line in lines if line[:4] != "time"} == {
+        "folder": str(tmp_path),
+        "classes": "2",
+        "images": "3",
+        "smallest": "cat (1 images)",
+        "largest": "dog (2 images)",
+        "bytes": f"{3 * len(_encoded()) / 1000:.4g} kB",
+        "pixels": "height x width: median 40 x 48, smallest 40 x 48, largest 40 x 48",
+        "fingerprint": scan_class_folders(tmp_path).fingerprint,
+        "index": str(tmp_path / INDEX_FILE),
+    }
+    check_fits(load_index(tmp_path / INDEX_FILE, tmp_path))
+
+
+LARGE = _encoded(size=300)
+EXTRACT = "extract it anew from the archive, delete it, or run with data.on_error=skip"
+SLOW = "none needed, but as JPEG or PNG it would be decoded faster"
+BROKEN = {
+    "a/empty.jpg": (b"", "empty file"),
+    "a/text.JPEG": (b"404 Not Found", "not an image"),
+    "a/cut.jpg": (_encoded()[:-500], "truncated"),
+    "a/large_cut.jpg": (LARGE[:-500], "truncated"),
+    "a/header_cut.jpg": (_encoded()[:100], "truncated"),
+    "b/cut.png": (_encoded(format="PNG")[:-500], "truncated"),
+    "b/large_cut.png": (_encoded(format="PNG", size=300)[:-500], "truncated"),
+    "b/tab\tand\nline.jpg": (b"", "empty file"),
+    os.fsdecode(b"b/\xff.jpg"): (b"", "empty file"),
+}
+FINE = {
+    "a/whole.jpg": _encoded(),
+    "a/large.JPEG": LARGE,
+    "a/long_header.jpg": _encoded(icc_profile=bytes(200_000)),
+    "a/zeros_after.jpg": LARGE + bytes(5000),
+    "b/whole.png": _encoded(format="PNG", size=300),
+    "b/grey.png": _encoded("L", "PNG"),
+}
+ODD = {
+    "a/ink.jpg": (_encoded("CMYK"), "CMYK", "none needed: decoded as RGB"),
+    "a/p.JPEG": (_encoded(format="PNG"), "PNG named as a JPEG", "none needed: told by its content"),
+    "b/j.PNG": (_encoded(), "JPEG named as a PNG", "none needed: told by its content"),
+    "b/web.jpg": (_encoded(format="WEBP"), "neither JPEG nor PNG", SLOW),
+}
+
+
+@pytest.mark.parametrize("options", [(), ("--decode", "--threads", "1")], ids=["", "decode"])
+def test_broken_and_odd_files(
+    tmp_path: Path, run: Callable[..., Any], options: tuple[str, ...]
+) -> None:
+    root = _write(tmp_path / "images", {name: content for name, (content, _) in BROKEN.items()})
+    _write(root, {**FINE, **{name: content for name, (content, *_) in ODD.items()}})
+    code, facts, err = run(root, *options)
+    assert (code, err) == (0, "")
+    index = open_images(root)
+    assert {n for n, broken in zip(index.files, index.broken, strict=True) if broken} == set(BROKEN)
+    for place, name in enumerate(index.files):
+        assert index.byte_sizes[place] == (root / name).stat().st_size
+        size = [0, 0]
+        if name not in BROKEN:
+            with Image.open(root / name) as image:
+                size = [image.height, image.width]
+        assert index.sizes[place].tolist() == size
+
+    lines = _report(root / REPORT_FILE)
+    named = {"b/tab\tand\nline.jpg": r"b/tab\tand\nline.jpg", "b/\udcff.jpg": r"b/\xff.jpg"}
+    expected = [
+        [f"{root}/{named.get(name, name)}", BROKEN[name][1], EXTRACT] for name in sorted(BROKEN)
+    ]
+    assert lines[: len(BROKEN)] == expected
+    assert [path for path, *_ in lines[len(BROKEN) :]] == [f"{root}/{name}" for name in sorted(ODD)]
+    for path, what, advice in lines[len(BROKEN) :]:
+        _, finding, expected_advice = ODD[path.removeprefix(f"{root}/")]
+        assert what == finding
+        assert advice == expected_advice
+
+    assert facts["broken"].strip() == "9 (a/cut.jpg, a/empty.jpg, a/header_cut.jpg, ...)"
+    for note in ("CMYK", "PNG named as a JPEG", "JPEG named as a PNG", "neither JPEG nor PNG"):
+        assert facts[note].strip() == "1"
+    assert facts["grey"].strip() == "1"
+    assert facts["report"].strip() == str(root / REPORT_FILE)
+
+
+def test_report_goes_when_all_is_well(tmp_path: Path, run: Callable[..., Any]) -> None:
+    root = _write(tmp_path, {"a/1.jpg": b"", "a/2.jpg": _encoded()})
+    code, facts, _ = run(root, "--strict")
+    assert code == 1
+    assert facts["broken"].strip() == "1 (a/1.jpg)"
+    assert (root / REPORT_FILE).exists()
+    _write(root, {"a/1.jpg": _encoded()})
+    code, facts, _ = run(root, "--strict")
+    assert code == 0
+    assert not {"broken", "report"} & set(facts)
+    assert not (root / REPORT_FILE).exists()
+    assert not open_images(root).broken.any()
+
+
+def test_nothing_but_broken_images(tmp_path: Path, run: Callable[..., Any]) -> None:
+    code, facts, _ = run(_write(tmp_path, {"a/1.jpg": b"", "a/2.jpg": b""}))
+    assert code == 0
+    assert facts["pixels"].strip() == "none: every image is broken"
+
+
+def test_damage_within_is_found_by_decoding(tmp_path: Path, run: Callable[..., Any]) -> None:
+    damaged = bytearray(_encoded(format="PNG", size=300))
+    damaged[len(damaged) // 2] ^= 255
+    root = _write(tmp_path, {"a/1.png": bytes(damaged), "a/2.jpg": _encoded()})
+    run(root)
+    assert open_images(root).broken.tolist() == [False, False]
+    run(root, "--decode", "--threads", "1")
+    assert open_images(root).broken.tolist() == [True, False]
+    assert open_images(root).sizes.tolist() == [[0, 0], [40, 48]]
+    assert _report(root / REPORT_FILE)[0][1].startswith("cannot be decoded: ")
+
+
+def test_files_that_cannot_be_opened(tmp_path: Path, run: Callable[..., Any]) -> None:
+    root = _write(tmp_path / "images", {"a/1.jpg": _encoded()})
+    (root / "a" / "gone.jpg").symlink_to(root / "a" / "nowhere.jpg")
+    os.mkfifo(root / "a" / "pipe.jpg")
+    (root / "b").symlink_to(_write(tmp_path / "elsewhere", {"1.jpg": _encoded()}))
+    code, _, _ = run(root)
+    index = open_images(root)
+    found = {path.removeprefix(f"{root}/"): said for path, *said in _report(root / REPORT_FILE)}
+    assert code == 0
+    assert found["a/gone.jpg"][0] == "unreadable: No such file or directory"
+    assert "link to nothing" in found["a/gone.jpg"][1]
+    assert found["a/pipe.jpg"] == [
+        "unreadable: Illegal seek",
+        "look after the file system, then index again",
+    ]
+    assert len(found) == 2
+    sizes = dict(zip(index.files, index.byte_sizes.tolist(), strict=True))
+    assert sizes["a/gone.jpg"] == sizes["a/pipe.jpg"] == -1
+    assert sizes["b/1.jpg"] == len(_encoded())
+
+
+def test_turned_photos_are_counted(tmp_path: Path, run: Callable[..., Any]) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    _, facts, _ = run(_write(tmp_path, {"a/1.jpg": _encoded(exif=exif), "a/2.jpg": _encoded()}))
+    assert facts["turned"].split()[0] == "1"
+    assert not (tmp_path / REPORT_FILE).exists()
+
+
+# Which folders
+
+
+def test_train_and_val_are_indexed_each(tmp_path: Path, run: Callable[..., Any]) -> None:
+    names = ["val/a/1.jpg", "train/a/1.jpg", "train/a/2.jpg", "devkit/readme.txt"]
+    root = _write(tmp_path / "images", {**dict.fromkeys(names, _encoded()), "val/a/bad.jpg": b""})
+    code, _, _ = run(root)
+    assert code == 0
+    assert len(open_images(root / "train")) == 2
+    assert open_images(root / "val").broken.tolist() == [False, True]
+    assert not (root / INDEX_FILE).exists()
+    assert (root / "val" / REPORT_FILE).exists()
+
+    out = tmp_path / "out"
+    run(root, "--out", out)
+    assert _names(out) == ["train.safetensors", "val-report.tsv", "val.safetensors"]
+    assert len(open_images(root / "val", out / "val.safetensors")) == 2
+
+
+def test_class_may_be_named_train(tmp_path: Path, run: Callable[..., Any]) -> None:
+    names = ["train/1.jpg", "train/thumbnails/1.jpg", "ship/1.jpg", "test/1.jpg"]
+    run(_write(tmp_path, dict.fromkeys(names, _encoded())))
+    assert list(open_images(tmp_path).files) == ["ship/1.jpg", "test/1.jpg", "train/1.jpg"]
+
+
+@pytest.mark.parametrize("given", [".", "../images", "{root}/"])
+def test_folder_has_its_name_however_it_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Callable[..., Any], given: str
+) -> None:
+    root = _write(tmp_path / "images", {"a/1.jpg": _encoded()})
+    monkeypatch.chdir(root)
+    run(given.format(root=root), "--out", tmp_path / "out")
+    assert _names(tmp_path / "out") == ["images.safetensors"]
+
+
+def test_shards_carry_their_index(tmp_path: Path, run: Callable[..., Any]) -> None:
+    _write(tmp_path, {"val/shard.tar": bytes(100), "train/a/1.jpg": _encoded()})
+    index = ImageIndex.of(
+        tmp_path / "val",
+        ["a/1.jpg"],
+        [0],
+        ["a"],
+        byte_sizes=np.array([10]),
+        containers=["shard.tar"],
+        container=np.zeros(1, np.int32),
+        offsets=np.zeros(1, np.int64),
+        marks=np.array([100]),
+    )
+    save_index(index, tmp_path / "val" / INDEX_FILE)
+    before = (tmp_path / "val" / INDEX_FILE).read_bytes()
+    for folder in (tmp_path, tmp_path / "val"):
+        code, facts, err = run(folder)
+        assert (code, facts) == (2, {})
+        assert err == (
+            f"error: {tmp_path}/val: these are tar shards, which carry their index "
+            f"({INDEX_FILE}); expected class folders\n"
+        )
+    assert (tmp_path / "val" / INDEX_FILE).read_bytes() == before
+    assert not (tmp_path / "train" / INDEX_FILE).exists()
 
 
 @pytest.mark.parametrize(
-    ("names", "named", "said"),
+    ("arguments", "said"),
     [
-        ([], "", "no class folders; expected class folders such as"),
-        (["1.jpg"], "", "no class folders"),
-        (["a/readme.txt", "b/readme.txt"], "", "no images in its 2 folders"),
-        (["a/1.jpg", "b/readme.txt"], "/b", "class folder without images"),
+        (["{root}/absent"], "{root}/absent: cannot list the data folder (No such file"),
+        (["{root}", "--threads", "0"], "--threads must be at least 1, not 0"),
+        (["{root}", "--out", "{root}/a/1.jpg"], "{root}/a/1.jpg: cannot make the folder of --out"),
+        (["{root}", "--out", "/proc/x"], "/proc/x: cannot make the folder of --out"),
+        (["{root}/a"], "{root}/a: no class folders; expected"),
     ],
 )
-def test_mistakes_are_named(tmp_path: Path, names: list[str], named: str, said: str) -> None:
-    _touch(tmp_path, *names)
-    with pytest.raises(UserError) as caught:
-        scan_class_folders(tmp_path)
-    assert f"{tmp_path}{named}: " in str(caught.value)
-    assert said in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_missing_root_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"absent: cannot list .*No such file"):
-        scan_class_folders(tmp_path / "absent")
-
-
-def test_command_says_what_a_folder_holds(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_mistake_is_one_line(
+    tmp_path: Path, run: Callable[..., Any], arguments: list[str], said: str
 ) -> None:
-    _touch(tmp_path, "cat/1.jpg", "dog/1.jpg", "dog/2.jpg")
-    monkeypatch.setattr("sys.argv", ["index", str(tmp_path)])
-    run_command(main)
-    assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
-        ["classes", "2"],
-        ["images", "3"],
-        ["smallest", "cat", "(1", "images)"],
-        ["largest", "dog", "(2", "images)"],
-        ["fingerprint", scan_class_folders(tmp_path).fingerprint],
-    ]
-
-
-def test_command_ends_a_mistake_in_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("sys.argv", ["index", str(tmp_path / "absent")])
-    with pytest.raises(SystemExit) as caught:
-        run_command(main)
-    assert caught.value.code == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("error: ")
+    _write(tmp_path, {"a/1.jpg": _encoded()})
+    code, facts, err = run(*(argument.format(root=tmp_path) for argument in arguments))
+    assert (code, facts) == (2, {})
+    assert err.startswith(f"error: {said.format(root=tmp_path)}")
     assert err.count("\n") == 1
+
+
+@pytest.fixture
+def as_nobody() -> Iterator[Path]:
+    """A folder that all may read, and the rights of a user that is not root."""
+    with TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        if os.geteuid():
+            yield Path(folder)
+            return
+        nobody = 65534
+        os.chown(folder, nobody, nobody)
+        os.setresuid(nobody, nobody, 0)
+        try:
+            yield Path(folder)
+        finally:
+            os.setresuid(0, 0, 0)
+
+
+def test_files_without_leave_to_read(as_nobody: Path, run: Callable[..., Any]) -> None:
+    _write(as_nobody, {"a/1.jpg": _encoded(), "a/2.jpg": _encoded()})
+    (as_nobody / "a" / "1.jpg").chmod(0)
+    assert run(as_nobody)[0] == 0
+    assert open_images(as_nobody).broken.tolist() == [True, False]
+    advice = "make it readable (chmod), then index again"
+    expected = [f"{as_nobody}/a/1.jpg", "unreadable: Permission denied", advice]
+    assert _report(as_nobody / REPORT_FILE) == [expected]
+
+
+def test_folder_without_leave_to_write(as_nobody: Path, run: Callable[..., Any]) -> None:
+    _write(as_nobody, {"a/1.jpg": b""})
+    as_nobody.chmod(0o555)
+    code, facts, err = run(as_nobody)
+    assert (code, facts) == (2, {})
+    assert err == (
+        f"error: {as_nobody}: cannot write the index there; choose another place with --out\n"
+    )
+    assert not list(as_nobody.glob(".*"))
+    as_nobody.chmod(0o755)
+
+
+def test_too_few_descriptors_are_no_damage(tmp_path: Path) -> None:
+    root = _write(tmp_path, {"a/1.jpg": _encoded()})
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        with pytest.raises(UserError, match=r"a/1\.jpg: Too many open files; give fewer --threads"):
+            command._look(f"{root}/a/1.jpg")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+# Changes and interruptions
+
+
+def test_change_during_the_pass_is_found_later(
+    tmp_path: Path, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = _write(tmp_path, {f"{label}/1.jpg": _encoded() for label in "ab"})
+    for label in "ab":
+        os.utime(root / label, (1e9, 1e9))
+    look = command._look
+
+    def look_and_add(path: str) -> Any:
+        _write(root, {"b/2.jpg": _encoded()})
+        return look(path)
+
+    monkeypatch.setattr(command, "_look", look_and_add)
+    run(root)
+    with pytest.raises(Exception, match=r"no longer fits .*b/2\.jpg is new"):
+        open_images(root)
+
+
+def test_change_within_a_tick_of_the_clock_is_found(
+    tmp_path: Path, run: Callable[..., Any]
+) -> None:
+    root = _write(tmp_path, {"a/1.jpg": _encoded(), "b/1.jpg": _encoded()})
+    os.utime(root / "b", (1e9, 1e9))
+    changed = (root / "a").stat()
+    run(root)
+    check_fits(load_index(root / INDEX_FILE, root))
+    _write(root, {"a/2.jpg": _encoded()})
+    os.utime(root / "a", ns=(changed.st_atime_ns, changed.st_mtime_ns))
+    with pytest.raises(Exception, match=r"a/2\.jpg is new"):
+        open_images(root)
+    assert load_index(root / INDEX_FILE, root).marks.tolist() == [-1, 10**18]
+
+
+def test_interruption_leaves_what_was_there(tmp_path: Path, run: Callable[..., Any]) -> None:
+    png = _encoded("RGBA", "PNG", size=1200)
+    root = _write(tmp_path / "images", {f"a/{number:03}.png": png for number in range(1)})
+    for number in range(1, 400):
+        os.link(root / "a" / "000.png", root / "a" / f"{number:03}.png")
+    save_index(scan_class_folders(root), root / INDEX_FILE)
+    before = (root / INDEX_FILE).read_bytes()
+    arguments = [sys.executable, "-m", "data_pipelines.index", str(root), "--decode"]
+    process = subprocess.Popen(
+        [*arguments, "--threads", "2"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while not _decoding(process.pid):
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of the processes
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (130, "", "interrupted\n")
+    assert (root / INDEX_FILE).read_bytes() == before
+    assert _names(root) == [INDEX_FILE, "a"]
+
+
+def _decoding(command: int) -> bool:
+    """Whether a worker process of the command is at work: it has used 0.2 s of a processor."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        parent, session, ticks = int(fields[1]), int(fields[3]), int(fields[11])
+        if session == command and parent not in (command, os.getpid()) and ticks > 20:
+            return True
+    return False
+
+
+def test_two_at_once_do_not_disturb_each_other(tmp_path: Path) -> None:
+    root = _write(tmp_path, {f"a/{number}.jpg": _encoded() for number in range(300)})
+    arguments = [sys.executable, "-m", "data_pipelines.index", str(root)]
+    both = [
+        subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for _ in range(2)
+    ]
+    for process in both:
+        _, err = process.communicate(timeout=120)
+        assert (process.returncode, err) == (0, b"")
+    assert len(open_images(root)) == 300
+    assert _names(root) == [INDEX_FILE, "a"]

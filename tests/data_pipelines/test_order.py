@@ -1,15 +1,19 @@
+import pickle
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipelines import order
+from data_pipelines.order import SampleOrder
 
 GOLDEN_ORDER = [6, 3, 1, 5, 4, 0, 2, 7]
 GOLDEN_UNIFORMS = [
     [0.425744602813912, 0.8925340492133313],
     [0.8171484402225163, 0.07620972916997704],
 ]
+GOLDEN_WINDOWS = [7, 8, 10, 9, 6, 5, 1, 4, 3, 11, 2, 0]
 SIZES = st.integers(1, 60)
 SEEDS = st.integers(-(2**63), 2**64 - 1)
 
@@ -61,27 +65,134 @@ def test_ranks_together_take_exactly_the_step(step: int, per_rank: int, world_si
     assert sorted(np.concatenate(shares)) == list(range(step * batch, (step + 1) * batch))
 
 
-@given(SEEDS, SIZES, st.integers(1, 4), st.integers(1, 6), st.integers(1, 5))
-def test_every_image_once_per_epoch_over_all_ranks(
-    seed: int, size: int, epochs: int, per_rank: int, world_size: int
+@st.composite
+def orders(draw: st.DrawFn) -> SampleOrder:
+    """Whole shuffles and windows over shards of any sizes, with and without repetitions."""
+    size = draw(SIZES)
+    seed, repeats = draw(SEEDS), draw(st.integers(1, 4))
+    if draw(st.booleans()):
+        return SampleOrder(seed, size, repeats)
+    shards = draw(st.lists(st.integers(0, 6), min_size=size, max_size=size))
+    window = draw(st.integers(1, size + 3))
+    return SampleOrder(seed, size, repeats, window, np.array(shards, dtype=np.int32))
+
+
+@given(orders(), st.integers(1, 3), st.integers(1, 6), st.integers(1, 5))
+def test_every_image_once_per_pass_over_all_ranks(
+    order_: SampleOrder, passes: int, per_rank: int, world_size: int
 ) -> None:
-    batch = per_rank * world_size
+    batch, length = per_rank * world_size, order_.size * order_.repeats
     seen: dict[int, int] = {}
-    for step in range(-(-epochs * size // batch)):
+    for step in range(-(-passes * length // batch)):
         for rank in range(world_size):
             samples = order.rank_samples(step, batch, rank, world_size)
-            images = order.sample_images(seed, samples, size)
+            images = order_.images(samples)
+            assert not seen.keys() & set(samples.tolist())
             seen.update(zip(samples.tolist(), images.tolist(), strict=True))
-    for epoch in range(epochs):
-        whole = [seen[epoch * size + i] for i in range(size)]
-        assert whole == order.permutation(seed, epoch, size).tolist()
+    for number in range(passes):
+        whole = [seen[number * length + i] for i in range(length)]
+        once = whole[:: order_.repeats]
+        assert sorted(once) == list(range(order_.size))
+        assert whole == np.repeat(once, order_.repeats).tolist()
+        if order_.window is None:
+            assert once == order.permutation(order_.seed, number, order_.size).tolist()
 
 
-@given(SEEDS, SIZES, st.lists(st.integers(0, 10**6), min_size=1, max_size=50))
-def test_image_depends_on_the_sample_number_alone(seed: int, size: int, samples: list[int]) -> None:
-    together = order.sample_images(seed, np.array(samples), size)
-    alone = [order.sample_images(seed, np.array([sample]), size)[0] for sample in samples]
-    assert together.tolist() == alone
+@given(
+    orders(),
+    st.integers(0, 40),
+    st.integers(1, 4),
+    st.lists(st.integers(1, 4), min_size=2, max_size=4),
+)
+def test_the_stream_is_the_same_for_any_ranks_and_goes_on_anywhere(
+    order_: SampleOrder, start: int, per_rank: int, world_sizes: list[int]
+) -> None:
+    batch = 12 * per_rank  # divisible by 1, 2, 3 and 4
+    position = start * batch
+    for step, world_size in enumerate(world_sizes, start):  # other ranks at every step
+        shares = [
+            order_.images(order.rank_samples(step, batch, rank, world_size))
+            for rank in range(world_size)
+        ]
+        together = np.stack(shares, axis=1).ravel()
+        alone = [int(order_.images(np.array([position + i]))[0]) for i in range(batch)]
+        assert together.tolist() == alone
+        position += batch
+
+
+@given(orders(), st.integers(0, 10**6), st.integers(0, 100))
+def test_the_image_after_is_the_next_place_of_the_stream(
+    order_: SampleOrder, sample: int, count: int
+) -> None:
+    place = sample // order_.repeats + count
+    everywhere = order_.images(
+        np.array([place * order_.repeats + r for r in range(order_.repeats)])
+    )
+    assert set(everywhere.tolist()) == {order_.image_after(sample, count)}
+
+
+@given(orders().filter(lambda order_: order_.window is not None), st.integers(0, 50))
+def test_a_window_holds_what_follows_in_the_epochs_order_of_shards(
+    order_: SampleOrder, epoch: int
+) -> None:
+    assert order_.window is not None and order_.shards is not None
+    length = order_.size * order_.repeats
+    images = order_.images(np.arange(epoch * length, (epoch + 1) * length, order_.repeats))
+    # The shards in some order, one after the other; which order, the images themselves tell.
+    windows = [images[i : i + order_.window] for i in range(0, order_.size, order_.window)]
+    met: list[int] = []
+    for window in windows:
+        here = set(order_.shards[window].tolist())
+        begun = [shard for shard in met if shard in here]
+        assert begun in ([], met[-1:])  # at most the last one goes on
+        # All shards but one end in the window in which they begin, unless they are longer.
+        new = here - set(begun)
+        rest = {
+            shard: int((order_.shards == shard).sum() - (order_.shards[window] == shard).sum())
+            for shard in new
+        }
+        unfinished = [shard for shard in new if rest[shard]]
+        assert len(unfinished) <= 1
+        met += sorted(new, key=lambda shard: (rest[shard] > 0, shard))
+
+
+@given(SEEDS, SIZES, st.integers(0, 50))
+def test_a_window_of_everything_is_a_whole_shuffle(seed: int, size: int, epoch: int) -> None:
+    shards = np.arange(size, dtype=np.int32) // 5
+    windowed = SampleOrder(seed, size, window=size, shards=shards)
+    samples = np.arange(epoch * size, (epoch + 1) * size)
+    assert windowed.images(samples).tolist() == order.permutation(seed, epoch, size).tolist()
+
+
+def test_windows_and_shards_are_shuffled_anew_in_every_epoch() -> None:
+    size, window = 60, 20
+    order_ = SampleOrder(5, size, window=window, shards=np.arange(size, dtype=np.int32) // 10)
+    first_shards, cuts, counts = set(), set(), np.zeros((10, window))
+    for epoch in range(2000):
+        images = order_.images(np.arange(epoch * size, epoch * size + window))
+        pair = frozenset((images // 10).tolist())
+        first_shards.add(pair)
+        inside = images // 10 == min(pair)
+        counts[images[inside] % 10, np.flatnonzero(inside)] += 1
+    assert len(first_shards) == 15  # every two of six
+    # Each image of a shard is equally likely at each place of its window: 2000 / 20 times.
+    assert np.abs(counts - 100).max() < 6 * np.sqrt(100)
+    wide = SampleOrder(5, size, window=15, shards=np.arange(size, dtype=np.int32) // 10)
+    for epoch in range(200):
+        images = wide.images(np.arange(epoch * size, epoch * size + 15))
+        cuts.add(tuple(sorted(images.tolist())))
+    assert len(cuts) > 150  # the shard that a window cuts is cut elsewhere every time
+
+
+def test_order_of_windows_never_changes() -> None:
+    windowed = SampleOrder(3, 12, window=5, shards=np.arange(12, dtype=np.int32) // 3)
+    assert windowed.images(np.arange(12)).tolist() == GOLDEN_WINDOWS
+
+
+def test_an_order_can_be_sent_to_a_worker_after_use() -> None:
+    windowed = SampleOrder(3, 12, window=5, shards=np.arange(12, dtype=np.int32) // 3)
+    before = windowed.images(np.arange(40)).tolist()
+    assert pickle.loads(pickle.dumps(windowed)).images(np.arange(40)).tolist() == before
 
 
 @given(SEEDS, st.lists(st.integers(0, 2**62), min_size=1, max_size=30), st.integers(1, 30))

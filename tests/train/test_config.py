@@ -53,6 +53,47 @@ def error_of(path: Path, *overrides: str) -> str:
     return lines[0]
 
 
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (
+            ["data.augmentation=none", "stages.finetune.augment={mixup: 1}"],
+            "stages.finetune.augment: with augmentation: none there is no augmentation to add to",
+        ),
+        (
+            ["data.channels=1", "data.mean=[0]", "data.std=[1]", "data.augment={color_jitter: {}}"],
+            "data.augment: color_jitter and rand_augment need 3 channels",
+        ),
+        (
+            [
+                "data.augmentation=cifar",
+                "stages.finetune.augment={progressive: {start_size: 8, end_epoch: 1}}",
+            ],
+            "stages.finetune.augment.progressive: goes with augmentation: imagenet only",
+        ),
+    ],
+)
+def test_augmentations_must_go_with_the_recipe(
+    file: Path, overrides: list[str], expected: str
+) -> None:
+    assert error_of(file, *overrides) == f"{file}: {expected}"
+
+
+def test_the_augmentation_of_a_stage_replaces_that_of_the_data(file: Path) -> None:
+    config = load_config(
+        file,
+        [
+            "data.augment={mixup: 0.2, repeats: 3}",
+            "stages.finetune.augment={random_erasing: 0.1}",
+        ],
+    )
+    assert config.stage_augment("regularize").mixup == 0.2
+    finetune = config.stage_augment("finetune")
+    assert (finetune.mixup, finetune.repeats, finetune.random_erasing) == (0.0, 1, 0.1)
+    nothing = load_config(file, ["data.augment={mixup: 0.2}", "stages.finetune.augment={}"])
+    assert nothing.stage_augment("finetune").mixup == 0.0
+
+
 def test_defaults(file: Path) -> None:
     config = load_config(file)
     assert config.output == "runs/run"
@@ -166,6 +207,40 @@ def test_defaults(file: Path) -> None:
             "stages.finetune.kind=tune",
             "stages.finetune.kind: input should be 'dense', 'regularize'",
         ),
+        (
+            "data.augmint={mixup: 1}",
+            "data.augmint: unknown key; did you mean 'augment'?",
+        ),
+        (
+            "data.augment.color_jitter={hue: 0.7}",
+            "data.augment.color_jitter.hue: input should be less than or equal to 0.5, not 0.7",
+        ),
+        (
+            "data.augment.rand_augment={magnitude: 31}",
+            "data.augment.rand_augment: magnitude (31) must be below bins (31)",
+        ),
+        (
+            "data.augment.rand_augment={operations: 5}",
+            "data.augment.rand_augment.operations: input should be less than or equal to 4, not 5",
+        ),
+        (
+            "data.augment.progressive={start_size: 256, end_epoch: 3}",
+            "data.augment.progressive.start_size (256) must not be larger than image_size (224)",
+        ),
+        (
+            "data.augment.progressive={start_size: 128, start_epoch: 3, end_epoch: 3}",
+            "data.augment.progressive: end_epoch (3.0) must come after start_epoch (3.0)",
+        ),
+        (
+            "stages.finetune.augment={random_erasing: 1.5}",
+            "stages.finetune.augment.random_erasing: input should be less than or equal to 1",
+        ),
+        (
+            "stages.evaluate.augment={mixup: 1}",
+            "stages.evaluate: stages of kind evaluate take neither epochs nor optimizer nor",
+        ),
+        ("data.on_error=ignore", "data.on_error: input should be 'fail' or 'skip', not 'ignore'"),
+        ("data.max_skipped=2", "data.max_skipped: input should be less than 1, not 2"),
         ("stages.extra={}", "stages.extra.kind: this key is missing"),
         (
             "stages.evaluate.epochs=1",

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import tpp
-from data_pipelines.index import ImageIndex, scan_class_folders
+from data_pipelines.image_index import ImageIndex, scan_class_folders
 from data_pipelines.loaders import ImageTransform
 from train.trainability_log import TrainabilityProbe, probe_images
 
@@ -25,7 +25,7 @@ from train.trainability_log import TrainabilityProbe, probe_images
 def test_probe_images_are_spread_over_the_classes(sizes, count):
     labels = np.repeat(np.arange(len(sizes)), sizes)
     names = [str(i) for i in range(len(sizes))]
-    index = ImageIndex(Path(), [f"{i}" for i in range(len(labels))], labels, names)
+    index = ImageIndex.of(Path(), [f"{i}" for i in range(len(labels))], labels, names)
     chosen = probe_images(index, count)
     assert len(set(chosen.tolist())) == len(chosen) == min(count, len(labels))
     taken = np.bincount(labels[chosen], minlength=len(sizes))

@@ -1,0 +1,203 @@
+"""What an encoded image says about itself, and whether its file is whole; without decoding it.
+
+A loader reads the header of every image, and the index command of every file of a data set: so
+JPEG and PNG, which nearly all are, take a few microseconds of plain Python and no library.
+What this reading does not understand is left to PIL to judge.
+"""
+
+from io import BytesIO
+from struct import error as StructError
+from struct import unpack_from
+from typing import NamedTuple
+from zlib import crc32
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+Encoded = bytes | bytearray | memoryview | NDArray[np.uint8]
+"""An image file's bytes."""
+
+MOST_PIXELS = 178_956_970
+"""Twice what PIL warns of: beyond it PIL decodes nothing, since it may be a bomb."""
+
+TAIL = 1024
+"""How many of a file's last bytes tell whether it is whole."""
+
+_JPEG = b"\xff\xd8\xff"
+_PNG = b"\x89PNG\r\n\x1a\n"
+_PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
+# Marker codes of ITU-T T.81, table B.1: the frame headers SOF0 to SOF15, without DHT, JPG and DAC
+# that lie among them; and other segments that may stand before one: tables, APPn, comments.
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_SKIPPED = frozenset({0xC4, 0xCC, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0)})
+# Channels by PNG's colour types: grey, RGB, palette (of RGB), grey with alpha, RGB with alpha.
+_PNG_CHANNELS = {0: 1, 2: 3, 3: 3, 4: 2, 6: 4}
+
+
+class Header(NamedTuple):
+    """What an image file's header says.
+
+    Attributes:
+        format: 'jpeg', 'png', or 'other' for what PIL reads besides.
+        height, width: in pixels, as stored (EXIF rotation is ignored); at least 1.
+        channels: as in the file: 1 grey, 3 RGB or YCbCr or a palette, 4 of a JPEG is CMYK, else 4
+            is RGB and 2 is grey with alpha.
+    """
+
+    format: str
+    height: int
+    width: int
+    channels: int
+
+
+def read_header(data: Encoded) -> Header:
+    """Read an image's header.
+
+    Args:
+        data: the file's bytes, or its first ones. Where the header goes beyond them (an EXIF
+            thumbnail or a colour profile can be large), they are "truncated"; and of a format
+            other than JPEG and PNG, the first bytes may not do.
+
+    Raises:
+        ValueError: there is no such header; says why in a few words, as 'empty file'.
+    """
+    return _parse(_view(data))[0]
+
+
+def find_damage(data: Encoded, *, decode: bool = False) -> str | None:
+    """Say in a few words why an image cannot be decoded; None if nothing speaks against it.
+
+    What has a header and the right end is taken to be whole; anything else is decoded with PIL.
+    So no image that PIL decodes is found to be damaged, nor is damage in the midst of the pixels.
+
+    Args:
+        data: the whole file's bytes.
+        decode: decode it in any case, to be sure.
+    """
+    view = _view(data)
+    try:
+        header, end = _parse(view)
+    except ValueError as error:
+        return str(error)
+    # What precedes the frame header may be a thumbnail, which has an end of its own.
+    if not decode and looks_whole(header, view[max(end, len(view) - TAIL) :]):
+        return None
+    try:
+        with Image.open(BytesIO(view)) as image:
+            image.load()
+    # PIL's readers raise whatever comes, depending on the format and the damage.
+    except Exception as error:
+        said = str(error)
+        return "truncated" if "truncated" in said else f"cannot be decoded: {said}"
+    return None
+
+
+def looks_whole(header: Header, tail: Encoded) -> bool:
+    """Whether a JPEG's or PNG's last bytes are the right ones; False for other formats.
+
+    Args:
+        header: the file's header.
+        tail: the file's last :data:`TAIL` bytes, or fewer: none of the header.
+    """
+    end = bytes(tail)
+    # Cameras and editors put data of their own, or zeros, after a JPEG's end.
+    if header.format == "jpeg":
+        return b"\xff\xd9" in end
+    return header.format == "png" and end.endswith(_PNG_END)
+
+
+def is_turned(data: bytes) -> bool:
+    """Whether a JPEG's EXIF data ask for a rotation or mirroring before it is shown.
+
+    Args:
+        data: the file's bytes, or its first ones.
+    """
+    start = data.find(b"Exif\0\0") + 6
+    if start < 6:
+        return False
+    order = ">" if data[start : start + 2] == b"MM" else "<"
+    try:
+        # TIFF 6.0, section 2: the offset of the first directory; its length; its entries.
+        directory = start + unpack_from(order + "I", data, start + 4)[0]
+        for entry in range(unpack_from(order + "H", data, directory)[0]):
+            tag, _, _, value = unpack_from(order + "HHIH", data, directory + 2 + 12 * entry)
+            if tag == 0x0112:
+                return 2 <= value <= 8
+    except StructError:
+        pass
+    return False
+
+
+def _view(data: Encoded) -> memoryview:
+    return data.data if isinstance(data, np.ndarray) else memoryview(data)
+
+
+def _parse(view: memoryview) -> tuple[Header, int]:
+    """The header, and the place after it."""
+    if not len(view):
+        raise ValueError("empty file")
+    reason = "not an image"
+    try:
+        if view[:3] == _JPEG:
+            return _jpeg_header(view)
+        if view[:8] == _PNG:
+            return _png_header(view)
+    except ValueError as error:
+        reason = str(error)
+    # PIL forgives more, such as garbage between the segments of a JPEG.
+    try:
+        with Image.open(BytesIO(view)) as image:
+            return _pil_header(image), len(view)
+    except Exception:
+        raise ValueError(reason) from None
+
+
+def _jpeg_header(view: memoryview) -> tuple[Header, int]:
+    place = 2
+    try:
+        while True:
+            if view[place] != 0xFF:
+                raise ValueError("damaged JPEG header")
+            marker = view[place + 1]
+            if marker in _SKIPPED:
+                place += 2 + (view[place + 2] << 8 | view[place + 3])
+            elif marker in _FRAMES:
+                break
+            elif marker == 0xFF:
+                place += 1
+            else:
+                raise ValueError("damaged JPEG header")
+        bits, height, width, channels = unpack_from(">BHHB", view, place + 4)
+    except (IndexError, StructError):
+        raise ValueError("truncated") from None
+    if bits != 8 or channels not in (1, 3, 4):
+        raise ValueError(f"JPEG with {channels} channels of {bits} bits")
+    return _checked(Header("jpeg", height, width, channels)), place + 10
+
+
+def _png_header(view: memoryview) -> tuple[Header, int]:
+    try:
+        length, kind, width, height, _, colour, check = unpack_from(">I4sIIBB3xI", view, 8)
+    except StructError:
+        raise ValueError("truncated") from None
+    sound = (length, kind) == (13, b"IHDR") and crc32(view[12:29]) == check
+    if not sound or colour not in _PNG_CHANNELS:
+        raise ValueError("damaged PNG header")
+    return _checked(Header("png", height, width, _PNG_CHANNELS[colour])), 33
+
+
+def _pil_header(image: Image.Image) -> Header:
+    known = {"JPEG": "jpeg", "MPO": "jpeg", "PNG": "png"}
+    channels = 3 if image.mode == "P" else len(image.getbands())
+    name = known.get(image.format or "", "other")
+    return _checked(Header(name, image.height, image.width, channels))
+
+
+def _checked(header: Header) -> Header:
+    pixels = header.height * header.width
+    if not pixels:
+        raise ValueError("an image without pixels")
+    if pixels > MOST_PIXELS:
+        raise ValueError(f"{pixels:,} pixels, more than {MOST_PIXELS:,}")
+    return header

@@ -1,0 +1,187 @@
+"""How whole runs deal with their images: bad ones, indices, shards, augmentation, ranks."""
+
+import copy
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from data_pipelines.image_index import scan_class_folders
+from data_pipelines.order import permutation
+from data_pipelines.shards import write_shards
+
+ROOT = Path(__file__).resolve().parents[2]
+ALL = {
+    "color_jitter": {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1},
+    "rand_augment": {"operations": 2, "magnitude": 9},
+    "random_erasing": 0.5,
+    "mixup": 0.2,
+    "cutmix": 1.0,
+    "repeats": 2,
+}
+
+
+@pytest.fixture
+def dense(tiny_config: dict[str, Any], tiny_data: Path, tmp_path: Path) -> dict[str, Any]:
+    """Dense training alone, on a copy of the images that may be spoilt."""
+    shutil.copytree(tiny_data, tmp_path / "images")
+    tiny_config["data"]["root"] = str(tmp_path / "images")
+    tiny_config["stages"] = {"dense": {"epochs": 2, "optimizer": {"lr": 0.05}}}
+    return tiny_config
+
+
+def _weights(config: dict[str, Any]) -> dict[str, torch.Tensor]:
+    return load_file(Path(config["output"]) / "dense" / "model.safetensors")
+
+
+def _same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+def _log(config: dict[str, Any], event: str) -> list[dict[str, Any]]:
+    lines = (Path(config["output"]) / "log.jsonl").read_text().splitlines()
+    return [entry for entry in map(json.loads, lines) if entry["event"] == event]
+
+
+def _another(config: dict[str, Any], name: str) -> dict[str, Any]:
+    other = copy.deepcopy(config)
+    other["output"] += f"-{name}"
+    return other
+
+
+def _make_index(folder: Path, *options: str) -> None:
+    command = [sys.executable, "-m", "data_pipelines.index", str(folder), *options]
+    subprocess.run(command, check=True, capture_output=True, cwd=ROOT, timeout=300)
+
+
+@pytest.mark.parametrize(("loader", "ranks"), [("dali", 2), ("torchvision", 1)])
+def test_bad_images_are_skipped_counted_and_told_once(dense, run_main, loader, ranks):
+    root = Path(dense["data"]["root"])
+    train, val = (scan_class_folders(root / name) for name in ("train", "val"))
+    bad = [f"train/{train.files[int(permutation(0, 0, 96)[place])]}" for place in (5, 40)]
+    bad += [f"val/{val.files[3]}"]
+    (root / bad[0]).write_bytes(b"")
+    (root / bad[1]).unlink()
+    (root / bad[2]).write_text("no image\n" * 100)
+    dense["data"] |= {"loader": loader, "on_error": "skip", "max_skipped": 0.1}
+    dense["stages"]["dense"]["epochs"] = 3
+    (root / bad[1]).symlink_to("nowhere.jpg")
+    printed = run_main(dense, ranks=ranks).stdout
+    told = _log(dense, "skipped")
+    assert sorted(entry["file"] for entry in told) == sorted(f"{root}/{file}" for file in bad)
+    for entry in told:
+        assert printed.count(f"skipped: {entry['file']} ({entry['reason']})") == 1
+    results = json.loads((Path(dense["output"]) / "results.json").read_text())
+    assert results["stages"]["dense"]["images"] == 39
+    events = EventAccumulator(str(Path(dense["output"]) / "dense")).Reload()
+    assert [e.value for e in events.Scalars("data/skipped_images")][-1] == 3
+    assert all(0 <= e.value <= 1 for e in events.Scalars("train/data_wait"))
+
+    refused = run_main(_another(dense, "b"), "data.max_skipped=0.01", ranks=ranks, expect=None)
+    assert refused.returncode != 0
+    assert "data.max_skipped allows a share of 0.01" in refused.stderr
+    failed = run_main(_another(dense, "c"), "data.on_error=fail", ranks=ranks, expect=None)
+    assert failed.returncode != 0
+    assert f"error: {root}/{bad[0]}: cannot read this image" in failed.stderr
+
+
+def test_an_index_that_does_not_fit_is_told_once_by_any_rank(dense, run_main):
+    root = Path(dense["data"]["root"])
+    _make_index(root)
+    extra = next((root / "train").glob("*/*.jpg"))
+    shutil.copy(extra, extra.with_name("another.jpg"))
+    result = run_main(dense, ranks=2, expect=None)
+    assert result.returncode != 0
+    assert result.stderr.count("this index no longer fits") == 1
+    assert f"{extra.parent.name}/another.jpg is new" in result.stderr
+    assert f"python -m data_pipelines.index {root / 'train'}" in result.stderr
+    assert not Path(dense["output"]).exists()
+
+
+def test_folder_index_and_shards_end_in_the_same_weights(dense, run_main, tmp_path):
+    root = Path(dense["data"]["root"])
+    run_main(dense)
+    truth = _weights(dense)
+    for name in ("train", "val"):
+        write_shards(
+            scan_class_folders(root / name), tmp_path / "shards" / name, shard_bytes=40_000
+        )
+    _make_index(root, "--out", str(tmp_path / "indices"))
+    assert len(list((tmp_path / "shards" / "train").glob("*.tar"))) > 2
+    indexed, shards = _another(dense, "indexed"), _another(dense, "shards")
+    run_main(indexed, f"data.index={tmp_path / 'indices'}")
+    run_main(shards, f"data.root={tmp_path / 'shards'}")
+    assert _same(truth, _weights(indexed))
+    assert _same(truth, _weights(shards))
+    windowed = _another(shards, "windowed")
+    run_main(windowed, f"data.root={tmp_path / 'shards'}", "data.shuffle_window=40")
+    assert not _same(truth, _weights(windowed))
+
+
+@pytest.mark.parametrize("loader", ["dali", "torchvision"])
+def test_a_killed_run_goes_on_with_the_same_augmentation(dense, run_main, loader):
+    dense["data"] |= {"loader": loader, "augmentation": "imagenet", "image_size": 64}
+    dense["stages"]["dense"] |= {"epochs": 4, "label_smoothing": 0.1}
+    progressive = {"start_size": 32, "start_epoch": 1, "end_epoch": 3}
+    dense["data"]["augment"] = {**ALL, "progressive": progressive}
+    undisturbed = _another(dense, "undisturbed")
+    run_main(undisturbed)
+    checkpoints = Path(dense["output"]) / "dense" / "checkpoints"
+    run_main(dense, kill_when=checkpoints / "step-00000010")
+    refused = run_main(dense, "data.augment.mixup=0.3", expect=2)
+    assert "stages.dense.augment.mixup was 0.2 and is 0.3" in refused.stderr
+    assert "dense: resumed after" in run_main(dense).stdout
+    assert _same(_weights(undisturbed), _weights(dense))
+
+
+def test_a_resumed_run_must_have_the_same_images(dense, run_main):
+    checkpoints = Path(dense["output"]) / "dense" / "checkpoints"
+    run_main(dense, kill_when=checkpoints / "step-00000005")
+    extra = next((Path(dense["data"]["root"]) / "train").glob("*/*.jpg"))
+    shutil.copy(extra, extra.with_name("another.jpg"))
+    refused = run_main(dense, expect=2)
+    assert "stage 'dense' was begun with other images: the fingerprint of" in refused.stderr
+    extra.with_name("another.jpg").unlink()
+    assert "dense: resumed after" in run_main(dense).stdout
+
+
+def test_evaluation_is_the_same_on_one_two_and_three_ranks(dense, run_main, tmp_path):
+    run_main(dense)
+    checkpoint = str(Path(dense["output"]) / "dense" / "model.safetensors")
+    data = str(Path(dense["data"]["root"]) / "train")  # 96 images: 32 on each of three ranks
+    (Path(data) / scan_class_folders(data).files[0]).unlink()  # and now one less
+    said = set()
+    for ranks, batch in ((1, 32), (1, 7), (2, 10), (3, 96)):
+        command = [sys.executable]
+        if ranks > 1:
+            command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        command += ["-m", "train.evaluate"] if ranks == 1 else ["--module", "train.evaluate"]
+        command += ["--checkpoint", checkpoint, "--data", data, "--batch-size", str(batch)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+        assert done.returncode == 0, done.stderr
+        said.add(done.stdout.split(": ", 1)[1])
+    (line,) = said
+    assert line.endswith("over 95 images\n")
+
+
+def test_evaluation_leaves_out_what_cannot_be_read_if_told_to(dense, run_main):
+    run_main(dense)
+    root = Path(dense["data"]["root"]) / "val"
+    (root / scan_class_folders(root).files[7]).write_bytes(b"\xff\xd8\xff")
+    command = [sys.executable, "-m", "train.evaluate", "--data", str(root), "--checkpoint"]
+    command += [str(Path(dense["output"]) / "dense" / "model.safetensors")]
+    failed = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert failed.returncode == 2 and failed.stderr.count("\n") == 1
+    options = ["--on-error", "skip", "--max-skipped", "0.05"]
+    done = subprocess.run(
+        [*command, *options], capture_output=True, text=True, cwd=ROOT, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"skipped: {root}/") and "over 39 of 40 images" in done.stdout

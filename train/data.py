@@ -1,0 +1,228 @@
+"""The images of a run: opened once for all ranks, and fed to its stages."""
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+
+from data_pipelines.augment import (
+    ColorJitter,
+    ImageTransform,
+    ProgressiveResizing,
+    RandAugment,
+    training_size,
+)
+from data_pipelines.batch import Batch
+from data_pipelines.image_index import ImageIndex, load_index, open_images
+from data_pipelines.loaders import (
+    eval_batches,
+    resolve_loader,
+    train_batches,
+    training_order,
+)
+from data_pipelines.mixing import Mixing
+from data_pipelines.source import BadImages
+from tpp.errors import UserError
+from train.config import Config
+
+
+@dataclass(frozen=True)
+class Images:
+    """The images of one side of a data set, and what is known of bad ones on this rank."""
+
+    index: ImageIndex
+    bad: BadImages
+
+
+class RunData:
+    """The training and validation images of a run, on every rank.
+
+    Args:
+        config: the run's configuration.
+        accelerator: the ranks.
+
+    Attributes:
+        train, val: the images.
+        loader: 'dali' or 'torchvision'.
+        skipped: on the main rank, the bad images that were handed out, and why each is bad.
+
+    Raises:
+        UserError: on all ranks alike, whichever found it: there are no images, an index does not
+            fit its folder, the ranks see different images, more images are broken than may be.
+    """
+
+    def __init__(self, config: Config, accelerator: Accelerator) -> None:
+        self._config, self._accelerator = config, accelerator
+        self.skipped: dict[str, str] = {}
+        self.loader = resolve_loader(config.data.loader)
+        self.train = self._open(config.data.train)
+        self.val = self._open(config.data.val)
+        if self.train.index.classes != self.val.index.classes:
+            odd = min({*self.train.index.classes} ^ {*self.val.index.classes})
+            raise UserError(
+                f"data.root: {config.data.root}: class folder {odd!r} is in only one of "
+                f"{config.data.train!r} and {config.data.val!r}"
+            )
+        training_order(self.train.index, config.seed, window=config.data.shuffle_window)
+
+    def _open(self, name: str) -> Images:
+        data, accelerator = self._config.data, self._accelerator
+        folder = Path(data.root) / name
+        file = Path(data.index) / f"{name}.safetensors" if data.index is not None else None
+        index = open_for_all_ranks(folder, file, accelerator)
+        bad = BadImages(
+            index,
+            on_error=data.on_error,
+            limit=data.max_skipped,
+            world_size=accelerator.num_processes,
+        )
+        return Images(index, bad)
+
+    def train_batches(
+        self, stage: str, start_step: int, steps: int
+    ) -> Generator[Batch, None, None]:
+        """This rank's batches of a training stage."""
+        config = self._config
+        data, training, augment = config.data, config.training, config.stage_augment(stage)
+        order = training_order(
+            self.train.index, config.seed, repeats=augment.repeats, window=data.shuffle_window
+        )
+        mixing = Mixing(augment.mixup, augment.cutmix) if augment.mixup or augment.cutmix else None
+        return train_batches(
+            self.train.index,
+            stage_transform(config, stage),
+            global_batch=training.batch_size,
+            accumulation=training.accumulation,
+            seed=config.seed,
+            start_step=start_step,
+            steps=steps,
+            order=order,
+            mixing=mixing,
+            image_side=self._image_side(stage),
+            bad=self.train.bad,
+            **self._common(),
+        )
+
+    def eval_batches(self, batch_size: int) -> Generator[Batch, None, None]:
+        """This rank's share of the validation images."""
+        return eval_batches(
+            self.val.index,
+            image_transform(self._config),
+            batch_size=batch_size,
+            bad=self.val.bad,
+            **self._common(),
+        )
+
+    def take_new_bad(self) -> list[tuple[str, str]]:
+        """Path and reason of the bad images that any rank has found since the last call.
+
+        All ranks have to call it; each image is handed out once, on the main rank.
+        """
+        if self._config.data.on_error == "fail":
+            return []
+        mine = self.train.bad.take_new() + self.val.bad.take_new()
+        everyones = [mine]
+        if self._accelerator.num_processes > 1:
+            everyones = [[] for _ in range(self._accelerator.num_processes)]
+            dist.all_gather_object(everyones, mine)
+        if not self._accelerator.is_main_process:
+            return []
+        new = {path: reason for found in everyones for path, reason in found}
+        fresh = [(path, reason) for path, reason in new.items() if path not in self.skipped]
+        self.skipped |= new
+        return fresh
+
+    def _image_side(self, stage: str) -> Callable[[int], int]:
+        config = self._config
+        side, progressive = config.data.image_size, config.stage_augment(stage).progressive
+        if progressive is None:
+            return lambda step: side
+        epochs_per_step = config.training.batch_size / len(self.train.index)
+        resizing = ProgressiveResizing(**progressive.model_dump())
+        return lambda step: training_size(step * epochs_per_step, side, resizing)
+
+    def _common(self) -> dict[str, Any]:
+        accelerator, training = self._accelerator, self._config.training
+        on_gpu = accelerator.device.type == "cuda"
+        return {
+            "loader": self.loader,
+            "rank": accelerator.process_index,
+            "world_size": accelerator.num_processes,
+            "threads": self._config.data.threads,
+            "device": accelerator.device,
+            # Autocast on a GPU rounds the images in its first convolution anyway.
+            "dtype": torch.float16 if on_gpu and training.precision != "fp32" else torch.float32,
+            "channels_last": training.channels_last,
+            "prefetch": self._config.data.prefetch,
+        }
+
+
+def image_transform(config: Config) -> ImageTransform:
+    """How images are prepared for the network."""
+    data = config.data
+    return ImageTransform.prepared(data.preprocessing(), augmentation=data.augmentation)
+
+
+def stage_transform(config: Config, stage: str) -> ImageTransform:
+    """How the training images of a stage are augmented and prepared."""
+    augment = config.stage_augment(stage)
+    jitter, rand = augment.color_jitter, augment.rand_augment
+    return replace(
+        image_transform(config),
+        color_jitter=ColorJitter(**jitter.model_dump()) if jitter else None,
+        rand_augment=RandAugment(**rand.model_dump()) if rand else None,
+        random_erasing=augment.random_erasing,
+    )
+
+
+def open_for_all_ranks(
+    folder: Path, index_file: Path | None, accelerator: Accelerator
+) -> ImageIndex:
+    """The index of a folder, the same on every rank, with one rank looking through the folder.
+
+    Where there is an index file, each rank maps it and the main rank alone compares it with the
+    folder; else the main rank lists the folder and tells the others.
+
+    Raises:
+        UserError: on all ranks, if any of them meets a mistake or has another index file.
+    """
+    if accelerator.num_processes == 1:
+        return open_images(folder, index_file)
+    main = accelerator.is_main_process
+    found = _attempt(lambda: open_images(folder, index_file)) if main else None
+    told: list[Any] = [found]
+    if isinstance(found, ImageIndex) and found.file is not None:
+        told = [(found.file, found.fingerprint)]
+    dist.broadcast_object_list(told, src=0)
+    if not main:
+        shared = told[0]
+        mine = isinstance(shared, tuple)
+        found = _attempt(lambda: _same_index(folder, *shared)) if mine else shared
+    errors: list[Any] = [None] * accelerator.num_processes
+    dist.all_gather_object(errors, str(found) if isinstance(found, UserError) else None)
+    for rank, error in enumerate(errors):
+        if error is not None:
+            raise UserError(f"rank {rank}: {error}" if rank else error)
+    assert isinstance(found, ImageIndex)
+    return found
+
+
+def _attempt(open_it: Callable[[], ImageIndex]) -> ImageIndex | UserError:
+    try:
+        return open_it()
+    except UserError as error:
+        return error
+
+
+def _same_index(folder: Path, file: Path, fingerprint: str) -> ImageIndex:
+    index = load_index(file, folder)
+    if index.fingerprint != fingerprint:
+        raise UserError(
+            f"{file}: this node's index is of other images ({index.fingerprint}) than the main "
+            f"rank's ({fingerprint}); give every node the same data"
+        )
+    return index
