@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from nvidia import dali
+from nvidia.dali import fn
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from data_pipelines import torch_augment
+from data_pipelines import dali_augment, torch_augment
 from data_pipelines.augment import (
     RAND_AUGMENT_OPERATIONS,
     UNIFORMS,
@@ -25,11 +27,6 @@ from data_pipelines.augment import (
     rand_augment_choices,
 )
 from data_pipelines.order import uniforms
-
-dali = pytest.importorskip("nvidia.dali")
-from nvidia.dali import fn  # noqa: E402
-
-from data_pipelines import dali_augment  # noqa: E402
 
 PHOTOS, SIDE = 24, 96
 Samples = list[NDArray[Any]]

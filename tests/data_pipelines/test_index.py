@@ -218,13 +218,16 @@ def test_nothing_but_broken_images(tmp_path: Path, run: Callable[..., Any]) -> N
 def test_damage_within_is_found_by_decoding(tmp_path: Path, run: Callable[..., Any]) -> None:
     damaged = bytearray(_encoded(format="PNG", size=300))
     damaged[len(damaged) // 2] ^= 255
-    root = _write(tmp_path, {"a/1.png": bytes(damaged), "a/2.jpg": _encoded()})
+    root = _write(tmp_path, {"a/1.jpg": bytes(damaged), "a/2.jpg": _encoded()})
     run(root)
     assert open_images(root).broken.tolist() == [False, False]
     run(root, "--decode", "--threads", "1")
     assert open_images(root).broken.tolist() == [True, False]
     assert open_images(root).sizes.tolist() == [[0, 0], [40, 48]]
-    assert _report(root / REPORT_FILE)[0][1].startswith("cannot be decoded: ")
+    # That it is a PNG by another name does not matter any more.
+    ((path, finding, advice),) = _report(root / REPORT_FILE)
+    assert (path, advice) == (f"{root}/a/1.jpg", EXTRACT)
+    assert finding.startswith("cannot be decoded: ")
 
 
 def test_files_that_cannot_be_opened(tmp_path: Path, run: Callable[..., Any]) -> None:
@@ -447,6 +450,30 @@ def test_interruption_leaves_what_was_there(tmp_path: Path, run: Callable[..., A
     assert (process.returncode, out, err) == (130, "", "interrupted\n")
     assert (root / INDEX_FILE).read_bytes() == before
     assert _names(root) == [INDEX_FILE, "a"]
+
+
+def test_interruption_leaves_the_remaining_files(
+    tmp_path: Path, run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _write(tmp_path, {f"a/{number}.jpg": _encoded() for number in range(200)})
+    looked = []
+    look = command._look
+
+    def look_slowly(path: str) -> Any:
+        looked.append(path)
+        time.sleep(0.01)
+        return look(path)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "_look", look_slowly)
+    monkeypatch.setattr(command, "_FILES_A_TASK", 1)
+    monkeypatch.setattr(command.Progress, "advance", interrupt)
+    code, facts, err = run(tmp_path, "--threads", "1")
+    assert (code, facts, err) == (130, {}, "interrupted\n")
+    assert len(looked) < 200
+    assert _names(tmp_path) == ["a"]
 
 
 def _decoding(command: int) -> bool:

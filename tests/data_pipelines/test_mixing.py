@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
@@ -142,6 +142,9 @@ def test_both_methods_take_turns() -> None:
 
 
 @given(st.floats(1e-3, 100), UNIT)
+@example(1e-3, 1 - 2.0**-53)
+@example(3.0, 2.0**-53)
+@example(1.0, 0.0)
 def test_shares_are_numbers_whatever_is_drawn(alpha: float, draw: float) -> None:
     images, labels = _batch(2, 3, 3)
     for mixing in (Mixing(mixup=alpha), Mixing(cutmix=alpha)):

@@ -3,6 +3,7 @@
 import fcntl
 import io
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -31,6 +32,7 @@ from data_pipelines.image_index import (
     scan_class_folders,
 )
 from data_pipelines.shards import (
+    SETTINGS_FILE,
     SKIPPED_FILE,
     byte_count,
     main,
@@ -272,6 +274,22 @@ def test_a_killed_run_is_gone_on_with(cifar: ImageIndex, tmp_path: Path) -> None
     assert _contents(tmp_path / "out") == _contents(tmp_path / "undisturbed")
 
 
+def test_an_interrupted_run_ends_at_once(photos: ImageIndex, tmp_path: Path) -> None:
+    # One shard of more images than can be scaled before the signal arrives.
+    (tmp_path / "data" / "class").mkdir(parents=True)
+    for copy in range(20):
+        for image, name in enumerate(photos.files):
+            (tmp_path / f"data/class/{copy}-{image}.jpg").hardlink_to(photos.root / name)
+    process = _run(tmp_path / "data", "--out", tmp_path / "out", "--resize", 200, "--threads", 1)
+    while not list((tmp_path / "out").glob(".shard-*.tmp")):
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate() == ("", "interrupted\n")
+    assert process.returncode == 130
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [SETTINGS_FILE]
+
+
 @pytest.mark.parametrize("damage", ["cut", "gone", "idx", "pixels", "another"])
 def test_what_is_not_whole_is_written_again(
     damage: str, packed: ImageIndex, photos: ImageIndex, tmp_path: Path
@@ -507,11 +525,15 @@ def test_nothing_but_broken_images(tmp_path: Path) -> None:
     assert not (tmp_path / "out" / INDEX_FILE).exists()
 
 
-def test_what_cannot_be_read_is_never_left_out(with_broken: ImageIndex, tmp_path: Path) -> None:
+@pytest.mark.parametrize("length", [-1, 20_000])
+def test_what_cannot_be_read_is_never_left_out(
+    length: int, with_broken: ImageIndex, tmp_path: Path
+) -> None:
+    with_broken.byte_sizes[:] = length
     path = Path(with_broken.location(1).path)
     path.unlink()
     with pytest.raises(UserError, match=r"cannot read this image \(No such file") as caught:
-        write_shards(with_broken, tmp_path / "out", skip_broken=True)
+        write_shards(with_broken.subset(np.arange(2)), tmp_path / "out", skip_broken=True)
     assert str(caught.value).startswith(f"{path}: ")
     assert not list((tmp_path / "out").glob("*shard-*"))
 
@@ -632,6 +654,54 @@ def test_verify_finds_every_change(
     with pytest.raises(UserError, match=said) as caught:
         verify_shards(photos, out)
     assert "\n" not in str(caught.value)
+
+
+def _encoded(kind: str, size: tuple[int, int]) -> bytes:
+    data = io.BytesIO()
+    Image.new("RGB", size).save(data, kind)
+    return data.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"", "a broken image (not an image)"),
+        (_encoded("JPEG", (8, 8)), "not of the size"),
+        (_encoded("PNG", (40, 30)), "holds an image of format png"),
+        (None, "not of the size that the index says"),
+    ],
+)
+def test_verify_looks_at_scaled_images_too(data: bytes | None, said: str, tmp_path: Path) -> None:
+    for name in ("1.jpg", "2.jpg"):
+        _some(tmp_path / "data", name, quality=95)
+    source, out = scan_class_folders(tmp_path / "data"), tmp_path / "out"
+    write_shards(source, out, resize=30)
+    assert verify_shards(source, out).converted == 2
+    index = open_images(out)
+    path, offset, length = index.location(1)
+    if data is None:
+        save_index(replace(index, sizes=index.sizes + 1), out / INDEX_FILE)
+    else:
+        assert len(data) <= length
+        with Path(path).open("r+b") as file:
+            file.seek(offset)
+            file.write(data.ljust(length, b"\0"))
+    with pytest.raises(UserError, match=re.escape(said)):
+        verify_shards(source, out)
+
+
+def test_verify_misses_no_sample(tmp_path: Path) -> None:
+    for name in ("1.jpg", "2.jpg"):
+        _some(tmp_path / "data", name)
+    source, out = scan_class_folders(tmp_path / "data"), tmp_path / "out"
+    write_shards(source, out)
+    index = open_images(out)
+    path, offset, _ = index.location(int(index.offsets.argmax()))
+    with Path(path).open("r+b") as file:
+        file.seek(offset - 512)
+        file.write(bytes(512))
+    with pytest.raises(UserError, match="holds 1 samples, the index says otherwise"):
+        verify_shards(source, out)
 
 
 def test_verify_wants_finished_shards_of_this_source(
