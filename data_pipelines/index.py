@@ -318,13 +318,10 @@ def _in_pool(
     results = []
     with pool, progress:
         task = progress.add_task(escape(title), total=sum(map(len, stretches)))
-        try:
-            for stretch, result in zip(stretches, pool.map(work, stretches), strict=True):
-                results.append(result)
-                progress.advance(task, len(stretch))
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        # An interruption of this loop ends the map, which then drops what has not been begun.
+        for stretch, result in zip(stretches, pool.map(work, stretches), strict=True):
+            results.append(result)
+            progress.advance(task, len(stretch))
     return results
 
 

@@ -149,6 +149,7 @@ FINE = {
     "a/zeros_after.jpg": LARGE + bytes(5000),
     "b/whole.png": _encoded(format="PNG", size=300),
     "b/grey.png": _encoded("L", "PNG"),
+    "b/grey_alpha.png": _encoded("LA", "PNG"),
 }
 ODD = {
     "a/ink.jpg": (_encoded("CMYK"), "CMYK", "none needed: decoded as RGB"),
@@ -191,7 +192,7 @@ def test_broken_and_odd_files(
     assert facts["broken"].strip() == "9 (a/cut.jpg, a/empty.jpg, a/header_cut.jpg, ...)"
     for note in ("CMYK", "PNG named as a JPEG", "JPEG named as a PNG", "neither JPEG nor PNG"):
         assert facts[note].strip() == "1"
-    assert facts["grey"].strip() == "1"
+    assert facts["grey"].strip() == "2"
     assert facts["report"].strip() == str(root / REPORT_FILE)
 
 
