@@ -16,7 +16,7 @@ import shutil
 import tarfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, CancelledError, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -385,11 +385,16 @@ def _in_threads(
     """The results of all jobs, in their order; the first error sets ``stop`` and ends the rest."""
     task = progress.add_task(what, total=len(jobs))
     pool = ThreadPoolExecutor(threads)
-    futures = [pool.submit(work, job) for job in jobs]
     try:
-        for future in as_completed(futures):
-            future.result()
-            progress.advance(task)
+        # Ctrl-C may come even here, when the first job is already under way.
+        futures = [pool.submit(work, job) for job in jobs]
+        pending = set(futures)
+        while pending:
+            # A Ctrl-C just before the wait is only seen after it.
+            done, pending = wait(pending, timeout=1, return_when=FIRST_COMPLETED)
+            for future in done:
+                future.result()
+                progress.advance(task)
     except BaseException:
         if stop is not None:
             stop.set()
@@ -416,12 +421,12 @@ def _look_up(
     def look(images: Int64s) -> None:
         for image in images.tolist():
             try:
-                path, offset, length = index.location(image)
-                if length < 0:
-                    byte_sizes[image] = length = Path(path).stat().st_size
+                path, offset, _ = index.location(image)
+                if byte_sizes[image] < 0:
+                    byte_sizes[image] = Path(path).stat().st_size
                 if resize is not None:
                     with Path(path).open("rb") as file:
-                        sizes[image] = _size_of(file, offset, length)
+                        sizes[image] = _size_of(file, offset, int(byte_sizes[image]))
             except OSError as error:
                 raise _reading_error(index, image, error) from None
 
@@ -476,16 +481,21 @@ def _source_bytes(index: ImageIndex, image: int) -> Bytes:
     """An image's bytes.
 
     Raises:
-        UserError: the file cannot be read. That is no broken image, to be left out for good.
+        UserError: the file cannot be read, or has changed. That is no broken image, to be left out
+            for good.
     """
+    known = int(index.byte_sizes[image])
     try:
-        return read_bytes(index.location(image))
+        data = read_bytes(index.location(image))
+        if known not in (-1, len(data)):
+            raise ValueError(f"{len(data):,} bytes instead of {known:,}")
     except OSError as error:
         raise _reading_error(index, image, error) from None
     except ValueError as error:
         raise UserError(
             f"{_name(index, image)}: is no longer as its index says ({error}); make that anew"
         ) from None
+    return data
 
 
 def _scaled_size(header: Header, resize: int | None) -> tuple[int, int] | None:

@@ -533,9 +533,31 @@ def test_what_cannot_be_read_is_never_left_out(
     path = Path(with_broken.location(1).path)
     path.unlink()
     with pytest.raises(UserError, match=r"cannot read this image \(No such file") as caught:
-        write_shards(with_broken.subset(np.arange(2)), tmp_path / "out", skip_broken=True)
+        write_shards(with_broken.subset(np.array([1])), tmp_path / "out", skip_broken=True)
     assert str(caught.value).startswith(f"{path}: ")
     assert not list((tmp_path / "out").glob("*shard-*"))
+
+
+@pytest.mark.parametrize("more", [-1, 1])
+def test_a_file_that_has_changed_is_not_called_broken(more: int, tmp_path: Path) -> None:
+    path = _some(tmp_path / "data")
+    source = scan_class_folders(tmp_path / "data")
+    source.byte_sizes[:] = path.stat().st_size + more
+    with pytest.raises(UserError, match="is no longer as its index says") as caught:
+        write_shards(source, tmp_path / "out", skip_broken=True)
+    assert str(caught.value).startswith(f"{path}: ")
+
+
+def test_a_shard_that_ends_too_early_is_not_called_broken(
+    packed: ImageIndex, tmp_path: Path
+) -> None:
+    shutil.copytree(packed.root, tmp_path / "cut")
+    source = open_images(tmp_path / "cut")
+    last = int(np.flatnonzero(source.container == 2)[-1])
+    os.truncate(source.location(last).path, int(source.offsets[last]) + 100)
+    with pytest.raises(UserError, match=r"is no longer as its index says \(.* too early") as caught:
+        write_shards(source, tmp_path / "out", skip_broken=True)
+    assert str(caught.value).startswith(source.location(last).path)
 
 
 @pytest.mark.parametrize("place", ["", "class", "class/deeper", "shards"])
@@ -666,7 +688,7 @@ def _encoded(kind: str, size: tuple[int, int]) -> bytes:
     ("data", "said"),
     [
         (b"", "a broken image (not an image)"),
-        (_encoded("JPEG", (8, 8)), "not of the size"),
+        (_encoded("JPEG", (8, 8)), "2.jpg should have"),
         (_encoded("PNG", (40, 30)), "holds an image of format png"),
         (None, "not of the size that the index says"),
     ],
@@ -725,7 +747,7 @@ def test_sizes_in_words(text: str, count: int) -> None:
     assert byte_count(text) == count
 
 
-@pytest.mark.parametrize("text", ["256", "MB", "-1MB", "0MB", "1TBB", "", "1e3MB", "nanMB"])
+@pytest.mark.parametrize("text", ["256", "MB", "-1MB", "0MB", "1TB", "1MBB", "", "1e3MB", "nanMB"])
 def test_sizes_need_a_number_and_a_unit(text: str) -> None:
     with pytest.raises(UserError, match="must be such as 256MB"):
         byte_count(text)
