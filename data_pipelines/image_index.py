@@ -352,14 +352,16 @@ def check_fits(index: ImageIndex) -> None:
     size in bytes. Of shards, every one's size.
 
     Raises:
-        UserError: says what differs, and how to make the index anew.
+        UserError: says what differs, and what to do.
     """
-    problem = _container_difference(index) if index.containers else _folder_difference(index)
+    if index.containers:
+        problem = _container_difference(index)
+        again = "write the shards anew with: python -m data_pipelines.shards"
+    else:
+        problem = _folder_difference(index)
+        again = f"make it anew with: python -m data_pipelines.index {index.root}"
     if problem:
-        raise UserError(
-            f"{index.file}: this index no longer fits {index.root}: {problem}; make it anew with: "
-            f"python -m data_pipelines.index {index.root}"
-        )
+        raise UserError(f"{index.file}: this index no longer fits {index.root}: {problem}; {again}")
 
 
 def _container_difference(index: ImageIndex) -> str | None:

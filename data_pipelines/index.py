@@ -21,9 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from data_pipelines.header import TAIL, Header, find_damage, is_turned, looks_whole, read_header
 from data_pipelines.image_index import (
@@ -37,6 +35,7 @@ from data_pipelines.image_index import (
     scan_class_folders,
     visible,
 )
+from data_pipelines.making import in_bytes, progress_bar
 from data_pipelines.order import Int64s
 from tpp.errors import UserError, run_command
 from tpp.files import write_whole
@@ -305,16 +304,7 @@ def _in_pool(
     pool: Executor, work: Callable[[Any], _T], stretches: Sequence[Sequence[Any]], title: str
 ) -> list[_T]:
     """Call ``work`` with each stretch of a list, with a progress bar over the list's items."""
-    console = Console(stderr=True)
-    progress = Progress(
-        TextColumn("[bold]{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-        transient=True,
-    )
+    progress = progress_bar()
     results = []
     with pool, progress:
         task = progress.add_task(escape(title), total=sum(map(len, stretches)))
@@ -369,7 +359,7 @@ def _print(survey: _Survey, index_file: Path, report_file: Path, seconds: float)
         "images": f"{len(index):,}",
         "smallest": _class(index, counts, int(counts.argmin())),
         "largest": _class(index, counts, int(counts.argmax())),
-        "bytes": _bytes(int(index.byte_sizes[index.byte_sizes > 0].sum())),
+        "bytes": in_bytes(int(index.byte_sizes[index.byte_sizes > 0].sum())),
         "pixels": _pixels(index),
     }
     if survey.damages:
@@ -391,13 +381,6 @@ def _print(survey: _Survey, index_file: Path, report_file: Path, seconds: float)
 
 def _class(index: ImageIndex, counts: Int64s, label: int) -> str:
     return f"{_shown(index.classes[label])} ({counts[label]:,} images)"
-
-
-def _bytes(count: int) -> str:
-    for size, unit in ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
-        if count >= size:
-            return f"{count / size:.4g} {unit}"
-    return f"{count} B"
 
 
 def _pixels(index: ImageIndex) -> str:

@@ -6,29 +6,19 @@ not at all: a run that was stopped, in whatever way, is gone on with by the same
 """
 
 import argparse
-import fcntl
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress, TaskID
 
 from data_pipelines.image_index import ImageIndex, check_fits, load_index, save_index, visible
 from data_pipelines.imagenet import (
@@ -38,6 +28,7 @@ from data_pipelines.imagenet import (
     train_index,
     val_index,
 )
+from data_pipelines.making import claimed, in_bytes, progress_bar
 from data_pipelines.shards import QUALITY, SHARD_BYTES, byte_count, write_shards
 from data_pipelines.small_sets import IMAGENETTE_SIZES, SETS, FoundImage, download, images_in
 from data_pipelines.source import read_bytes
@@ -117,7 +108,7 @@ def prepare_imagenet(
     archives = {split: [path] for split, path in (("train", train), ("val", val)) if path}
     if not archives:
         raise UserError("imagenet: name the archives with --train and --val, or one of them")
-    with _progress() as progress, _Work(out, "imagenet", _sources(archives), shards) as work:
+    with progress_bar() as progress, _Work(out, "imagenet", _sources(archives), shards) as work:
         if not work.missing:
             return []
         known = read_devkit(devkit) if devkit else None
@@ -164,7 +155,7 @@ def prepare_small(
             ``out`` holds something else; there is no room, or writing fails.
     """
     sources = _sources({"train": list(archives), "val": list(archives)})
-    with _progress() as progress, _Work(out, name, sources, shards) as work:
+    with progress_bar() as progress, _Work(out, name, sources, shards) as work:
         if not work.missing:
             return []
         saved = {split: work.saved_index(split, work.folder) for split in work.missing}
@@ -274,37 +265,23 @@ class _Work:
         self._state: dict[str, Any] = {}
 
     def __enter__(self) -> "_Work":
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.out, os.O_RDONLY)
-        except OSError as error:
-            raise UserError(f"{self.out}: cannot make this folder ({error.strerror})") from None
-        try:
-            self._keep_others_out()
-            self._look()
-        except OSError as error:
-            self.__exit__()
-            raise UserError(f"{self.out}: cannot write here ({error.strerror})") from None
-        except BaseException:
-            self.__exit__()
-            raise
+        with ExitStack() as stack:
+            stack.enter_context(claimed(self.out))
+            stack.callback(self._leave_no_empty_folder)
+            try:
+                self.folder.mkdir(exist_ok=True)
+                self._look()
+            except OSError as error:
+                raise UserError(f"{self.out}: cannot write here ({error.strerror})") from None
+            self._leave = stack.pop_all().close
         return self
 
     def __exit__(self, *error: object) -> None:
-        for folder in (self.folder, self.out):
-            with suppress(OSError):
-                folder.rmdir()
-        os.close(self._lock)
+        self._leave()
 
-    def _keep_others_out(self) -> None:
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{self.out}: another process is making this folder at the moment; wait for it"
-            ) from None
-        except OSError:  # a file system without locks
-            pass
+    def _leave_no_empty_folder(self) -> None:
+        with suppress(OSError):
+            self.folder.rmdir()
 
     def _look(self) -> None:
         """Find out what there is, and whether it is of the same kind and from the same archives."""
@@ -465,13 +442,9 @@ def _check_room(out: Path, indexes: Mapping[str, ImageIndex]) -> None:
     free = shutil.disk_usage(out).free
     if needed > free:
         raise UserError(
-            f"{out}: {_in_bytes(needed)} are needed for the images, {_in_bytes(free)} are free; "
+            f"{out}: {in_bytes(needed)} are needed for the images, {in_bytes(free)} are free; "
             "make room or choose another folder"
         )
-
-
-def _in_bytes(count: int) -> str:
-    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
 
 
 def write_class_folders(
@@ -568,19 +541,6 @@ def _copy(index: ImageIndex, image: int, path: Path) -> None:
         )
 
 
-def _progress() -> Progress:
-    console = Console(stderr=True)
-    return Progress(
-        TextColumn("[bold]{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-        transient=True,
-    )
-
-
 def _advance(progress: Progress, task: TaskID) -> Callable[[int], None]:
     return lambda images: progress.advance(task, images)
 
@@ -607,7 +567,7 @@ def main() -> None:
         kept = f"; {part.kept:,} {what} were there" if part.kept else ""
         print(
             f"{part.split:<13}{part.classes:,} classes, {part.images:,} images, "
-            f"{_in_bytes(part.bytes)}{kept}"
+            f"{in_bytes(part.bytes)}{kept}"
         )
         if name == "imagenet" and part.split == "train" and not options.devkit:
             print("not checked  number of images of each class, for want of --devkit")

@@ -8,16 +8,14 @@ of images (:mod:`data_pipelines.image_index`) by which this package reads each i
 """
 
 import argparse
-import fcntl
 import json
 import os
 import re
 import shutil
 import tarfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import sha256
@@ -29,8 +27,7 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 from data_pipelines.batch import decode_with_pil
 from data_pipelines.header import Header, find_damage, read_header
@@ -45,6 +42,7 @@ from data_pipelines.image_index import (
     visible,
 )
 from data_pipelines.index import PARTS
+from data_pipelines.making import claimed, in_bytes, progress_bar
 from data_pipelines.order import Int64s, permutation
 from data_pipelines.source import Bytes, read_bytes
 from tpp.errors import UserError, run_command
@@ -200,7 +198,7 @@ def write_shards(
     threads = threads or len(os.sched_getaffinity(0))
     _check_place(index, out)
     _check_known_broken(index, skip_broken)
-    with _progress() as progress, _claimed(out):
+    with progress_bar() as progress, claimed(out):
         byte_sizes, sizes = _look_up(index, resize, threads, progress)
         scaled = np.zeros(len(index), np.bool_) if resize is None else sizes.min(1) > resize
         expected = _expected_bytes(byte_sizes, sizes, scaled, resize, quality)
@@ -334,44 +332,8 @@ def _check_room(out: Path, needed: int) -> None:
     free = shutil.disk_usage(out).free
     if needed > free:
         raise UserError(
-            f"{out}: the shards need about {_in_bytes(needed)}, and {_in_bytes(free)} are free"
+            f"{out}: the shards need about {in_bytes(needed)}, and {in_bytes(free)} are free"
         )
-
-
-@contextmanager
-def _claimed(out: Path) -> Iterator[None]:
-    """Keep a second run out of the folder, where the file system has locks."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(out, os.O_RDONLY)
-    except OSError as error:
-        raise UserError(f"{out}: cannot make this folder ({error.strerror})") from None
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{out}: another run is writing shards here; wait for it") from None
-        except OSError:
-            pass
-        yield
-    finally:
-        os.close(descriptor)
-        # A mistake found before anything was written leaves nothing.
-        with suppress(OSError):
-            out.rmdir()
-
-
-def _progress() -> Progress:
-    console = Console(stderr=True)
-    return Progress(
-        TextColumn("[bold]{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-        transient=True,
-    )
 
 
 def _in_threads(
@@ -730,7 +692,7 @@ def verify_shards(index: ImageIndex, out: Path, *, threads: int | None = None) -
     def check(number: int) -> tuple[list[str], int]:
         return _check_shard(index, made, held, settings.get("resize"), number)
 
-    with _progress() as progress:
+    with progress_bar() as progress:
         threads = threads or len(os.sched_getaffinity(0))
         numbers = range(len(made.containers))
         checked = _in_threads("checking shards", check, numbers, threads, progress)
@@ -823,16 +785,9 @@ def byte_count(text: str) -> int:
     return count
 
 
-def _in_bytes(count: int) -> str:
-    for unit, factor in (("GB", 1e9), ("MB", 1e6)):
-        if count >= factor:
-            return f"{count / factor:,.1f} {unit}"
-    return f"{count / 1e3:,.1f} kB"
-
-
 def print_written(written: Written) -> None:
     """Say what :func:`write_shards` did, in aligned lines."""
-    size = _in_bytes(written.bytes_after)
+    size = in_bytes(written.bytes_after)
     reused = f" ({written.reused:,} of them there before)" if written.reused else ""
     speed = written.images / max(written.seconds, 1e-9)
     print(f"images       {written.images:,}")
@@ -843,7 +798,7 @@ def print_written(written: Written) -> None:
     if written.skipped:
         print(f"skipped      {written.skipped:,} broken, see {written.out / SKIPPED_FILE}")
     print(f"shards       {written.shards:,}{reused}")
-    print(f"image bytes  {size}, {_in_bytes(written.bytes_before)} before")
+    print(f"image bytes  {size}, {in_bytes(written.bytes_before)} before")
     print(f"seconds      {written.seconds:,.1f} ({speed:,.0f} images/s)")
     print(f"written to   {written.out}")
 

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -203,6 +204,31 @@ def test_a_batch_of_nothing_but_bad_images_is_left_out(tmp_path: Path, loader: s
 
 
 @pytest.mark.parametrize("loader", LOADERS)
+def test_what_only_the_decoder_notices_comes_after_a_batch_left_out(
+    tmp_path: Path, loader: str
+) -> None:
+    _write_images(tmp_path, 16)
+    index = scan(tmp_path)
+    for image in (0, 1, 2, 3):
+        (tmp_path / index.files[image]).write_bytes(b"")
+    _without_scan(tmp_path / index.files[13])
+    known = BadImages(index, on_error="skip", limit=0.5)
+    batches = eval_batches(
+        index,
+        PLAIN,
+        loader=loader,
+        batch_size=4,
+        rank=0,
+        world_size=1,
+        threads=1,
+        device=CPU,
+        bad=known,
+    )
+    images = torch.cat([images for images, _ in batches])
+    _assert_shows(images, index, np.array([4, 5, 6, 7, 8, 9, 10, 11, 12, 14, 15]))
+
+
+@pytest.mark.parametrize("loader", LOADERS)
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_without_leave_to_skip_the_file_is_named(tmp_path: Path, loader: str, damage: str) -> None:
     _write_images(tmp_path, 48)
@@ -271,6 +297,20 @@ def test_each_rank_judges_by_its_own_share() -> None:
         later.add(image, "again")  # the same one does not count twice
     with pytest.raises(UserError, match=r"of the 1,000 that this rank reads.*0\.011"):
         later.add(10, "why")
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_what_a_rank_has_asked_for_counts_as_its_share(tmp_path: Path, loader: str) -> None:
+    _write_images(tmp_path, 48)
+    index = scan(tmp_path)
+    # Rank 0 of 4 reads a quarter of every epoch: one that it meets in the third epoch only.
+    quarters = [set(permutation(SEED, epoch, 48)[::4].tolist()) for epoch in range(3)]
+    (tmp_path / index.files[min(quarters[2] - quarters[0] - quarters[1])]).unlink()
+    known = BadImages(index, on_error="skip", limit=0.0, world_size=4)
+    with pytest.raises(UserError) as caught:
+        _train(index, known, loader, world_size=4, steps=6)
+    share = re.search(r"of the (\d+) that this rank reads", str(caught.value))
+    assert share is not None and 24 < int(share[1]) <= 36
 
 
 def test_what_the_index_knows_is_broken_is_never_read(tmp_path: Path) -> None:

@@ -461,7 +461,11 @@ def _difference(index: ImageIndex) -> str:
         check_fits(index)
     message = str(caught.value)
     beginning = f"{index.file}: this index no longer fits {index.root}: "
-    ending = f"; make it anew with: python -m data_pipelines.index {index.root}"
+    ending = (
+        "; write the shards anew with: python -m data_pipelines.shards"
+        if index.containers
+        else f"; make it anew with: python -m data_pipelines.index {index.root}"
+    )
     assert message.startswith(beginning)
     assert message.endswith(ending)
     return message.removeprefix(beginning).removesuffix(ending)

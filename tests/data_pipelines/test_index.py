@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from rich.progress import Progress
 
 from data_pipelines import index as command
 from data_pipelines.image_index import (
@@ -104,7 +105,7 @@ def test_real_photos(photos: Path, tmp_path: Path, run: Callable[..., Any]) -> N
     areas = sorted(index.sizes.tolist(), key=lambda size: size[0] * size[1])
     for height, width in (areas[0], areas[-1]):
         assert f" {height} x {width}" in facts["pixels"]
-    assert facts["bytes"].split() == [f"{index.byte_sizes.sum() / 1e6:.4g}", "MB"]
+    assert facts["bytes"].split() == [f"{index.byte_sizes.sum() / 1e6:,.1f}", "MB"]
 
 
 def test_facts_are_aligned(
@@ -120,7 +121,7 @@ def test_facts_are_aligned(
         "images": "3",
         "smallest": "cat (1 images)",
         "largest": "dog (2 images)",
-        "bytes": f"{3 * len(_encoded()) / 1000:.4g} kB",
+        "bytes": f"{3 * len(_encoded()) / 1000:,.1f} kB",
         "pixels": "height x width: median 40 x 48, smallest 40 x 48, largest 40 x 48",
         "fingerprint": scan_class_folders(tmp_path).fingerprint,
         "index": str(tmp_path / INDEX_FILE),
@@ -470,7 +471,7 @@ def test_interruption_leaves_the_remaining_files(
 
     monkeypatch.setattr(command, "_look", look_slowly)
     monkeypatch.setattr(command, "_FILES_A_TASK", 1)
-    monkeypatch.setattr(command.Progress, "advance", interrupt)
+    monkeypatch.setattr(Progress, "advance", interrupt)
     code, facts, err = run(tmp_path, "--threads", "1")
     assert (code, facts, err) == (130, {}, "interrupted\n")
     assert len(looked) < 200

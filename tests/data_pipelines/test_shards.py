@@ -611,7 +611,7 @@ def test_two_runs_at_once_are_refused(tmp_path: Path) -> None:
     out.mkdir()
     descriptor = os.open(out, os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
-    with pytest.raises(UserError, match="another run"):
+    with pytest.raises(UserError, match="another process is making"):
         write_shards(scan_class_folders(tmp_path / "data"), out)
     os.close(descriptor)
     write_shards(scan_class_folders(tmp_path / "data"), out)
@@ -620,7 +620,7 @@ def test_two_runs_at_once_are_refused(tmp_path: Path) -> None:
 def test_too_little_room_is_found_beforehand(tmp_path: Path) -> None:
     # A hole, which takes no room itself.
     os.truncate(_some(tmp_path / "data"), 10**12)
-    with pytest.raises(UserError, match=r"need about 1,000\.0 GB, and .* are free"):
+    with pytest.raises(UserError, match=r"need about 1\.0 TB, and .* are free"):
         write_shards(scan_class_folders(tmp_path / "data"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
