@@ -27,12 +27,14 @@ class Request:
         uniforms: random numbers of each sample's augmentation, shape (b, UNIFORMS), or (b, 0)
             for evaluation.
         side: of the square images to make, in pixels.
+        asked: images that this rank has asked for since the run began, these included.
     """
 
     samples: Int64s
     images: Int64s
     uniforms: Float64s
     side: int
+    asked: int = 0
 
 
 class Output(NamedTuple):

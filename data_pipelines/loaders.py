@@ -213,10 +213,8 @@ def _train_requests(
     image_side: Callable[[int], int],
 ) -> Iterator[Request]:
     for step, samples in parts:
-        bad.ask(len(samples))
-        yield Request(
-            samples, order.images(samples), uniforms(seed, samples, UNIFORMS), image_side(step)
-        )
+        draws, asked = uniforms(seed, samples, UNIFORMS), bad.ask(len(samples))
+        yield Request(samples, order.images(samples), draws, image_side(step), asked)
 
 
 def _eval_requests(
@@ -225,8 +223,7 @@ def _eval_requests(
     mine = np.arange(rank, images, world_size, dtype=np.int64)
     for start in range(0, len(mine), batch_size):
         part = mine[start : start + batch_size]
-        bad.ask(len(part))
-        yield Request(part, part, np.empty((len(part), 0)), side)
+        yield Request(part, part, np.empty((len(part), 0)), side, bad.ask(len(part)))
 
 
 def _mixed(

@@ -78,9 +78,14 @@ class BadImages:
     def __contains__(self, image: int) -> bool:
         return image in self._known
 
-    def ask(self, count: int) -> None:
-        """Take note that so many images are to be read."""
+    def ask(self, count: int) -> int:
+        """Take note that so many images are to be read; how many that makes."""
         self._asked += count
+        return self._asked
+
+    def hear(self, asked: int) -> None:
+        """Take note of how many it is, in a worker process, which has a copy of its own."""
+        self._asked = max(self._asked, asked)
 
     def add(self, image: int, reason: str) -> None:
         """Take note of an image that cannot be read.
@@ -160,6 +165,7 @@ class ImageSource:
             UserError: an image cannot be read, and may not be skipped.
         """
         fetched: Fetched[T] = Fetched([], [], [], [])
+        self.bad.hear(request.asked)
         for row in rows:
             sample, first = int(request.samples[row]), int(request.images[row])
             for image in self._candidates(sample, first):
