@@ -19,6 +19,7 @@ from nvidia.dali import Pipeline, fn, pipeline_def
 from nvidia.dali.data_node import DataNode
 from nvidia.dali.plugin.pytorch import DALIGenericIterator
 from nvidia.dali.types import DALIDataType, DALIImageType
+from torch.nn.functional import interpolate
 
 from data_pipelines.augment import (
     UNIFORMS,
@@ -62,7 +63,8 @@ def dali_batches(
     """
     while True:
         feed = _Feed(source, requests, transform)
-        pipeline = _pipeline(feed, transform, batch_size, threads, output, prefetch)
+        scaler = None if output.device.type == "cuda" else _Scaler(threads)
+        pipeline = _pipeline(feed, scaler, transform, batch_size, threads, output, prefetch)
         iterator = DALIGenericIterator(
             [pipeline], ["images", "labels"], auto_reset=False, prepare_first_batch=False
         )
@@ -84,14 +86,48 @@ def dali_batches(
             # DALI's graph refers to itself in circles: without this, its threads and buffers would
             # stay until Python's garbage collector comes round.
             pipeline._shutdown()
+            if scaler is not None:
+                scaler.close()
             feed.close()
         # After an error a pipeline is of no more use. What it had taken is read anew: without the
         # images that are now known to be bad.
         requests = chain(feed.unfinished, requests)
 
 
+class _Scaler:
+    """Scales images on the CPU in threads of its own, with torch's kernel for bytes.
+
+    That takes a fifth of the time of DALI's, which was half of the whole pipeline's, and gives the
+    pixels that Pillow gives.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self._threads = max(threads, 1)
+        self._pool = ThreadPoolExecutor(self._threads, "scale")
+
+    def __call__(self, images: list[Bytes], sizes: list[NDArray[np.float32]]) -> list[Bytes]:
+        """Scale images (h, w, c) to heights and widths (2,)."""
+        # Few large tasks: handing each image over by itself would cost a tenth of the time.
+        length = -(-len(images) // self._threads)
+        parts = [slice(start, start + length) for start in range(0, len(images), length)]
+        scaled = self._pool.map(lambda part: [*map(_scale, images[part], sizes[part])], parts)
+        return [image for part in scaled for image in part]
+
+    def close(self) -> None:
+        """End the threads."""
+        self._pool.shutdown()
+
+
+def _scale(image: Bytes, size: NDArray[np.float32]) -> Bytes:
+    # Channels last, in and out, as torch sees it only in this order: nothing is copied.
+    pixels = torch.from_numpy(image)[None].permute(0, 3, 1, 2)
+    scaled = interpolate(pixels, [*map(int, size)], mode="bilinear", antialias=True)
+    return np.ascontiguousarray(scaled[0].permute(1, 2, 0).numpy())
+
+
 def _pipeline(
     feed: "_Feed",
+    scaler: _Scaler | None,
     transform: ImageTransform,
     batch_size: int,
     threads: int,
@@ -102,6 +138,7 @@ def _pipeline(
     define = pipeline_def(enable_conditionals=transform.rand_augment is not None)
     return define(_graph)(
         feed,
+        scaler,
         transform,
         output,
         batch_size=batch_size,
@@ -113,7 +150,9 @@ def _pipeline(
     )
 
 
-def _graph(feed: "_Feed", transform: ImageTransform, output: Output) -> tuple[DataNode, DataNode]:
+def _graph(
+    feed: "_Feed", scaler: _Scaler | None, transform: ImageTransform, output: Output
+) -> tuple[DataNode, DataNode]:
     """Images and labels, as DALI makes them of what the feed gives it."""
     on_gpu = output.device.type == "cuda"
     names = _inputs(transform)
@@ -136,13 +175,12 @@ def _graph(feed: "_Feed", transform: ImageTransform, output: Output) -> tuple[Da
         images = fn.decoders.image_slice(
             given["encoded"], start=given["corner"], shape=given["size"], axes=(0, 1), **decoding
         )
-        images = fn.resize(images, size=given["side"], antialias=True)
+        images = _scaled(images, given["side"], scaler)
     else:
         images = fn.decoders.image(given["encoded"], **decoding)
         if transform.resize is not None:
-            images = fn.resize(
-                images, size=fn.cast(given["size"], dtype=DALIDataType.FLOAT), antialias=True
-            )
+            size = fn.cast(given["size"], dtype=DALIDataType.FLOAT)
+            images = _scaled(images, size, scaler)
         images = fn.slice(
             images,
             start=given["corner"],
@@ -167,6 +205,15 @@ def _graph(feed: "_Feed", transform: ImageTransform, output: Output) -> tuple[Da
         images = erase(images, given["boxes"])
     labels = given["labels"]
     return images, labels.gpu() if on_gpu else labels
+
+
+def _scaled(images: DataNode, sizes: DataNode, scaler: _Scaler | None) -> DataNode:
+    """Scale images, HWC, to height and width, antialiased bilinear; without a scaler by DALI."""
+    if scaler is None:
+        return cast(DataNode, fn.resize(images, size=sizes, antialias=True))
+    return fn.python_function(
+        images, sizes, function=scaler, batch_processing=True, output_layouts="HWC"
+    )
 
 
 # What DALI may be handed per sample: type and number of dimensions.

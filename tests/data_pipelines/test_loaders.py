@@ -124,16 +124,16 @@ def _join(batches: list[Batch]) -> Batch:
 
 
 def _assert_close(ours: torch.Tensor, theirs: torch.Tensor, *, mean: float) -> None:
-    """Bounds measured on all 500 photos: each image's mean difference below 0.27 of 255.
+    """Bounds measured on all 500 photos: each image's mean difference is below 0.25 of 255.
 
-    No pixel differs by more than one level, but on the border of the scaled image, where PIL
-    shortens the filter and DALI repeats the last pixel: up to 18 levels, in 0.05% of the pixels.
+    Evaluation's below 0.1, where 99.8% of the values are the same; a few in a million differ by
+    two levels and no more.
     """
     assert ours.shape == theirs.shape
     difference = (_levels(ours) - _levels(theirs)).abs()
     assert difference.mean((1, 2, 3)).max() < mean
-    assert difference.max() < 30
-    assert (difference > 1.01).float().mean() < 0.001
+    assert difference.max() < 2.01
+    assert (difference > 1.01).float().mean() < 1e-5
 
 
 def test_train_images_of_both_loaders_are_the_same(photos: ImageIndex) -> None:
@@ -187,7 +187,7 @@ def test_eval_images_are_torchvision_s(photos: ImageIndex, loader: str, resize: 
     images, our_labels = _join(batches)
     assert our_labels.tolist() == list(labels)
     # Without scaling the decoders agree bit by bit; what is left is float rounding.
-    _assert_close(images, torch.stack(expected), mean=0.3 if resize else 1e-3)
+    _assert_close(images, torch.stack(expected), mean=0.1 if resize else 1e-3)
 
 
 def test_cifar_images_of_both_loaders_are_the_same(cifar: ImageIndex) -> None:
