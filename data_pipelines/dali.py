@@ -40,7 +40,7 @@ from data_pipelines.source import Bytes, Fetched, ImageSource, rows_of
 # Threads that read files. On a network file system each one mostly waits.
 _READERS = 16
 # Batches whose files are read before DALI asks for them.
-_READ_AHEAD = 3
+_READ_AHEAD = 4
 _Sized = tuple[Bytes, tuple[int, int]]
 
 
@@ -305,8 +305,8 @@ class _Feed:
         return self
 
     def __next__(self) -> tuple[Any, ...]:
-        while len(self._ahead) <= _READ_AHEAD:
-            self._ahead.append(self._conductor.submit(self._make))
+        if not self._ahead:
+            self._read_ahead()
         made = self._ahead.popleft().result()
         if made is None:
             raise StopIteration
@@ -318,6 +318,13 @@ class _Feed:
         request = self.fed.popleft().request
         while self._taken.popleft() is not request:
             pass  # of these no image was left
+        # Now, and not while DALI is being given the next one: the threads would get into the way
+        # of the loop, which is waiting for that.
+        self._read_ahead()
+
+    def _read_ahead(self) -> None:
+        while len(self._ahead) < _READ_AHEAD:
+            self._ahead.append(self._conductor.submit(self._make))
 
     @property
     def unfinished(self) -> list[Request]:
