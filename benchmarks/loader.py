@@ -11,6 +11,8 @@ wait   a training step that takes 1.5 times as long as the loader needs for a ba
 start  from a fresh process to the first batch, and the memory of each process, with an index of the
        photos and one of 1.3 million entries, in one process and in two at once; beside it,
        torchvision's ImageFolder and our own scan listing as many files as is quick
+agree  the pixels of our two loaders for the same samples: how many values are equal, and how far
+       the others differ, in levels of 255
 
 Every contestant lives in processes of its own, which are stopped while another has its turn. They
 take turns pass by pass, since a machine's speed varies; a ratio is that of the passes of one round,
@@ -62,13 +64,13 @@ from data_pipelines.image_index import (
     save_index,
     scan_class_folders,
 )
-from data_pipelines.loaders import train_batches
+from data_pipelines.loaders import eval_batches, train_batches
 from tpp.errors import UserError, run_command
 from tpp.files import write_whole
 
 RESULTS = Path(__file__).parent / "results" / "loader.json"
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
-PARTS = ("speed", "wait", "start")
+PARTS = ("speed", "wait", "start", "agree")
 SIDE = 224
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 AREA, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
@@ -529,10 +531,10 @@ def measure_contestants(
 
 
 def _with_ratios(found: Result) -> Result:
-    """Medians, and the median ratios to bare DALI and, of ours, to the best of the others."""
+    """Medians, and median ratios to bare DALI and, of ours, to the best of those without DALI."""
     for row in found.values():
         row["median"] = statistics.median(row["images_per_second"])
-    others = [name for name in found if not CONTESTANTS[name].ours]
+    others = [name for name in found if not CONTESTANTS[name].ours and "dali" not in name]
     best = max(others, key=lambda name: found[name]["median"], default=None)
     for name, row in found.items():
         row["to_dali"] = _ratio(row, found.get("dali"))
@@ -767,6 +769,34 @@ def _progress(items: Iterable[Item], what: str) -> Iterable[Item]:
     return track(items, what, console=console, disable=not console.is_terminal, transient=True)
 
 
+def measure_agreement(setup: Setup, images: int) -> Result:
+    """How far our loaders' pixels differ, over all photos, in levels of 255."""
+    index, scale = scan_class_folders(setup.folder), 255 * torch.tensor(STD)[:, None, None]
+    common: Result = {"rank": 0, "world_size": 1, "device": torch.device("cpu")}
+    training: Result = {"global_batch": setup.batch, "accumulation": 1, "seed": 0, "start_step": 0}
+    training["steps"] = images // setup.batch
+    found = {}
+    for name in ("training", "evaluation"):
+        streams = [
+            train_batches(index, RECIPE, loader=loader, threads=threads, **training, **common)
+            if name == "training"
+            else eval_batches(
+                index, RECIPE, loader=loader, threads=threads, batch_size=setup.batch, **common
+            )
+            for loader, threads in (("dali", setup.threads), ("torchvision", 0))
+        ]
+        pairs = zip(*streams, strict=True)
+        apart = torch.cat([((one - other) * scale).abs() for (one, _), (other, _) in pairs])
+        found[name] = {
+            "images": len(apart),
+            "equal": (apart < 0.01).double().mean().item(),
+            "above_1": (apart > 1.01).double().mean().item(),
+            "largest": apart.max().item(),
+            "largest_mean_of_an_image": apart.mean((1, 2, 3)).max().item(),
+        }
+    return found
+
+
 def show(results: Result) -> None:
     """The results as tables."""
     console = Console(width=None if sys.stdout.isatty() else 150, highlight=False)
@@ -784,6 +814,20 @@ def show(results: Result) -> None:
         console.print(table, "")
     if "start" in results:
         _show_start(results["start"], console)
+    if "agree" in results:
+        headings = [
+            "images",
+            "values equal",
+            "beyond 1 level",
+            "largest",
+            "an image's mean, at most",
+        ]
+        table = _table("our loaders' pixels, in levels of 255", headings)
+        for name, row in results["agree"].items():
+            shares = (f"{row['equal']:.3%}", f"{row['above_1']:.1e}", f"{row['largest']:.1f}")
+            mean = f"{row['largest_mean_of_an_image']:.2f}"
+            table.add_row(name, str(row["images"]), *shares, mean)
+        console.print(table)
 
 
 def _table(title: str, headings: list[str]) -> Table:
@@ -799,7 +843,7 @@ def _show_speed(found: Result, console: Console) -> None:
         f"images/s, {found['images']} photos, batch {found['batch']}, {found['threads']} threads "
         "or workers"
     )
-    table = _table(title, ["median", "lowest", "highest", "to bare DALI", "to the best other"])
+    table = _table(title, ["median", "lowest", "highest", "to bare DALI", "to the best without"])
     for name, row in found["contestants"].items():
         passes = row["images_per_second"]
         cells = [f"{value:.0f}" for value in (row["median"], min(passes), max(passes))]
@@ -809,7 +853,7 @@ def _show_speed(found: Result, console: Console) -> None:
     console.print(table)
     best = {row["best_other"] for row in found["contestants"].values() if "best_other" in row}
     for name in best:
-        console.print(f"the best other: {CONTESTANTS[name].label}")
+        console.print(f"the best without DALI: {CONTESTANTS[name].label}")
     console.print()
 
 
@@ -906,6 +950,8 @@ def main() -> None:
             found |= measure_contestants(options.names, setup, options.device, images, options)
         if "start" in options.parts:
             found["start"] = measure_start(setup, work, options)
+        if "agree" in options.parts:
+            found["agree"] = measure_agreement(setup, images)
     on = {
         "date": date.today().isoformat(),
         "machine": platform.machine(),

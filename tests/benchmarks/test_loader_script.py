@@ -195,11 +195,12 @@ def test_ratios_are_those_of_one_round():
     passes = {
         "ours": [100.0, 20.0, 300.0],
         "dali": [50.0, 40.0, 100.0],
+        "dali-shards": [900.0, 900.0, 900.0],
         "timm": [10.0, 60.0, 400.0],
         "ours-shards": [1.0, 6.0, 40.0],
     }
     found = _with_ratios({name: {"images_per_second": list(p)} for name, p in passes.items()})
-    assert [found[name]["median"] for name in passes] == [100, 50, 60, 6]
+    assert [found[name]["median"] for name in passes] == [100, 50, 900, 60, 6]
     assert found["ours"]["to_dali"] == 2 and found["dali"]["to_dali"] == 1
     # timm's median is the higher one; ratios 10, 1/3, 3/4 and 1/10 each.
     assert found["ours"]["best_other"] == "timm" and found["ours"]["to_best_other"] == 3 / 4
@@ -279,8 +280,11 @@ def test_every_part_runs_at_tiny_sizes(archive, tmp_path):
         # A batch of 20 images in float32 is 12 MB.
         assert row["grown"]["after_first_batch"]["private_dirty_mb"] > 12
     assert {listed["files"] for listed in results["start"]["listing"].values()} == {1000}
+    for row in results["agree"].values():
+        assert row["images"] > 0 and row["equal"] > 0.9 and row["largest"] < 3
     assert (
-        "ours, DALI, class folders" in done.stdout and "the best other: torchvision" in done.stdout
+        "ours, DALI, class folders" in done.stdout
+        and "the best without DALI: torchvision" in done.stdout
     )
 
 
