@@ -10,12 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from data_pipelines.augment import ColorJitter, RandAugment
 from data_pipelines.image_index import scan_class_folders
 from data_pipelines.order import permutation
 from data_pipelines.shards import write_shards
+from train.config import Config
+from train.data import RunData, image_transform, stage_transform
 
 ROOT = Path(__file__).resolve().parents[2]
 ALL = {
@@ -139,6 +143,38 @@ def test_a_killed_run_goes_on_with_the_same_augmentation(dense, run_main, loader
     assert "stages.dense.augment.mixup was 0.2 and is 0.3" in refused.stderr
     assert "dense: resumed after" in run_main(dense).stdout
     assert _same(_weights(undisturbed), _weights(dense))
+
+
+def test_a_stage_is_fed_as_its_configuration_says(dense):
+    dense["data"] |= {"augmentation": "imagenet", "image_size": 64}
+    dense["data"]["augment"] = {**ALL, "mixup": 0.0, "cutmix": 0.0}
+    progressive = {"start_size": 32, "start_epoch": 0.5, "end_epoch": 1.5}
+    dense["stages"]["again"] = {
+        "kind": "finetune",
+        "epochs": 2,
+        "optimizer": {"lr": 0.1},
+        "augment": {"mixup": 0.4, "progressive": progressive},
+    }
+    dense["training"]["channels_last"] = True
+    config = Config.model_validate(dense)
+    data = RunData(config, Accelerator(cpu=True))
+    jitter = ColorJitter(0.4, 0.4, 0.4, 0.1)
+    first = stage_transform(config, "dense")
+    assert (first.color_jitter, first.rand_augment) == (jitter, RandAugment(2, 9))
+    assert (first.random_erasing, first.image_size) == (0.5, 64)
+    assert stage_transform(config, "again") == image_transform(config)
+
+    repeated = [labels for _, labels in data.train_batches("dense", 0, 2)]
+    order = permutation(0, 0, 96)[:16]
+    assert torch.cat(repeated).tolist() == data.train.index.labels[order].repeat(2).tolist()
+
+    batches = list(data.train_batches("again", 0, 12))  # 6 steps of 16 images make an epoch
+    assert [images.shape[2] for images, _ in batches] == [32] * 4 + [32, 32, 64, 64, 64] + [64] * 3
+    images, shares = batches[0]
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    assert shares.shape == (16, 4) and len(shares.unique()) > 1 and shares.sum() == 16
+    later = list(data.train_batches("again", 11, 1))
+    assert torch.equal(later[0][0], batches[11][0])
 
 
 def test_a_resumed_run_must_have_the_same_images(dense, run_main):
