@@ -2,12 +2,14 @@
 
 import copy
 import json
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -20,6 +22,7 @@ from data_pipelines.order import permutation
 from data_pipelines.shards import write_shards
 from train.config import Config
 from train.data import RunData, image_transform, stage_transform
+from train.run import stage_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 ALL = {
@@ -69,7 +72,10 @@ def _make_index(folder: Path, *options: str) -> None:
 def test_bad_images_are_skipped_counted_and_told_once(dense, run_main, loader, ranks):
     root = Path(dense["data"]["root"])
     train, val = (scan_class_folders(root / name) for name in ("train", "val"))
-    bad = [f"train/{train.files[int(permutation(0, 0, 96)[place])]}" for place in (5, 40)]
+    # Two that another one of two ranks meets in the second epoch: they are not told again.
+    epochs = [np.argsort(permutation(0, epoch, 96)) for epoch in range(2)]
+    turning = np.flatnonzero(epochs[0] % 2 != epochs[1] % 2)
+    bad = [f"train/{train.files[int(image)]}" for image in turning[[3, 9]]]
     bad += [f"val/{val.files[3]}"]
     (root / bad[0]).write_bytes(b"")
     (root / bad[1]).unlink()
@@ -106,7 +112,62 @@ def test_an_index_that_does_not_fit_is_told_once_by_any_rank(dense, run_main):
     assert result.stderr.count("this index no longer fits") == 1
     assert f"{extra.parent.name}/another.jpg is new" in result.stderr
     assert f"python -m data_pipelines.index {root / 'train'}" in result.stderr
+    assert "rank 1" not in result.stderr.split("no longer fits")[0].splitlines()[-1]
     assert not Path(dense["output"]).exists()
+
+
+NODE = """
+import os, sys
+from pathlib import Path
+from accelerate import Accelerator
+from tpp.errors import UserError
+from train.data import open_for_all_ranks
+os.chdir(f"node{os.environ['RANK']}")
+file = Path("index.safetensors") if sys.argv[1] == "indexed" else None
+accelerator = Accelerator(cpu=True)
+try:
+    index = open_for_all_ranks(Path("images"), file, accelerator)
+    said = f"{len(index)} images, {index.fingerprint}"
+except UserError as error:
+    said = str(error)
+Path("said").write_text(said)
+accelerator.end_training()
+"""
+
+
+@pytest.mark.parametrize("way", ["indexed", "listed"])
+def test_what_one_node_lacks_is_told_by_all(tiny_data, tmp_path, way):
+    script = tmp_path / "node.py"
+    script.write_text(NODE)
+    for node in ("node0", "node1"):
+        shutil.copytree(tiny_data / "val", tmp_path / node / "images")
+        if node == "node1":
+            next((tmp_path / node / "images").glob("*/*.jpg")).unlink()
+        _make_index(tmp_path / node / "images", "--out", str(tmp_path / node))
+        (tmp_path / node / "images.safetensors").rename(tmp_path / node / "index.safetensors")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [*command, str(script), way],
+        cwd=tmp_path, env=environment, check=True, capture_output=True, timeout=300,
+    )  # fmt: skip
+    said = [(tmp_path / node / "said").read_text() for node in ("node0", "node1")]
+    assert said[0] == said[1]
+    if way == "indexed":
+        assert said[0].startswith("rank 1: index.safetensors: this node's index is of other images")
+    else:  # whoever lacks a file will say so when its turn comes
+        listed = scan_class_folders(tmp_path / "node0" / "images")
+        assert said[0] == f"40 images, {listed.fingerprint}"
+
+
+def test_settings_that_are_as_they_always_were_are_not_written_down(dense):
+    """A run that was begun before these settings existed goes on."""
+    settings = stage_settings(Config.model_validate(dense), "dense")
+    assert "augment" not in settings["stages"]["dense"]
+    assert set(settings["data"]) == {
+        *("train", "val", "loader", "augmentation", "image_size", "resize", "mean", "std"),
+        *("channels", "demo"),
+    }
 
 
 def test_folder_index_and_shards_end_in_the_same_weights(dense, run_main, tmp_path):
