@@ -2,7 +2,7 @@
 
 Python threads read the files ahead (reading is waiting, not computing), look into each one's header
 and work out windows and flips by the same functions that the torchvision loader uses; DALI gets
-encoded images and numbers, and does everything that touches a pixel.
+encoded images and numbers, and does everything that touches a pixel, but for scaling on the CPU.
 """
 
 from collections import deque
