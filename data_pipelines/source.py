@@ -80,12 +80,14 @@ class BadImages:
 
     def ask(self, count: int) -> int:
         """Take note that so many images are to be read; how many that makes."""
-        self._asked += count
-        return self._asked
+        with self._lock:
+            self._asked += count
+            return self._asked
 
     def hear(self, asked: int) -> None:
         """Take note of how many it is, in a worker process, which has a copy of its own."""
-        self._asked = max(self._asked, asked)
+        with self._lock:
+            self._asked = max(self._asked, asked)
 
     def add(self, image: int, reason: str) -> None:
         """Take note of an image that cannot be read.

@@ -80,6 +80,8 @@ class RunData:
             limit=data.max_skipped,
             world_size=accelerator.num_processes,
         )
+        if not accelerator.is_main_process:
+            bad.take_new()  # what the index knows, the main rank knows as well
         return Images(index, bad)
 
     def train_batches(
