@@ -94,6 +94,18 @@ def _train(index: ImageIndex, bad: BadImages, loader: str, **changes: Any) -> li
     return list(train_batches(index, PLAIN, **{**settings, **changes}))
 
 
+def _evaluate(index: ImageIndex, bad: BadImages, loader: str, **changes: Any) -> Any:
+    settings: dict[str, Any] = {
+        "loader": loader,
+        "rank": 0,
+        "world_size": 1,
+        "threads": 1,
+        "device": CPU,
+        "bad": bad,
+    }
+    return eval_batches(index, PLAIN, **{**settings, **changes})
+
+
 def _stream(count: int, bad: set[int]) -> np.ndarray:
     """The images of the first samples, by plain search: a bad one gives way to the next good."""
     whole = np.concatenate([permutation(SEED, epoch, FILES) for epoch in range(3)]).tolist()
@@ -164,17 +176,7 @@ def test_evaluation_leaves_them_out(
     seen: dict[int, list[Any]] = {}
     for rank in range(world_size):
         known = BadImages(index, on_error="skip", limit=0.05, world_size=world_size)
-        batches = eval_batches(
-            index,
-            PLAIN,
-            loader=loader,
-            batch_size=7,
-            rank=rank,
-            world_size=world_size,
-            threads=1,
-            device=CPU,
-            bad=known,
-        )
+        batches = _evaluate(index, known, loader, batch_size=7, rank=rank, world_size=world_size)
         images, labels = (torch.cat(part) for part in zip(*batches, strict=True))
         mine = np.array([i for i in range(rank, FILES, world_size) if i not in bad])
         _assert_shows(images, index, mine)
@@ -189,17 +191,7 @@ def test_a_batch_of_nothing_but_bad_images_is_left_out(tmp_path: Path, loader: s
     for image in (4, 5, 6, 7):
         (tmp_path / index.files[image]).write_bytes(b"")
     known = BadImages(index, on_error="skip", limit=0.5)
-    batches = eval_batches(
-        index,
-        PLAIN,
-        loader=loader,
-        batch_size=4,
-        rank=0,
-        world_size=1,
-        threads=1,
-        device=CPU,
-        bad=known,
-    )
+    batches = _evaluate(index, known, loader, batch_size=4)
     assert [len(labels) for _, labels in batches] == [4, 4]
 
 
@@ -213,17 +205,7 @@ def test_what_only_the_decoder_notices_comes_after_a_batch_left_out(
         (tmp_path / index.files[image]).write_bytes(b"")
     _without_scan(tmp_path / index.files[37])
     known = BadImages(index, on_error="skip", limit=0.5)
-    batches = eval_batches(
-        index,
-        PLAIN,
-        loader=loader,
-        batch_size=4,
-        rank=0,
-        world_size=1,
-        threads=1,
-        device=CPU,
-        bad=known,
-    )
+    batches = _evaluate(index, known, loader, batch_size=4)
     images = torch.cat([images for images, _ in batches])
     _assert_shows(images, index, np.array([*range(4, 37), 38, 39]))
 
@@ -330,17 +312,7 @@ def test_what_the_index_knows_is_broken_is_never_read(tmp_path: Path) -> None:
     known = BadImages(index, on_error="skip", limit=0.06)
     for image in (5, 6):  # readable, but the index says otherwise
         assert image in known
-    batches = eval_batches(
-        index,
-        PLAIN,
-        loader="dali",
-        batch_size=40,
-        rank=0,
-        world_size=1,
-        threads=1,
-        device=CPU,
-        bad=known,
-    )
+    batches = _evaluate(index, known, "dali", batch_size=40)
     assert len(next(batches)[1]) == 38
     assert [reason for _, reason in known.take_new()] == ["broken, says the index"] * 2
     with pytest.raises(UserError, match=r"which would now be 0\.075"):

@@ -43,20 +43,9 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @pytest.fixture(scope="module")
-def photos(
-    shared_data: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
-) -> ImageIndex:
+def photos(unpack_photos: Callable[[int], ImageIndex]) -> ImageIndex:
     """Full-size ImageNet photos, grey ones among them."""
-    root = tmp_path_factory.mktemp("photos")
-    grey = ("acoustic_guitar", "beaker")
-    with tarfile.open(shared_data("imagenet-sample-500.tar")) as archive:
-        members = [member for member in archive.getmembers() if member.isfile()]
-        few = members[: PHOTOS - len(grey)]
-        few += [member for member in members if any(name in member.name for name in grey)]
-        archive.extractall(root, few, filter="data")
-    index = scan_class_folders(root / "imagenet-sample")
-    assert len(index) == PHOTOS
-    return index
+    return unpack_photos(PHOTOS)
 
 
 @pytest.fixture(scope="module")

@@ -49,18 +49,9 @@ SIDE = 300
 
 
 @pytest.fixture(scope="module")
-def photos(
-    shared_data: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
-) -> ImageIndex:
+def photos(unpack_photos: Callable[[int], ImageIndex]) -> ImageIndex:
     """Full-size ImageNet photos, grey ones among them."""
-    root = tmp_path_factory.mktemp("photos")
-    grey = ("acoustic_guitar", "beaker")
-    with tarfile.open(shared_data("imagenet-sample-500.tar")) as archive:
-        members = [member for member in archive.getmembers() if member.isfile()]
-        few = members[: PHOTOS - len(grey)]
-        few += [member for member in members if any(name in member.name for name in grey)]
-        archive.extractall(root, few, filter="data")
-    return scan_class_folders(root / "imagenet-sample")
+    return unpack_photos(PHOTOS)
 
 
 @pytest.fixture(scope="module")
