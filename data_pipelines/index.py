@@ -111,7 +111,7 @@ def main() -> None:
     if options.threads is not None and options.threads < 1:
         raise UserError(f"--threads must be at least 1, not {options.threads}")
     _silence_pil()
-    parts = _parts(options.folder)
+    parts = parts_of(options.folder)
     for part in parts:
         _check(part, options.out)
     broken = 0
@@ -129,7 +129,7 @@ def main() -> None:
         sys.exit(1)
 
 
-def _parts(folder: Path) -> list[Path]:
+def parts_of(folder: Path) -> list[Path]:
     """The folders to index: the one given, or those in it that are a data set's parts."""
     found = visible(folder, folders=True)
     named = [folder / name for name in PARTS if name in found]

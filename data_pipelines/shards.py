@@ -36,12 +36,10 @@ from data_pipelines.image_index import (
     SCAN_THREADS,
     ImageIndex,
     Location,
-    image_names,
     open_images,
     save_index,
-    visible,
 )
-from data_pipelines.index import PARTS
+from data_pipelines.index import parts_of
 from data_pipelines.making import claimed, in_bytes, progress_bar
 from data_pipelines.order import Int64s, permutation
 from data_pipelines.source import Bytes, read_bytes
@@ -805,12 +803,7 @@ def print_written(written: Written) -> None:
 
 def _parts(folder: Path) -> dict[str, Path]:
     """The folders to read, by the names of those to write; '' is the one given itself."""
-    parts = {}
-    for name in PARTS:
-        part = folder / name
-        # A class may be named 'train' as well.
-        if part.is_dir() and visible(part, folders=True) and not image_names(part):
-            parts[name] = part
+    parts = {part.name: part for part in parts_of(folder) if part != folder}
     if "test" in parts and "val" not in parts:
         parts["val"] = parts.pop("test")
     return parts or {"": folder}
