@@ -71,9 +71,7 @@ class RunData:
 
     def _open(self, name: str) -> Images:
         data, accelerator = self._config.data, self._accelerator
-        folder = Path(data.root) / name
-        file = Path(data.index) / f"{name}.safetensors" if data.index is not None else None
-        index = open_for_all_ranks(folder, file, accelerator)
+        index = open_for_all_ranks(*image_place(self._config, name), accelerator)
         bad = BadImages(
             index,
             on_error=data.on_error,
@@ -179,6 +177,13 @@ def stage_transform(config: Config, stage: str) -> ImageTransform:
         rand_augment=RandAugment(**rand.model_dump()) if rand else None,
         random_erasing=augment.random_erasing,
     )
+
+
+def image_place(config: Config, name: str) -> tuple[Path, Path | None]:
+    """Where the images called ``name`` lie, and their index if the configuration says where."""
+    data = config.data
+    file = Path(data.index) / f"{name}.safetensors" if data.index is not None else None
+    return Path(data.root) / name, file
 
 
 def open_for_all_ranks(

@@ -1,20 +1,20 @@
 """What a run would do: configuration, plan, counts, and how the penalty is shared."""
 
 import sys
-from pathlib import Path
 from statistics import mean
 
 import yaml
 from rich.console import Console
 from rich.table import Table
 
-from data_pipelines.image_index import scan_class_folders
+from data_pipelines.image_index import open_images
 from tpp.describe import count
 from tpp.errors import UserError
 from tpp.models import Architecture, build_on_meta
 from tpp.plan import PruningPlan
 from tpp.prune import prune_model
 from train.config import Config
+from train.data import image_place
 from train.preflight import check_plans
 
 
@@ -77,7 +77,7 @@ def _classes(config: Config) -> int:
         return config.model.num_classes
     if config.data.demo is not None:
         return config.data.demo.classes
-    return len(scan_class_folders(Path(config.data.root) / config.data.train).classes)
+    return len(open_images(*image_place(config, config.data.train)).classes)
 
 
 def _plan_table(plan: PruningPlan) -> Table:

@@ -10,13 +10,14 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from data_pipelines.image_index import ImageIndex, open_images
+from data_pipelines.image_index import ImageIndex
 from data_pipelines.loaders import ImageTransform, eval_batches, resolve_loader
 from data_pipelines.source import ON_ERROR, BadImages
 from tpp.checkpoint import find_metadata, load_model
 from tpp.errors import UserError, run_command
 from tpp.models import build_model, input_shape
 from tpp.sources import load_weights
+from train.data import open_for_all_ranks
 from train.distributed import make_accelerator, sum_over_ranks
 from train.monitor import say
 
@@ -95,10 +96,10 @@ def main() -> None:
         if getattr(arguments, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1")
 
-    index = open_images(Path(arguments.data))
+    accelerator = make_accelerator(arguments.precision)
+    index = open_for_all_ranks(Path(arguments.data), None, accelerator)
     model, transform = _load(Path(arguments.checkpoint), arguments.model, index)
     loader = resolve_loader(arguments.loader)
-    accelerator = make_accelerator(arguments.precision)
     bad = BadImages(
         index,
         on_error=arguments.on_error,

@@ -1,10 +1,13 @@
 """What --dry-run prints, against the published figures; no data and no weights are there."""
 
+import re
 import sys
 from pathlib import Path
 
 import pytest
 
+from data_pipelines.image_index import scan_class_folders
+from data_pipelines.shards import write_shards
 from tpp.errors import run_command
 from train.main import main
 
@@ -113,6 +116,23 @@ def test_a_budget_out_of_reach_shows_before_anything_runs(monkeypatch, capsys):
         "error: budget: a speedup of 4x cannot be met: the best that ratios, floors, skip and "
     )
     assert capsys.readouterr().err == f"{expected}round_to allow is 2.3081x\n"
+
+
+def test_classes_are_counted_in_shards_too(monkeypatch, capsys, tiny_data, tmp_path):
+    write_shards(scan_class_folders(tiny_data / "train"), tmp_path / "train")
+    config = str(CONFIGS / "cifar10" / "resnet56_tpp_pr0.5.yaml")
+    overrides = (f"data.root={tmp_path}", "model.num_classes=null")
+    of_ten = dry_run(monkeypatch, capsys, "--config", config, "model.num_classes=10")
+    of_four = dry_run(monkeypatch, capsys, "--config", config, *overrides)
+    # Six outputs less: 64 weights and a bias each.
+    counts = [_parameters(printed) for printed in (of_ten, of_four)]
+    assert counts[0] - counts[1] == 6 * 65
+
+
+def _parameters(printed: str) -> int:
+    found = re.search(r"parameters\D*([\d,]+)", printed)
+    assert found is not None, printed
+    return int(found[1].replace(",", ""))
 
 
 def test_no_ranks_is_a_mistake(monkeypatch, capsys):
