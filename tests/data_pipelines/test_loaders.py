@@ -4,6 +4,7 @@ import multiprocessing
 import tarfile
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -350,7 +351,10 @@ def _endless(index: ImageIndex, loader: str) -> Iterator[Batch]:
 
 
 def _dali_threads() -> int:
-    names = [(task / "comm").read_text() for task in Path("/proc/self/task").iterdir()]
+    names = []
+    for task in Path("/proc/self/task").iterdir():
+        with suppress(OSError):  # a thread of somebody else that ends meanwhile
+            names.append((task / "comm").read_text())
     return sum(name.startswith("[DALI]") for name in names)
 
 
