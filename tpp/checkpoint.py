@@ -23,15 +23,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tpp.errors import UserError
+from tpp.errors import UserError, reason_of
 from tpp.files import aside_of, sync
 from tpp.fitting import assign_tensors, fill_buffers, fitted, layer_widths
-from tpp.models import Architecture, architecture_of, build_model
+from tpp.models import Architecture, architecture_of, build_model, build_on_meta
+from tpp.reading import check_names, parse_json
 
 FORMAT = "tpp-checkpoint"
 VERSION = 2
 EMA = "ema"
 OPTIMIZER = "optimizer."
+# A dense network is this many times as large as the file of what is left of it, and so many
+# bytes, at most. It is built only where it computes what no file holds: masks and positions.
+_MOST_TIMES_LARGER = 1000
+_SMALL = 2**28
 _FIELDS = {
     "version",
     "architecture",
@@ -150,6 +155,7 @@ def load_model(path: PathLike, *, companion: str | None = None) -> nn.Module:
         UserError: the file is missing, truncated, damaged, of another format or version, or
             its tensors contradict what it says about itself or each other.
     """
+    path = Path(path)
     tensors, companions, info = read_checkpoint(path)
     if companion is not None:
         if companion not in companions:
@@ -160,10 +166,21 @@ def load_model(path: PathLike, *, companion: str | None = None) -> nn.Module:
     assign_tensors(model, tensors)
     if any(buffer.is_meta for buffer in model.buffers()):
         arch = info.architecture
+        _check_dense_size(path, arch)
         with torch.random.fork_rng(devices=[]):
             fill_buffers(model, build_model(arch.name, arch.num_classes, **arch.args))
     model.__dict__["preprocessing"] = info.preprocessing
     return model.eval()
+
+
+def _check_dense_size(path: Path, architecture: Architecture) -> None:
+    dense = build_on_meta(architecture)
+    size = sum(t.numel() * t.element_size() for t in (*dense.parameters(), *dense.buffers()))
+    if size > _MOST_TIMES_LARGER * path.stat().st_size + _SMALL:
+        raise UserError(
+            f"{path}: is said to be of {architecture.name}, which has {size:,} bytes; the file is "
+            "too small for what could be left of it"
+        )
 
 
 def load_optimizer_state(path: PathLike, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
@@ -300,9 +317,11 @@ def open_safetensors(path: Path) -> Any:
     """
     check_file(path)
     try:
-        return safe_open(path, "pt")
+        file = safe_open(path, "pt")
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a whole safetensors file ({error})") from None
+        raise UserError(f"{path}: not a whole safetensors file ({reason_of(error)})") from None
+    check_names(file.keys(), str(path))
+    return file
 
 
 def check_file(path: Path) -> None:
@@ -387,10 +406,7 @@ def _parse(path: Path, file: Any) -> CheckpointInfo:
         raise UserError(
             f"{path}: not a {FORMAT} (a plain safetensors file does not say which network it is)"
         )
-    try:
-        data = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{path}: the metadata is not JSON ({error})") from None
+    data = parse_json(text, f"{path}: the metadata")
     version = data.get("version") if isinstance(data, dict) else None
     if version not in (1, VERSION):
         raise UserError(f"{path}: {FORMAT} version {version!r}, expected {VERSION}")
@@ -405,8 +421,9 @@ def _parse(path: Path, file: Any) -> CheckpointInfo:
             shapes[name] = tuple(file.get_slice(name).get_shape())
         elif companion not in data["companions"]:
             raise UserError(f"{path}: {name} is of a companion that the file does not name")
+    stored = set(shapes)
     for alias, name in data["ties"].items():
-        if name not in shapes:
+        if name not in stored or alias in stored:
             raise UserError(f"{path}: {alias} is said to be {name}, which is missing")
         shapes[alias] = shapes[name]
     architecture = Architecture.from_dict(data["architecture"], source=str(path))

@@ -22,9 +22,7 @@ The names and shapes of the parameters, in that order, are in the file with the 
 
 import math
 import os
-import pickle
 import re
-import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +31,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tpp.errors import UserError
+from tpp.errors import UserError, reason_of
+from tpp.reading import check_names, read_text
+from tpp.torch_files import NeedsPickleError, load_torch
 
 PathLike = str | os.PathLike[str]
 
@@ -50,6 +50,7 @@ _CONVERT = (
 _LAYOUT_ERRORS = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 # More candidates than this for who is who among parameters of equal shape: give up.
 _MOST_CANDIDATES = 10_000
+_LONGEST_TAG = 4096  # bytes of the file latest
 
 
 class _Inert:
@@ -184,9 +185,9 @@ def read_deepspeed(path: PathLike) -> DeepSpeedState:
         else:
             tensors, optimizer = _read_parts(first, model_paths, optim_paths)
     except _LAYOUT_ERRORS as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"{folder}: not as DeepSpeed 0.19 writes it ({type(error).__name__}: {reason})"
+            f"{folder}: not as DeepSpeed 0.19 writes it ({type(error).__name__}: "
+            f"{reason_of(error)})"
         ) from None
     step = first.data.get("global_steps")
     return DeepSpeedState(
@@ -212,10 +213,12 @@ def _step_folder(path: Path) -> Path:
     if not latest.is_file():
         raise UserError(f"{path}: no DeepSpeed checkpoint: neither latest nor *_model_states.pt")
     try:
-        tag = latest.read_text(encoding="utf-8").strip()
-    except (OSError, ValueError) as error:
-        raise UserError(f"{latest}: cannot be read ({error})") from None
-    if not tag or not (path / tag).is_dir():
+        # A name, not a path: what it leads to lies in this folder.
+        tag = read_text(latest, "the name of the newest step", largest=_LONGEST_TAG).strip()
+        found = tag == Path(tag).name != "" and tag != ".." and (path / tag).is_dir()
+    except OSError:  # a name that is too long for a file
+        found = False
+    if not found:
         raise UserError(f"{latest}: names {tag!r}, and there is no such folder beside it")
     if not _is_step_folder(path / tag):
         raise UserError(f"{path / tag}: holds no *_model_states.pt")
@@ -267,22 +270,11 @@ def _is_stage_3(model_file: Path) -> bool:
 
 def _load(path: Path) -> _File:
     try:
-        with torch.serialization.safe_globals(_STAND_INS):
-            # Only the zip format of torch >= 1.6 can be mapped instead of read.
-            data = torch.load(
-                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-            )
-    except pickle.UnpicklingError as error:
-        refused = re.search(r"GLOBAL (\S+)", str(error))
-        if refused is None:
+        data = load_torch(path, _STAND_INS)
+    except NeedsPickleError as error:
+        if error.refused is None:
             raise UserError(f"{path}: not a whole PyTorch file") from None
-        raise UserError(
-            f"{path}: holds {refused[1]}, and reading that could run any code; {_CONVERT}"
-        ) from None
-    except Exception as error:
-        # A damaged file can make torch's reader stumble anywhere.
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path}: not a whole PyTorch file ({reason})") from None
+        raise UserError(f"{error}; {_CONVERT}") from None
     if not isinstance(data, dict):
         raise UserError(f"{path}: not as DeepSpeed 0.19 writes it: it holds {_is(data)}")
     return _File(path, data)
@@ -335,6 +327,7 @@ def _module_of(model: _File) -> tuple[dict[str, Tensor], dict[str, str]]:
     if wrong or not module:
         found = f"{wrong[0]} is {_is(module[wrong[0]])}" if wrong else "it is empty"
         raise UserError(f"{model.path}: its 'module' is no state_dict: {found}")
+    check_names(module, str(model.path))
     seen: dict[Any, str] = {}
     ties = {}
     for name, tensor in module.items():

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tpp.checkpoint import CheckpointInfo, network_of, read_metadata
-from tpp.errors import UserError, run_command
+from tpp.errors import UserError, printable, run_command
 from tpp.models import build_on_meta, example_input_for, meta_copy
 
 # What convolutions and linear layers come down to; attention's products are not among them.
@@ -74,7 +74,7 @@ def count(model: nn.Module, *, example_input: Tensor | None = None) -> Counts:
         UserError: the model does not run on such an input.
     """
     if example_input is None:
-        example_input = example_input_for(model)
+        example_input = example_input_for(model, "meta")
     copy = meta_copy(model).eval()
     dtype = next(copy.parameters()).dtype
     images = torch.empty_like(example_input[:1], device="meta", dtype=dtype)
@@ -279,7 +279,7 @@ def _facts(path: str, info: CheckpointInfo, dense: Counts, counts: Counts) -> Ta
     table.add_column(overflow="fold")
     table.add_row("")
     for key, value in facts.items():
-        table.add_row(escape(key), escape(value))
+        table.add_row(escape(printable(key)), escape(printable(value)))
     return table
 
 

@@ -3,6 +3,10 @@
 import sys
 from collections.abc import Callable
 
+# Of a message: as much as anybody reads.
+_MOST_LINES = 30
+_LONGEST_LINE = 1000
+
 
 class UserError(Exception):
     """A mistake in what the user handed in: a file, a configuration key, a layer name.
@@ -10,7 +14,38 @@ class UserError(Exception):
     The message is one line that names the thing and says what would be right (or several lines,
     one for each mistake). Command-line entry points turn each into ``error: ...`` and end with
     exit code 2; nobody sees a traceback for it.
+
+    Messages quote what is in files of unknown origin, so each line is made :func:`printable`
+    here, and what is too long to be read is cut.
     """
+
+    def __init__(self, message: str) -> None:
+        lines = message.split("\n")
+        if len(lines) > _MOST_LINES:
+            lines[_MOST_LINES - 1 :] = [f"... and {len(lines) - _MOST_LINES + 1} more lines"]
+        super().__init__("\n".join(printable(line, _LONGEST_LINE) for line in lines))
+
+
+def printable(text: str, longest: int | None = None) -> str:
+    r"""Text that is safe to show: one line, in which a terminal finds nothing to obey.
+
+    Control characters, terminal escape codes and characters that reverse the reading order are
+    spelled out (``\x1b``, ``\u202e``).
+
+    Args:
+        text: of any origin.
+        longest: characters to show; of a longer text the middle is left out.
+    """
+    if longest is not None and len(text) > longest:
+        text = f"{text[: longest * 2 // 3]} ... {text[5 - longest // 3 :]}"
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def reason_of(error: BaseException) -> str:
+    """What an exception says, in one line; its name where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def run_command(main: Callable[[], None]) -> None:

@@ -1,12 +1,27 @@
-"""Files that appear whole or not at all."""
+"""Files and folders that appear whole or not at all."""
 
+import errno
 import os
+import re
+import time
+from collections.abc import Callable
 from pathlib import Path
+
+# What aside_of makes, and what safetensors makes beside the file that it is to write.
+_LEFTOVER = re.compile(r"\..+\.[0-9]+\.tmp|\.tmp[A-Za-z0-9]{6}", re.DOTALL)
+# How long the client of a network file system may go on showing what was before a rename.
+_PATIENCE_SECONDS = 3.0
+_LOOK_EVERY_SECONDS = 0.05
 
 
 def aside_of(path: Path) -> Path:
     """Where to write what is to become ``path``: hidden, beside it, this process's own."""
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def is_aside(path: Path) -> bool:
+    """Whether a file or folder is called as one that is not finished, of whatever process."""
+    return _LEFTOVER.fullmatch(path.name) is not None
 
 
 def sync(path: Path) -> None:
@@ -18,13 +33,71 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def forget(path: Path) -> None:
+    """Drop a synced file from the page cache, so that reading it asks the disk.
+
+    The memory that it took is free again for files that are read often, such as images. Where the
+    system has no such call, nothing happens.
+    """
+    if not hasattr(os, "posix_fadvise"):
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)
+
+
+def move(aside: Path, target: Path, arrived: Callable[[], bool]) -> None:
+    """Rename ``aside`` to ``target`` and have the disk hold that.
+
+    A network file system may show a rename late, or say that there was nothing to rename: where
+    the server's answer was lost, the client asks again, and by then it is done. So what counts is
+    what is found at ``target``, within three seconds.
+
+    Args:
+        aside: a file or folder, synced.
+        target: its new place, in the same folder. A file there is replaced; a folder must be empty.
+        arrived: whether what is at ``target`` is what was moved; an OSError means no.
+
+    Raises:
+        OSError: the rename was refused, or cannot be seen.
+    """
+    lost: OSError | None = None
+    try:
+        aside.replace(target)
+    except FileNotFoundError as error:
+        lost = error
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    while not _without_error(arrived):
+        if time.monotonic() > deadline or not target.parent.is_dir():
+            raise lost or OSError(errno.EIO, "it was renamed into place, but is not there")
+        time.sleep(_LOOK_EVERY_SECONDS)
+    sync(target.parent)
+
+
+def _without_error(arrived: Callable[[], bool]) -> bool:
+    try:
+        return arrived()
+    except OSError:
+        return False
+
+
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file aside, have it on the disk, and rename it; text as UTF-8."""
     aside = aside_of(path)
+    data = content.encode() if isinstance(content, str) else content
     try:
-        aside.write_bytes(content.encode() if isinstance(content, str) else content)
+        aside.write_bytes(data)
         sync(aside)
-        aside.replace(path)
-        sync(path.parent)
+        move(aside, path, lambda: path.read_bytes() == data)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def in_bytes(count: int) -> str:
+    """A number of bytes in words."""
+    for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= factor:
+            return f"{count / factor:,.1f} {unit}"
+    return f"{count} bytes"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from tpp.errors import UserError
+from tpp.errors import UserError, reason_of
 from tpp.models import Architecture, build_on_meta, example_input_for, meta_copy
 
 Shape = tuple[int, ...]
@@ -56,14 +56,14 @@ def output_width(model: nn.Module) -> int:
     """
     copy = meta_copy(model).eval()
     dtype = next((p.dtype for p in copy.parameters()), torch.float32)
-    image = example_input_for(model).to("meta", dtype)
+    image = example_input_for(model, "meta").to(dtype)
     running = running_modules(copy)
     try:
         with torch.no_grad():
             out = copy(image)
     except Exception as error:  # whatever a network's own code raises where widths do not fit
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"its layers do not fit each other {place_of(running)}: {reason}") from None
+        where = f"{place_of(running)}: {reason_of(error)}"
+        raise UserError(f"its layers do not fit each other {where}") from None
     if not isinstance(out, Tensor) or out.dim() != 2:
         raise UserError("its output is not one row of logits for each image")
     return int(out.shape[1])

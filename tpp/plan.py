@@ -9,9 +9,12 @@ from typing import Any
 
 from tpp.errors import UserError
 from tpp.files import write_whole
+from tpp.reading import read_json
 
 FORMAT = "tpp-pruning-plan"
 VERSION = 1
+# Of one layer: more than any has, and few enough to be counted out.
+_MOST_FILTERS = 2**20
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,8 @@ class PruningPlan:
             of every layer is kept.
 
     Raises:
-        UserError: an index is repeated, unsorted or out of range, or no filter would be kept.
+        UserError: an index is repeated, unsorted or out of range, no filter would be kept, or a
+            layer's name or number of filters is one that no layer has.
     """
 
     filters: dict[str, int]
@@ -36,6 +40,7 @@ class PruningPlan:
             raise UserError("pruning plan: 'filters' and 'pruned' must name the same layers")
         for layer, indices in self.pruned.items():
             count = self.filters[layer]
+            _check_layer(layer, count)
             if any(not isinstance(i, int) or isinstance(i, bool) for i in indices):
                 raise UserError(f"pruning plan: {layer}: indices must be whole numbers")
             if list(indices) != sorted(set(indices)):
@@ -114,10 +119,13 @@ class PruningPlan:
         Raises:
             UserError: the file is missing, is not JSON, or does not hold a valid plan.
         """
-        try:
-            data = json.loads(Path(path).read_text())
-        except OSError as error:
-            raise UserError(f"{path}: cannot read the pruning plan ({error.strerror})") from None
-        except ValueError as error:
-            raise UserError(f"{path}: not JSON ({error})") from None
-        return cls.from_dict(data, source=str(path))
+        return cls.from_dict(read_json(path, "the pruning plan"), source=str(path))
+
+
+def _check_layer(name: str, count: int) -> None:
+    # Names stand in tables, logs and TensorBoard's tags. None becomes a path; should one ever
+    # do, it cannot leave its folder.
+    if not name.isprintable() or "/" in name or "\\" in name:
+        raise UserError(f"pruning plan: {name!r}: no layer's name has such characters")
+    if not 1 <= count <= _MOST_FILTERS:
+        raise UserError(f"pruning plan: {name}: expected 1 to {_MOST_FILTERS:,} filters")

@@ -4,17 +4,12 @@ A source is one of our checkpoints, a folder that one of our training stages res
 safetensors file, a ``.pth`` file, or a DeepSpeed folder.
 """
 
-import hashlib
-import json
-import pickle
-import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tpp.checkpoint import (
@@ -22,7 +17,6 @@ from tpp.checkpoint import (
     OPTIMIZER,
     CheckpointInfo,
     PathLike,
-    check_file,
     is_ours,
     is_safetensors,
     open_safetensors,
@@ -31,6 +25,9 @@ from tpp.checkpoint import (
 from tpp.errors import UserError
 from tpp.fitting import by, few
 from tpp.models import Architecture
+from tpp.reading import check_names
+from tpp.torch_files import NeedsPickleError, load_torch
+from tpp.training_state import DamagedState, read_state
 
 # Where training scripts keep the weights, a moving average of them, and the optimiser's state
 # (timm, torchvision's references, and what people write), and what wrappers put before names.
@@ -145,7 +142,7 @@ def name_optimizer_state(
             found = _by_name(entries, named, dict(model.named_parameters()))
             if found is not None:
                 return found
-    except (AttributeError, KeyError, TypeError):
+    except (AttributeError, KeyError, OverflowError, RuntimeError, TypeError, ValueError):
         return None  # no optimiser's state_dict at all
     return None
 
@@ -191,7 +188,7 @@ def _read_folder(path: Path) -> Source:
             states[key] = {name: torch.tensor(number) for name, number in numbers.items()}
         companions = {f"{OPTIMIZER}{key}": _strip(named) for key, named in states.items()}
         return Source(path, _tidy(found.tensors), companions=companions, not_read=found.not_read)
-    if (path / "state.json").is_file():
+    if any((path / name).is_file() for name in ("manifest.json", "state.json")):
         return _read_training_state(path)
     raise UserError(
         f"{path}: a folder that holds neither a DeepSpeed checkpoint nor one that a training "
@@ -200,35 +197,31 @@ def _read_folder(path: Path) -> Source:
 
 
 def _read_training_state(path: Path) -> Source:
-    """A folder that a training stage resumes from, see train/checkpoint.py."""
+    """A folder that a training stage resumes from."""
     try:
-        content = json.loads((path / "state.json").read_text())
-        architecture = Architecture.from_dict(content["architecture"], source=str(path))
-        values, groups = content["optimizer"]["values"], content["optimizer"]["param_groups"]
-        state = {int(number): dict(entries) for number, entries in values.items()}
-        files = ("model.safetensors", "optimizer.safetensors")
-        for name in files:
-            check_file(path / name)
-            with (path / name).open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != content["sha256"][name]:
-                    raise UserError(f"{path / name}: damaged: its sha256 is not the one noted")
-        tensors, numbered = (load_file(path / name) for name in files)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not a whole training checkpoint ({error!r})") from None
-    for name, tensor in numbered.items():
-        number, _, key = name.partition(".")
-        state.setdefault(int(number), {})[key] = tensor
-    optimizer = {"state": state, "param_groups": groups}
-    return Source(path, tensors, None, architecture, optimizer=optimizer)
+        state = read_state(path)
+    except DamagedState as error:
+        raise UserError(str(error)) from None
+    except OSError as error:
+        raise UserError(f"{error.filename or path}: cannot be read: {error.strerror}") from None
+    architecture = Architecture.from_dict(state.architecture, source=str(path))
+    return Source(path, state.model, None, architecture, optimizer=state.optimizer)
 
 
 def _read_torch(path: Path) -> Source:
-    data = _torch_load(path)
+    try:
+        data = load_torch(path)
+    except NeedsPickleError:
+        raise UserError(
+            f"{path}: needs pickle, which can run any code, or is not a weights file; where it "
+            "was made, save its tensors alone: torch.save(model.state_dict(), PATH)"
+        ) from None
     companions: dict[str, dict[str, Tensor]] = {}
     optimizer = None
     if isinstance(data, Mapping):
         average = next((data[k] for k in _EMA_KEYS if isinstance(data.get(k), Mapping)), None)
         if average is not None:
+            check_names(average, str(path))
             # AveragedModel and the like keep a counter beside the weights.
             kept = {n: t for n, t in average.items() if isinstance(t, Tensor) and t.dim()}
             companions[EMA] = _tidy(kept)
@@ -236,21 +229,6 @@ def _read_torch(path: Path) -> Source:
             (data[k] for k in _OPTIMIZER_KEYS if isinstance(data.get(k), Mapping)), None
         )
     return Source(path, _tidy(_state_dict(path, data)), companions=companions, optimizer=optimizer)
-
-
-def _torch_load(path: Path) -> Any:
-    try:
-        # Only the zip format of torch >= 1.6 can be mapped instead of read.
-        return torch.load(
-            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-        )
-    except pickle.UnpicklingError:
-        raise UserError(
-            f"{path}: needs pickle, which can run any code, or is not a weights file; where it "
-            "was made, save its tensors alone: torch.save(model.state_dict(), PATH)"
-        ) from None
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: not a whole PyTorch file ({error})") from None
 
 
 def _state_dict(path: Path, data: Any) -> dict[str, Tensor]:
@@ -264,6 +242,7 @@ def _state_dict(path: Path, data: Any) -> dict[str, Tensor]:
     if wrong or not data:
         found = f"{few(wrong)} {'are' if len(wrong) > 1 else 'is'} no tensor" if wrong else "empty"
         raise UserError(f"{path}: no state_dict, alone or under {', '.join(_STATE_KEYS)}: {found}")
+    check_names(data, str(path))
     return dict(data)
 
 

@@ -1,3 +1,4 @@
+import errno
 import os
 from pathlib import Path
 
@@ -6,13 +7,14 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from tpp import sources
 from tpp.checkpoint import load_model, load_optimizer_state, read_checkpoint, save_model
 from tpp.errors import UserError
 from tpp.models import Architecture, build_model, meta_copy
 from tpp.plan import PruningPlan
 from tpp.prune import prune_checkpoint, prune_model
 from tpp.sources import load_weights, name_optimizer_state, read_source
-from train.checkpoint import TrainingState, save_state
+from tpp.training_state import TrainingState, state_folder, write_state
 
 LAYER = "layer2.0.conv1"
 PLAN = PruningPlan({LAYER: 32}, {LAYER: list(range(3, 20))})
@@ -260,16 +262,19 @@ def test_training_goes_on_as_if_the_filters_had_only_been_zeroed(tmp_path):
         torch.testing.assert_close(tensor, expected[name], rtol=1e-9, atol=1e-10)
 
 
-def state_folder(tmp_path):
+def trained_state(tmp_path):
     model, optimizer = trained(sgd)
     architecture = model.architecture.to_dict()
     state = TrainingState(2, model.state_dict(), optimizer.state_dict(), {}, architecture)
-    return save_state(tmp_path / "checkpoints", state, keep=1), model, optimizer
+    folder = state_folder(tmp_path / "checkpoints", state.step)
+    write_state(folder, state)
+    return folder, model, optimizer
 
 
 def test_a_checkpoint_that_a_stage_resumes_from_says_all_itself(tmp_path):
-    folder, model, optimizer = state_folder(tmp_path)
-    prune_checkpoint(folder, PLAN, tmp_path / "out")
+    folder, model, optimizer = trained_state(tmp_path)
+    (folder.parent / "latest").symlink_to(folder.name)
+    prune_checkpoint(folder.parent / "latest", PLAN, tmp_path / "out")
     same(load_model(tmp_path / "out").state_dict(), prune_model(model, PLAN).state_dict())
     _, companions, _ = read_checkpoint(tmp_path / "out")
     buffer = optimizer.state[model.layer2[0].conv1.weight]["momentum_buffer"]
@@ -280,19 +285,36 @@ def test_a_checkpoint_that_a_stage_resumes_from_says_all_itself(tmp_path):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda f: (f / "optimizer.safetensors").unlink(), "no such file"),
-        (lambda f: (f / "model.safetensors").write_bytes(b"x" * 100), "damaged: its sha256"),
-        (lambda f: (f / "state.json").write_text("{"), "not a whole training checkpoint"),
-        (lambda f: (f / "state.json").write_text("[]"), "not a whole training checkpoint"),
-        (lambda f: (f / "state.json").unlink(), "holds neither a DeepSpeed checkpoint nor"),
+        (lambda f: (f / "optimizer.safetensors").unlink(), "optimizer.safetensors: missing"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"x"), "model.safetensors: damaged: it"),
+        (lambda f: (f / "state.json").write_text("{"), "state.json: damaged: it has 1 bytes"),
+        (lambda f: (f / "manifest.json").write_text("[]"), "manifest.json: damaged: it does not"),
+        (lambda f: (f / "manifest.json").unlink(), "manifest.json: missing"),
+        (lambda f: (f / "state.json").unlink(), "state.json: missing"),
+        (
+            lambda f: [(f / name).unlink() for name in ("manifest.json", "state.json")],
+            "holds neither a DeepSpeed checkpoint nor",
+        ),
     ],
 )
 def test_a_damaged_training_checkpoint_is_refused(tmp_path, damage, message):
-    folder, _, _ = state_folder(tmp_path)
+    folder, _, _ = trained_state(tmp_path)
     damage(folder)
     with pytest.raises(UserError, match=message) as caught:
         read_source(folder)
     assert str(folder) in str(caught.value)
+
+
+def test_a_training_checkpoint_that_cannot_be_read_now(tmp_path, monkeypatch):
+    folder, _, _ = trained_state(tmp_path)
+    place = str(folder / "model.safetensors")
+
+    def stale(path):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), place)
+
+    monkeypatch.setattr(sources, "read_state", stale)
+    with pytest.raises(UserError, match=rf"{place}: cannot be read: Stale file handle"):
+        read_source(folder)
 
 
 def test_what_cannot_be_taken_along_is_said(tmp_path, monkeypatch, capsys):

@@ -3,15 +3,18 @@
 import copy
 import difflib
 import functools
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
-from tpp.errors import UserError
+from tpp.errors import UserError, reason_of
 from tpp.models.cifar import CifarResNet, CifarVGG19
 from tpp.models.mlp import LinearMLP
 
@@ -30,8 +33,16 @@ _TORCHVISION_ARGS: dict[str, dict[str, Any]] = {
     "inception_v3": {"aux_logits": False, "init_weights": True},
 }
 _TIMM = "timm:"
-# What constructors raise for an argument that they do not know or cannot use.
-_BUILD_ERRORS = (TypeError, ValueError, AssertionError, RuntimeError)
+# With these a constructor fetches weights or opens a file.
+_LOADING_ARGS = ("weights", "pretrained", "checkpoint_path", "cache_dir")
+# Several times what any network has; building one with a depth of millions would never end.
+_MOST_MODULES = 5_000
+# What a file may say of its architecture. A checkpoint of unknown origin is built from it, and
+# what is built has to stay small until the file's tensors have turned out to fit.
+_MOST_CLASSES = 2**24
+_LARGEST_ARG = 2**16
+_LARGEST_IMAGE = 4096
+_MOST_ARGS = 1000
 
 
 @dataclass(frozen=True)
@@ -63,7 +74,28 @@ class Architecture:
             or not isinstance(data["args"], dict)
         ):
             raise UserError(f'{source}: expected {{"name": ..., "num_classes": N, "args": {{}}}}')
-        return cls(data["name"], data["num_classes"], data["args"])
+        name, num_classes, args = data["name"], data["num_classes"], data["args"]
+        if not 1 <= num_classes <= _MOST_CLASSES or isinstance(num_classes, bool):
+            raise UserError(f"{source}: no network has {num_classes} classes")
+        if not _are_plain(args):
+            raise UserError(f"{source}: the arguments of {name!r} are none that a network takes")
+        return cls(name, num_classes, args)
+
+
+def _are_plain(args: Mapping[str, Any]) -> bool:
+    """Whether arguments from a file are few, and numbers in them of a size that makes sense."""
+    waiting: list[Any] = [args]
+    for _ in range(_MOST_ARGS):
+        if not waiting:
+            return True
+        value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += value.values()
+        elif isinstance(value, list):
+            waiting += value
+        elif isinstance(value, int | float) and not -_LARGEST_ARG <= value <= _LARGEST_ARG:
+            return False  # nor NaN
+    return not waiting
 
 
 def model_names() -> list[str]:
@@ -91,20 +123,31 @@ def build_model(name: str, num_classes: int, **args: Any) -> nn.Module:
     architecture = Architecture(name, num_classes, args)
     try:
         return _build(architecture)
-    except _BUILD_ERRORS as error:
-        raise UserError(f"model {name!r} cannot be built with {args}: {error}") from None
+    except UserError:
+        raise
+    except Exception as error:  # whatever a constructor raises for an argument it cannot use
+        raise UserError(f"model {name!r} cannot be built with {args}: {reason_of(error)}") from None
 
 
 def build_on_meta(architecture: Architecture) -> nn.Module:
     """Build a network without memory for its weights and without initialising them."""
+    name, args = architecture.name, architecture.args
     try:
         with torch.device("meta"):
             return _build(architecture)
-    except _BUILD_ERRORS:
-        # Either a mistake, which the next line reports, or one of the few networks of timm that
+    except UserError:
+        raise
+    except Exception:
+        # Either a mistake, which the next lines report, or one of the few networks of timm that
         # look at the value of a tensor while they are being built.
-        model = build_model(architecture.name, architecture.num_classes, **architecture.args)
-        return model.to("meta")
+        from accelerate import init_empty_weights
+
+        try:
+            with init_empty_weights(include_buffers=True):
+                return _build(architecture)
+        except Exception as error:
+            reason = reason_of(error)
+            raise UserError(f"model {name!r} cannot be built with {args}: {reason}") from None
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
@@ -129,7 +172,20 @@ def architecture_of(model: nn.Module) -> Architecture | None:
 
 
 def input_shape(name: str, **args: Any) -> tuple[int, int, int]:
-    """Shape (channels, height, width) of the images that a network expects."""
+    """Shape (channels, height, width) of the images that a network expects.
+
+    Raises:
+        UserError: the arguments make no sense of it.
+    """
+    shape = _input_shape(name, args)
+    whole = all(isinstance(side, int) and not isinstance(side, bool) for side in shape)
+    if len(shape) != 3 or not whole or not 1 <= min(shape) <= max(shape) <= _LARGEST_IMAGE:
+        raise UserError(f"model {name!r}: takes no images of {shape} (channels, height, width)")
+    channels, height, width = shape
+    return channels, height, width
+
+
+def _input_shape(name: str, args: Mapping[str, Any]) -> tuple[Any, ...]:
     if name.startswith(_TIMM):
         _builder(name)
         import timm
@@ -137,33 +193,56 @@ def input_shape(name: str, **args: Any) -> tuple[int, int, int]:
         config = timm.get_pretrained_cfg(name.removeprefix(_TIMM))
         channels, height, width = config.input_size if config else (3, 224, 224)
         size = args.get("img_size", (height, width))
-        height, width = (size, size) if isinstance(size, int) else size
-        return args.get("in_chans", channels), height, width
+        sides = size if isinstance(size, list | tuple) else (size, size)
+        return args.get("in_chans", channels), *sides
     default = 28 if name == "mlp7_linear" else 32 if name in _OWN_MODELS else 224
     size = args.get("image_size", default)
     return 1 if name == "mlp7_linear" else 3, size, size
 
 
-def example_input_for(model: nn.Module) -> Tensor:
-    """One blank image for ``model``, (1, channels, height, width), float32 on the CPU.
+def example_input_for(model: nn.Module, device: str = "cpu") -> Tensor:
+    """One blank image for ``model``, (1, channels, height, width), float32.
 
     Its shape is what the model's architecture expects, 1x3x224x224 where that is not known.
+
+    Args:
+        model: the network.
+        device: ``meta`` for one without memory.
     """
     architecture = architecture_of(model)
-    if architecture is None:
-        return torch.zeros(1, 3, 224, 224)
-    return torch.zeros(1, *input_shape(architecture.name, **architecture.args))
+    shape = (3, 224, 224)
+    if architecture is not None:
+        shape = input_shape(architecture.name, **architecture.args)
+    return torch.zeros(1, *shape, device=device)
 
 
 def _build(architecture: Architecture) -> nn.Module:
     name, num_classes, args = architecture.name, architecture.num_classes, architecture.args
     if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
         raise UserError(f"model {name!r}: num_classes must be a positive number, not {num_classes}")
-    if not args.keys().isdisjoint({"weights", "pretrained"}):
+    if any(not isinstance(key, str) or key.startswith(_LOADING_ARGS) for key in args):
         raise UserError(f"model {name!r}: weights are loaded from a file, not built with it")
-    model = _builder(name)(num_classes=num_classes, **args)
+    builder = _builder(name)
+    with _bounded():
+        model = builder(num_classes=num_classes, **args)
     set_architecture(model, architecture)
     return model
+
+
+@contextmanager
+def _bounded() -> Iterator[None]:
+    """End the building of a network that has too many modules."""
+    numbers = itertools.count(1)
+
+    def registered(*_: Any) -> None:
+        if next(numbers) > _MOST_MODULES:
+            raise UserError(f"a network of more than {_MOST_MODULES:,} modules is not built")
+
+    handle = register_module_module_registration_hook(registered)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _builder(name: str) -> Callable[..., nn.Module]:
