@@ -16,12 +16,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from data_pipelines.plain_file import open_plain
 from tpp.errors import UserError
 
 # The data files of CIFAR are 184 MB at most; the largest photo of ImageNet has 16 MB.
 LARGEST_MEMBER = 256 * 2**20
 # Long names and their like are read into memory by tarfile itself, as long as they claim to be.
 _LARGEST_HEADER = 2**20
+# Tiny ImageNet's archive, the one with most, has 120,000 files; ImageNet's are in 1000 archives.
+_MOST_FILES = 1_000_000
+# Images hardly compress, nor do their pixels; this much may come of an archive besides.
+_EXPANSION, _ALWAYS = 20, 64 * 2**20
+# What file systems take for a name, and for a path.
+_LONGEST_NAME, _LONGEST_PATH = 255, 4096
 _BLOCK = tarfile.BLOCKSIZE
 # Tars are filled up with zeros, mostly to 10 KiB.
 _LONGEST_PADDING = 2**20
@@ -29,8 +36,9 @@ _AGAIN = "get the archive once more"
 _ZIP_START = b"PK\x03\x04"
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _PLAIN_FILE = (tarfile.REGTYPE, tarfile.AREGTYPE)
+_ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 # What the libraries raise for damage, depending on where it is.
-_DAMAGE = (
+DAMAGE = (
     gzip.BadGzipFile,
     tarfile.TarError,
     zipfile.BadZipFile,
@@ -93,16 +101,22 @@ class Window(io.RawIOBase):
 
 
 class _Wary:
-    """Passes reads on to a file, but none that a header of a hostile archive blew up."""
+    """Passes reads on to a file, but none that a header of a hostile archive blew up.
+
+    Attributes:
+        last: what was read last.
+        left: how many bytes may be read for this file's header, which can be one of many parts.
+    """
 
     def __init__(self, file: _File) -> None:
         self._file = file
         self.seek, self.tell = file.seek, file.tell
-        self.last = b""
+        self.last, self.left = b"", _LARGEST_HEADER
 
     def read(self, size: int) -> bytes:
-        if size > _LARGEST_HEADER:
-            raise ValueError(f"a header of {size:,} bytes")
+        self.left -= size
+        if size < 0 or self.left < 0:
+            raise ValueError(f"a header of {size:,} bytes or more")
         self.last = self._file.read(size)
         return self.last
 
@@ -116,7 +130,7 @@ def damage_named(where: str) -> Iterator[None]:
     """
     try:
         yield
-    except _DAMAGE as error:
+    except DAMAGE as error:
         said = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
             f"{where}: no such archive as expected here, truncated or damaged ({said}); {_AGAIN}"
@@ -129,11 +143,11 @@ def compression_of(path: Path) -> str | None:
     """How an archive is compressed: 'gzip', 'bzip2', 'xz', 'zstd', 'zip', or None.
 
     Raises:
-        UserError: the file cannot be read.
+        UserError: the file cannot be read, or is none.
     """
     if path.is_dir():
         raise UserError(f"{path}: a folder; give the archive itself")
-    with damage_named(str(path)), path.open("rb") as file:
+    with damage_named(str(path)), os.fdopen(open_plain(path), "rb") as file:
         start = file.read(8)
     if start.startswith(_ZIP_START):
         return "zip"
@@ -151,11 +165,13 @@ def safe_parts(archive: str, name: str) -> list[str]:
         UserError: the name points, or might point, out of the folder that it is unpacked into.
     """
     parts = [part for part in name.split("/") if part not in ("", ".")]
-    odd = any(not character.isprintable() for character in name) or "\\" in name
+    odd = not name.isprintable() or "\\" in name
+    odd = odd or max(map(len, map(os.fsencode, parts)), default=0) > _LONGEST_NAME
+    odd = odd or len(os.fsencode(name)) > _LONGEST_PATH
     if not parts or ".." in parts or name.startswith("/") or odd:
         raise UserError(
-            f"{archive}: member {name!r} would lie outside of the folder that it is unpacked into, "
-            "or is no file name; expected names such as folder/file"
+            f"{archive}: member {name!r} would lie outside of the folder that it is unpacked "
+            "into, or is no file name; expected names such as folder/file"
         )
     return parts
 
@@ -185,8 +201,8 @@ def tar_members(
         end = header.offset_data + header.size
         if end > size:
             raise UserError(
-                f"{where}: truncated within {header.name!r}, which goes on to byte {end:,} of "
-                f"{size:,}; {_AGAIN}"
+                f"{where}: truncated within {header.name!r}, which goes on to byte {end:,} "
+                f"of {size:,}; {_AGAIN}"
             )
         _check_size(where, header.name, header.size, largest)
         yield Member(header.name, start + header.offset_data, header.size)
@@ -200,12 +216,14 @@ def tar_members(
 
 def _tar_headers(file: _File, where: str) -> Iterator[tarfile.TarInfo]:
     """The headers of a tar's files, whose names and kinds are checked, and of nothing else."""
-    wary = _Wary(file)
+    wary, count = _Wary(file), 0
     with damage_named(where):
         archive = tarfile.TarFile(fileobj=wary)  # type: ignore[arg-type]
         while header := archive.next():
             # tarfile keeps all that it has seen.
             archive.members.clear()  # type: ignore[attr-defined]
+            wary.left, count = _LARGEST_HEADER, count + 1
+            _check_count(where, count)
             if header.isdir() and header.name in ("", "."):
                 continue
             safe_parts(where, header.name)
@@ -228,11 +246,16 @@ def _no_plain_file(where: str, name: str) -> UserError:
     )
 
 
+def _check_count(where: str, count: int) -> None:
+    if count > _MOST_FILES:
+        raise UserError(f"{where}: more than {_MOST_FILES:,} files; no such archive has as many")
+
+
 def _check_size(where: str, name: str, size: int, largest: int) -> None:
     if not 0 <= size <= largest:
         raise UserError(
-            f"{where}: member {name!r} is said to have {size:,} bytes; no file of a data set has "
-            f"more than {largest:,}"
+            f"{where}: member {name!r} is said to have {size:,} bytes; no file of a data set "
+            f"has more than {largest:,}"
         )
 
 
@@ -241,7 +264,8 @@ def archive_files(path: Path, most: int) -> Iterator[tuple[str, bytes]]:
 
     Args:
         path: the archive; its kind is told by its first bytes.
-        most: how many bytes its files may have together.
+        most: how many bytes its files may have together; at the most it is 20 times as many as the
+            archive has, and a little.
 
     Raises:
         UserError: the archive is damaged, cut off, of another kind, holds what
@@ -250,13 +274,18 @@ def archive_files(path: Path, most: int) -> Iterator[tuple[str, bytes]]:
     kind = compression_of(path)
     if kind not in (None, "gzip", "zip"):
         raise UserError(f"{path}: compressed with {kind}; expected a .tar, .tar.gz or .zip")
-    total = 0
+    total, expected = 0, _ALWAYS + _EXPANSION * path.stat().st_size
     for name, size, content in _zip_files(path) if kind == "zip" else _tar_files(path, kind):
         total += size
         if total > most:
             raise UserError(
                 f"{path}: its files have more than {most:,} bytes together, which is all the "
                 "space there is for them"
+            )
+        if total > expected:
+            raise UserError(
+                f"{path}: more than {expected:,} bytes come out of its {path.stat().st_size:,}; no "
+                "images compress so well"
             )
         yield name, content
 
@@ -280,6 +309,7 @@ def _tar_files(path: Path, kind: str | None) -> Iterator[tuple[str, int, bytes]]
 def _zip_files(path: Path) -> Iterator[tuple[str, int, bytes]]:
     where = str(path)
     with damage_named(where), zipfile.ZipFile(path) as archive:
+        _check_count(where, len(archive.infolist()))
         for info in archive.infolist():
             safe_parts(where, info.orig_filename)
             kind = stat.S_IFMT(info.external_attr >> 16)
@@ -287,6 +317,9 @@ def _zip_files(path: Path) -> Iterator[tuple[str, int, bytes]]:
                 continue
             if kind not in (0, stat.S_IFREG):
                 raise _no_plain_file(where, info.filename)
+            # Others make gigabytes of a few bytes at once, whatever size the member claims.
+            if info.compress_type not in _ZIP_METHODS:
+                raise ValueError(f"{info.filename!r} is compressed in an unusual way")
             _check_size(where, info.filename, info.file_size, LARGEST_MEMBER)
             content = archive.read(info)
             if len(content) != info.file_size:

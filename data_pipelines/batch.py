@@ -1,15 +1,15 @@
 """What a loader is asked for and what it makes; and how one image is decoded with PIL."""
 
 from dataclasses import dataclass
-from io import BytesIO
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from data_pipelines.header import open_with_pil
 from data_pipelines.order import Float64s, Int64s
 
 Batch = tuple[Tensor, Tensor]
@@ -54,15 +54,20 @@ class Output(NamedTuple):
 def decode_with_pil(data: NDArray[np.uint8], channels: int) -> Image.Image:
     """Decode an image file's bytes as RGB (3 channels) or grey (1); EXIF rotation is ignored.
 
+    The bytes are those of an image in which :func:`data_pipelines.header.find_damage` finds none.
+
     Raises:
         ValueError: the bytes cannot be decoded.
     """
     try:
-        with Image.open(BytesIO(data.data)) as image:
+        with open_with_pil(data) as image:
             grey16 = image.mode.startswith("I")
             # PIL's own conversion clips 16-bit grey at 255.
             decoded = image.point(lambda value: value / 257) if grey16 else image
             return decoded.convert("L" if channels == 1 else "RGB")
-    # PIL reports a damaged file by any of these, depending on the format.
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    # What it says names the object in memory.
+    except UnidentifiedImageError:
+        raise ValueError("cannot be decoded") from None
+    # PIL's readers raise whatever comes, depending on the format and the damage.
+    except Exception as error:
         raise ValueError(str(error)) from None

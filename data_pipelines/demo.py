@@ -17,6 +17,7 @@ from PIL import Image
 
 from data_pipelines.order import uniforms
 from tpp.errors import UserError, run_command
+from tpp.reading import read_json
 
 Field = NDArray[np.floating]
 """One number per pixel: shape (images, image_size, image_size)."""
@@ -165,8 +166,8 @@ def _holds(root: Path, settings: dict[str, int]) -> bool:
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return False
     try:
-        found = json.loads((root / SETTINGS_FILE).read_text())
-    except (OSError, ValueError):
+        found = read_json(root / SETTINGS_FILE, "the settings of demo data")
+    except UserError:
         raise UserError(
             f"{root}: exists and is not demo data; choose another folder or remove this one"
         ) from None

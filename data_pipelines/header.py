@@ -5,21 +5,26 @@ JPEG and PNG, which nearly all are, take a few microseconds of plain Python and 
 What this reading does not understand is left to PIL to judge.
 """
 
+from contextlib import nullcontext
 from io import BytesIO
 from struct import error as StructError
 from struct import unpack_from
+from threading import Lock
 from typing import NamedTuple
 from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 Encoded = bytes | bytearray | memoryview | NDArray[np.uint8]
 """An image file's bytes."""
 
 MOST_PIXELS = 178_956_970
 """Twice what PIL warns of: beyond it PIL decodes nothing, since it may be a bomb."""
+
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "TIFF", "WEBP", "JPEG2000")
+"""What PIL may read. It knows forty more, among them PostScript, which Ghostscript would run."""
 
 TAIL = 1024
 """How many of a file's last bytes tell whether it is whole."""
@@ -33,6 +38,21 @@ _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _SKIPPED = frozenset({0xC4, 0xCC, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0)})
 # Channels by PNG's colour types: grey, RGB, palette (of RGB), grey with alpha, RGB with alpha.
 _PNG_CHANNELS = {0: 1, 2: 3, 3: 3, 4: 2, 6: 4}
+# Segments and fill bytes before a JPEG's frame header; photos have some dozens at most, and reading
+# millions of them would take minutes. And the bytes that PIL may look for it in.
+_MOST_SEGMENTS, _PIL_HEAD = 10_000, 2**20
+# Of a JPEG, at least one bit is there for every 8 x 8 pixels. This many pixels it may have all the
+# same: PIL makes an image of any number of them from a few bytes.
+_PIXELS_A_BYTE, _FEW_PIXELS = 512, 2**24
+# Every scan of a JPEG goes over all of its pixels, and takes but a few bytes; cameras and editors
+# write a dozen.
+_MOST_SCANS = 100
+_SCAN, _END = b"\xff\xda", b"\xff\xd9"
+# Frames whose pixels may come in several scans: all but baseline and extended sequential.
+_SEQUENTIAL = frozenset({0xC0, 0xC1})
+# Larger images are decoded one at a time: they would fill the memory otherwise.
+_LARGE_PIXELS = 2**24
+_one_large_image = Lock()
 
 
 class Header(NamedTuple):
@@ -69,7 +89,8 @@ def find_damage(data: Encoded, *, decode: bool = False) -> str | None:
     """Say in a few words why an image cannot be decoded; None if nothing speaks against it.
 
     What has a header and the right end is taken to be whole; anything else is decoded with PIL.
-    So no image that PIL decodes is found to be damaged, nor is damage in the midst of the pixels.
+    So no image that PIL decodes is found to be damaged, nor is damage in the midst of the pixels;
+    but for a JPEG that would take memory or time out of all proportion to its bytes.
 
     Args:
         data: the whole file's bytes.
@@ -80,17 +101,86 @@ def find_damage(data: Encoded, *, decode: bool = False) -> str | None:
         header, end = _parse(view)
     except ValueError as error:
         return str(error)
+    bomb = _bomb(header, end, view)
+    if bomb:
+        return bomb
     # What precedes the frame header may be a thumbnail, which has an end of its own.
     if not decode and looks_whole(header, view[max(end, len(view) - TAIL) :]):
         return None
     try:
-        with Image.open(BytesIO(view)) as image:
+        large = header.height * header.width > _LARGE_PIXELS
+        with _one_large_image if large else nullcontext(), open_with_pil(view) as image:
             image.load()
+    # What it says names the object in memory.
+    except UnidentifiedImageError:
+        return "cannot be decoded"
     # PIL's readers raise whatever comes, depending on the format and the damage.
     except Exception as error:
         said = str(error)
         return "truncated" if "truncated" in said else f"cannot be decoded: {said}"
     return None
+
+
+def is_modest(head: Encoded, byte_size: int) -> bool:
+    """Whether a file's first bytes show that its decoding is in proportion to its size.
+
+    Else :func:`find_damage` has to see all of it.
+
+    Args:
+        head: the file's first bytes.
+        byte_size: how many it has.
+
+    Raises:
+        ValueError: there is no header.
+    """
+    view = _view(head)
+    header, end = _parse(view)
+    if header.format != "jpeg":
+        return True
+    return not _has_too_many_pixels(header, byte_size) and _has_one_scan(header, end, view)
+
+
+def open_with_pil(data: Encoded) -> Image.Image:
+    """Open an image file's bytes with PIL, whatever of :data:`FORMATS` they are.
+
+    Raises:
+        Exception: PIL's readers raise whatever comes, depending on the format and the damage.
+    """
+    return Image.open(BytesIO(_view(data)), formats=FORMATS)
+
+
+def _bomb(header: Header, end: int, view: memoryview) -> str | None:
+    """Why decoding a JPEG would take memory or time that its bytes do not justify."""
+    if header.format != "jpeg":
+        return None
+    if _has_too_many_pixels(header, len(view)):
+        pixels = header.height * header.width
+        return f"{pixels:,} pixels cannot be in {len(view):,} bytes"
+    if _has_one_scan(header, end, view):
+        return None
+    data = bytes(view)
+    # After a JPEG's end may come a video, where any bytes may be found.
+    scans = data.count(_SCAN, end, data.find(_END, end)) if end < len(data) else data.count(_SCAN)
+    return f"{scans:,} scans, more than {_MOST_SCANS}" if scans > _MOST_SCANS else None
+
+
+def _has_too_many_pixels(header: Header, byte_size: int) -> bool:
+    return header.height * header.width > max(_PIXELS_A_BYTE * byte_size, _FEW_PIXELS)
+
+
+def _has_one_scan(header: Header, end: int, view: memoryview) -> bool:
+    """Whether a JPEG's first scan holds all there is, as nearly always; without a library."""
+    try:
+        place = end - 10
+        if view[place + 1] not in _SEQUENTIAL:
+            return False
+        while view[place + 1] != _SCAN[1]:
+            place += 2 + (view[place + 2] << 8 | view[place + 3])
+            if view[place] != 0xFF:
+                return False
+        return view[place + 4] == header.channels
+    except IndexError:
+        return False
 
 
 def looks_whole(header: Header, tail: Encoded) -> bool:
@@ -103,7 +193,7 @@ def looks_whole(header: Header, tail: Encoded) -> bool:
     end = bytes(tail)
     # Cameras and editors put data of their own, or zeros, after a JPEG's end.
     if header.format == "jpeg":
-        return b"\xff\xd9" in end
+        return _END in end
     return header.format == "png" and end.endswith(_PNG_END)
 
 
@@ -129,6 +219,10 @@ def is_turned(data: bytes) -> bool:
     return False
 
 
+class _TooLongError(Exception):
+    """A JPEG's header has no end; PIL would not find it any sooner."""
+
+
 def _view(data: Encoded) -> memoryview:
     return data.data if isinstance(data, np.ndarray) else memoryview(data)
 
@@ -143,11 +237,13 @@ def _parse(view: memoryview) -> tuple[Header, int]:
             return _jpeg_header(view)
         if view[:8] == _PNG:
             return _png_header(view)
+    except _TooLongError:
+        raise ValueError("damaged JPEG header") from None
     except ValueError as error:
         reason = str(error)
-    # PIL forgives more, such as garbage between the segments of a JPEG.
+    # PIL forgives more, such as garbage between the segments of a JPEG; which it reads slowly.
     try:
-        with Image.open(BytesIO(view)) as image:
+        with open_with_pil(view[:_PIL_HEAD] if view[:3] == _JPEG else view) as image:
             return _pil_header(image), len(view)
     except Exception:
         raise ValueError(reason) from None
@@ -156,7 +252,7 @@ def _parse(view: memoryview) -> tuple[Header, int]:
 def _jpeg_header(view: memoryview) -> tuple[Header, int]:
     place = 2
     try:
-        while True:
+        for _ in range(_MOST_SEGMENTS):
             if view[place] != 0xFF:
                 raise ValueError("damaged JPEG header")
             marker = view[place + 1]
@@ -168,6 +264,8 @@ def _jpeg_header(view: memoryview) -> tuple[Header, int]:
                 place += 1
             else:
                 raise ValueError("damaged JPEG header")
+        else:
+            raise _TooLongError
         bits, height, width, channels = unpack_from(">BHHB", view, place + 4)
     except (IndexError, StructError):
         raise ValueError("truncated") from None

@@ -6,7 +6,9 @@ Images are files of their own in class folders, or stretches of larger files (ta
 """
 
 import json
+import operator
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -23,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from data_pipelines.order import Int64s
+from data_pipelines.plain_file import open_plain
 from tpp.errors import UserError
 from tpp.files import write_whole
 
@@ -32,6 +35,7 @@ INDEX_FILE = ".index.safetensors"
 SCAN_THREADS = 16
 _FORMAT = "tpp-image-index"
 _VERSION = "1"
+_FINGERPRINT = re.compile("[0-9a-f]{12}")
 # How many images' sizes a run looks at to see whether its index is still that of the folder.
 _SAMPLED = 256
 
@@ -234,6 +238,7 @@ def load_index(path: str | os.PathLike[str], root: str | os.PathLike[str]) -> Im
     path = Path(path)
     again = f"make it anew with: python -m data_pipelines.index {root}"
     try:
+        os.close(open_plain(path))
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != _FORMAT:
@@ -246,6 +251,8 @@ def load_index(path: str | os.PathLike[str], root: str | os.PathLike[str]) -> Im
             tensors = {name: file.get_tensor(name) for name in _ARRAYS}
         classes, containers = (json.loads(metadata[key]) for key in ("classes", "containers"))
         fingerprint = metadata["fingerprint"]
+        if not _FINGERPRINT.fullmatch(fingerprint):
+            raise ValueError(f"a fingerprint {fingerprint!r}")
     except OSError as error:
         raise UserError(f"{path}: cannot read the index ({error.strerror or error})") from None
     except (SafetensorError, KeyError, ValueError, RecursionError) as error:
@@ -292,6 +299,10 @@ def _inconsistency(tensors: dict[str, torch.Tensor], classes: Any, containers: A
             return f"a zero byte in the names of its {what}"
         if what == "containers" and any(name.startswith("/") or ".." in name for name in names):
             return "a container outside of the folder"
+        if what == "classes" and any("/" in name or name in ("", "..") for name in names):
+            return "a class that is no folder in this one"
+        if what == "classes" and any(map(operator.ge, names, names[1:])):
+            return "classes that are not sorted, or one twice"
     n = len(tensors["labels"])
     held = n if containers else 0
     shapes = {"names": None, "marks": None, "sizes": (n, 2), "container": (held,)}
@@ -307,6 +318,8 @@ def _inconsistency(tensors: dict[str, torch.Tensor], classes: Any, containers: A
         return "the names' ends"
     if len(tensors["names"]) and not tensors["names"].min():
         return "a zero byte in the names"
+    if _leads_out(tensors["names"].numpy(), ends.numpy()):
+        return "a name outside of the folder"
     if len(tensors["marks"]) not in (0, len(containers or classes)):
         return f"{len(tensors['marks'])} marks"
     for name, limit in (("labels", len(classes)), ("container", len(containers))):
@@ -324,6 +337,13 @@ def _inconsistency(tensors: dict[str, torch.Tensor], classes: Any, containers: A
     if not held and (tensors["labels"].diff() < 0).any():
         return "not in the order of the classes"
     return None
+
+
+def _leads_out(text: NDArray[np.uint8], ends: Int64s) -> bool:
+    """Whether '..' is a part of any name; one by one only where two dots are to be found."""
+    if b".." not in text.tobytes():
+        return False
+    return any(".." in name.split("/") for name in Names(text, ends))
 
 
 def open_images(folder: Path, index_file: Path | None = None) -> ImageIndex:
@@ -467,15 +487,36 @@ def image_names(folder: Path) -> list[str]:
 def visible(folder: Path, *, folders: bool) -> list[str]:
     """Sorted names of the folders, or else of the files, in ``folder`` that are not hidden.
 
+    Links count as what they lead to, wherever that is; those to nothing as files.
+
     Raises:
-        UserError: the folder cannot be listed.
+        UserError: the folder cannot be listed; or a link to nothing may have been a folder.
     """
     try:
         with os.scandir(folder) as entries:
-            return sorted(
-                entry.name
-                for entry in entries
-                if not entry.name.startswith(".") and entry.is_dir() == folders
-            )
+            shown = [entry for entry in entries if not entry.name.startswith(".")]
     except OSError as error:
         raise UserError(f"{folder}: cannot list the data folder ({error.strerror})") from None
+    if folders:
+        _check_links(shown)
+    return sorted(entry.name for entry in shown if _is_folder(entry) == folders)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a folder or leads to one; what leads in a circle is none."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
+def _check_links(entries: Sequence[os.DirEntry[str]]) -> None:
+    """Check that every link leads somewhere: a class that is left out would shift the labels."""
+    for entry in entries:
+        try:
+            _ = entry.is_symlink() and entry.stat()
+        except OSError as error:
+            raise UserError(
+                f"{entry.path}: a link that leads nowhere ({error.strerror}), where class folders "
+                "are expected; mend or delete it"
+            ) from None

@@ -23,11 +23,20 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from rich.markup import escape
 
-from data_pipelines.header import TAIL, Header, find_damage, is_turned, looks_whole, read_header
+from data_pipelines.header import (
+    TAIL,
+    Header,
+    find_damage,
+    is_modest,
+    is_turned,
+    looks_whole,
+    read_header,
+)
 from data_pipelines.image_index import (
     INDEX_FILE,
     SCAN_THREADS,
     ImageIndex,
+    Location,
     folder_mark,
     image_names,
     load_index,
@@ -37,6 +46,8 @@ from data_pipelines.image_index import (
 )
 from data_pipelines.making import in_bytes, progress_bar
 from data_pipelines.order import Int64s
+from data_pipelines.plain_file import NOT_PLAIN, open_plain
+from data_pipelines.source import read_bytes
 from tpp.errors import UserError, run_command
 from tpp.files import write_whole
 
@@ -209,8 +220,7 @@ def _survey(folder: Path, threads: int | None, *, decode: bool) -> _Survey:
 def _look(path: str) -> _Look:
     """Read a file's header and its end; all of it only where these leave a doubt."""
     try:
-        # A pipe of this name would block otherwise; reading from it fails as it should.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        descriptor = open_plain(path)
         try:
             byte_size = os.fstat(descriptor).st_size
             head = os.pread(descriptor, _HEAD, 0)
@@ -219,9 +229,11 @@ def _look(path: str) -> _Look:
             os.close(descriptor)
         damage = None
         if header is None:
-            data = head if byte_size <= len(head) else Path(path).read_bytes()
+            data = head if byte_size <= len(head) else read_bytes(Location(path, 0, -1))
             damage = find_damage(data)
             header = None if damage else read_header(data)
+    except ValueError as error:
+        return _Look(byte_size, 0, 0, str(error), ())
     except OSError as error:
         if error.errno in _SHORTAGES:
             raise UserError(f"{path}: {error.strerror}; give fewer --threads") from None
@@ -237,6 +249,8 @@ def _header_of_whole(descriptor: int, head: bytes, byte_size: int) -> Header | N
         return None
     try:
         header = read_header(head)
+        if not is_modest(head, byte_size):
+            return None
     except ValueError:
         return None
     tail = os.pread(descriptor, TAIL, max(byte_size - TAIL, len(head)))
@@ -290,9 +304,11 @@ def _decode_files(paths: list[str]) -> list[str | None]:
     found: list[str | None] = []
     for path in paths:
         try:
-            found.append(find_damage(Path(path).read_bytes(), decode=True))
+            found.append(find_damage(read_bytes(Location(path, 0, -1)), decode=True))
         except OSError as error:
             found.append(f"{_UNREADABLE}{error.strerror}")
+        except ValueError as error:
+            found.append(str(error))
     return found
 
 
@@ -345,6 +361,8 @@ def _advice(what: str) -> str:
         return "make it readable (chmod), then index again"
     if what == _UNREADABLE + os.strerror(errno.ENOENT):
         return "it went away, or is a link to nothing: put it back or delete it, then index again"
+    if what == _UNREADABLE + NOT_PLAIN:
+        return "delete it, then index again"
     if what.startswith(_UNREADABLE):
         return "look after the file system, then index again"
     return "extract it anew from the archive, delete it, or run with data.on_error=skip"

@@ -15,9 +15,10 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+from pydantic import BaseModel, Field, ValidationError
 from rich.progress import Progress, TaskID
 
 from data_pipelines.image_index import ImageIndex, check_fits, load_index, save_index, visible
@@ -32,15 +33,15 @@ from data_pipelines.making import claimed, in_bytes, progress_bar
 from data_pipelines.shards import QUALITY, SHARD_BYTES, byte_count, write_shards
 from data_pipelines.small_sets import IMAGENETTE_SIZES, SETS, FoundImage, download, images_in
 from data_pipelines.source import read_bytes
-from tpp.errors import UserError, run_command
+from tpp.errors import UserError, printable, run_command
 from tpp.files import aside_of, sync, write_whole
+from tpp.reading import read_json
 
 STATE_FILE = ".prepared.json"
 # What is needed on the way only: downloads, unpacked images and indexes of archives.
 WORK_FOLDER = ".preparing"
 _IMAGES_FILE = "images.bin"
 _VERSION = 1
-_SPLIT_KEYS = ("archives", "classes", "images", "bytes", "finished")
 # File systems hand out space in blocks; most of them in blocks of this many bytes.
 _BLOCK = 4096
 # Reading and writing is mostly waiting.
@@ -57,6 +58,28 @@ class ShardSettings:
     shard_bytes: int = SHARD_BYTES
     resize: int | None = None
     quality: int = QUALITY
+
+
+class _Archive(BaseModel, strict=True):
+    name: str
+    bytes: int
+
+
+class _Split(BaseModel, strict=True):
+    archives: list[_Archive]
+    classes: int
+    images: int
+    bytes: int
+    finished: bool
+
+
+class _State(BaseModel, strict=True):
+    """What the state file says."""
+
+    version: Literal[1]
+    set: str = Field(pattern=r"^[a-z0-9-]+$")
+    form: Literal["class folders"] | dict[Literal["shard_bytes", "resize", "quality"], int | None]
+    splits: dict[Literal["train", "val"], _Split]
 
 
 @dataclass(frozen=True)
@@ -397,20 +420,18 @@ def _counts(index: ImageIndex | None) -> dict[str, int]:
 
 def _read_state(path: Path) -> dict[str, Any]:
     """What a state file says; nothing if there is none."""
-    try:
-        state = json.loads(path.read_text())
-        if state["version"] != _VERSION:
-            raise ValueError(f"version {state['version']}, not {_VERSION}")
-        parts = [{key: split[key] for key in _SPLIT_KEYS} for split in state["splits"].values()]
-        return {
-            "set": str(state["set"]),
-            "form": state["form"],
-            "splits": dict(zip(state["splits"], parts, strict=True)),
-        }
-    except FileNotFoundError:
+    if not path.exists():
         return {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); empty the folder") from None
+    try:
+        state = read_json(path, "the state of this folder")
+        return _State.model_validate(state).model_dump(exclude={"version"})
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "content"
+        problem = f"{where}: {first['msg']}"
+    except UserError as error:
+        problem = str(error).removeprefix(f"{path}: ")
+    raise UserError(f"{path}: cannot be read ({problem}); empty the folder")
 
 
 def _form_in_words(state: Mapping[str, Any]) -> str:
@@ -422,7 +443,9 @@ def _form_in_words(state: Mapping[str, Any]) -> str:
 
 def _names(archives: Sequence[Mapping[str, Any]]) -> str:
     return (
-        ", ".join(f"{archive['name']} ({archive['bytes']:,} bytes)" for archive in archives)
+        ", ".join(
+            f"{printable(archive['name'])} ({archive['bytes']:,} bytes)" for archive in archives
+        )
         or "downloads"
     )
 

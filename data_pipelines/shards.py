@@ -16,6 +16,7 @@ import tarfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import sha256
@@ -29,8 +30,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from rich.progress import Progress
 
+from data_pipelines.archives import DAMAGE, LARGEST_MEMBER
 from data_pipelines.batch import decode_with_pil
-from data_pipelines.header import Header, find_damage, read_header
+from data_pipelines.header import Header, find_damage, open_with_pil, read_header
 from data_pipelines.image_index import (
     INDEX_FILE,
     SCAN_THREADS,
@@ -42,9 +44,11 @@ from data_pipelines.image_index import (
 from data_pipelines.index import parts_of
 from data_pipelines.making import claimed, in_bytes, progress_bar
 from data_pipelines.order import Int64s, permutation
+from data_pipelines.plain_file import open_plain
 from data_pipelines.source import Bytes, read_bytes
-from tpp.errors import UserError, run_command
+from tpp.errors import UserError, printable, run_command
 from tpp.files import aside_of, sync, write_whole
+from tpp.reading import read_json
 
 SETTINGS_FILE = ".shards.json"
 SKIPPED_FILE = ".skipped.tsv"
@@ -291,12 +295,13 @@ def _settings_of(out: Path) -> dict[str, Any] | None:
         UserError: they cannot be read.
     """
     path = out / SETTINGS_FILE
-    try:
-        found = json.loads(path.read_text())
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); empty the folder") from None
+    try:
+        found = read_json(path, "the settings of the shards")
+    except UserError as error:
+        problem = str(error).removeprefix(f"{path}: ")
+        raise UserError(f"{path}: cannot be read ({problem}); empty the folder") from None
     if not isinstance(found, dict):
         raise UserError(f"{path}: holds no settings of shards; empty the folder")
     return found
@@ -319,9 +324,10 @@ def _check_settings(out: Path, settings: dict[str, Any]) -> bool:
         return False
     for key, value in settings.items():
         if found.get(key, "") != value:
+            before = printable(str(found.get(key)))
             raise UserError(
                 f"{out}: holds shards of another source or with other settings: {key} is "
-                f"{found.get(key)}, now {value}; choose another folder or empty this one"
+                f"{before}, now {value}; choose another folder or empty this one"
             )
     return True
 
@@ -385,8 +391,9 @@ def _look_up(
                 if byte_sizes[image] < 0:
                     byte_sizes[image] = Path(path).stat().st_size
                 if resize is not None:
-                    with Path(path).open("rb") as file:
-                        sizes[image] = _size_of(file, offset, int(byte_sizes[image]))
+                    with os.fdopen(open_plain(path), "rb") as file:
+                        header = _header_at(file, offset, int(byte_sizes[image]))
+                        sizes[image] = header[1:3] if header else (0, 0)
             except OSError as error:
                 raise _reading_error(index, image, error) from None
 
@@ -395,16 +402,14 @@ def _look_up(
     return byte_sizes, sizes
 
 
-def _size_of(file: BinaryIO, offset: int, length: int) -> tuple[int, int]:
-    """Height and width of an image, from its first bytes if possible; 0, 0 if it has none."""
+def _header_at(file: BinaryIO, offset: int, length: int) -> Header | None:
+    """The header of an image within a file, from its first bytes if possible; None: it has none."""
+    length = min(length, LARGEST_MEMBER)
     for read in sorted({min(_HEAD, length), length}):
         file.seek(offset)
-        try:
-            header = read_header(file.read(read))
-            return header.height, header.width
-        except ValueError:
-            continue
-    return 0, 0
+        with suppress(ValueError):
+            return read_header(file.read(read))
+    return None
 
 
 def _expected_bytes(
@@ -479,7 +484,7 @@ def _converted(data: Bytes, resize: int | None, quality: int) -> tuple[bytes | m
     size = _scaled_size(header, resize)
     if size is None and header.format != "other":
         return data.data, header
-    with Image.open(BytesIO(data.data)) as opened:
+    with open_with_pil(data) as opened:
         grey = Image.getmodebase(opened.mode) == "L"
     image = decode_with_pil(data, 1 if grey else 3)
     # Comments and profiles would be written too, for nobody to read.
@@ -558,17 +563,19 @@ def _write_shard(packing: _Packing, number: int) -> _Stored:
 
 
 def _add(file: BinaryIO, name: str, content: bytes | memoryview) -> tuple[int, int]:
-    """Append a member to a tar file; where its bytes are and how many.
-
-    The header is that of POSIX.1-1988 (ustar), which every reader knows.
-    """
-    member = tarfile.TarInfo(name)
-    member.size = len(content)
-    file.write(member.tobuf(tarfile.USTAR_FORMAT))
+    """Append a member to a tar file; where its bytes are and how many."""
+    file.write(_member_header(name, len(content)))
     offset = file.tell()
     file.write(content)
     file.write(bytes(-len(content) % _BLOCK))
     return offset, len(content)
+
+
+def _member_header(name: str, size: int) -> bytes:
+    """What precedes a member: the header of POSIX.1-1988 (ustar), which every reader knows."""
+    member = tarfile.TarInfo(name)
+    member.size = size
+    return member.tobuf(tarfile.USTAR_FORMAT)
 
 
 def _index_line(key: str, endings: list[str], places: list[tuple[int, int]]) -> str:
@@ -586,23 +593,40 @@ def _index_text(lines: list[str]) -> str:
 def _read_shard(packing: _Packing, number: int) -> _Stored | None:
     """What a shard of an earlier run holds; None if it is not what would be written now."""
     tar, wanted = packing.tar(number), packing.shards[number].tolist()
-    stored = _Stored([], [], [], [], [])
+    stored, lines, end, belong = _Stored([], [], [], [], []), [], 0, set(wanted)
     try:
-        for line in tar.with_suffix(".idx").read_text().splitlines()[1:]:
-            _, offset, length, name, *_ = line.split()
-            stored.images.append(int(Path(name).stem))
-            stored.offsets.append(int(offset))
-            stored.byte_sizes.append(int(length))
-        size = int(_entry_bytes(np.array(stored.byte_sizes, np.int64)).sum()) + 2 * _BLOCK
-        held = set(stored.images)
-        if tar.stat().st_size != size or stored.images != [i for i in wanted if i in held]:
-            return None
-        with tar.open("rb") as file:
-            for place in zip(stored.offsets, stored.byte_sizes, strict=True):
-                stored.sizes.append(_size_of(file, *place))
-    except (OSError, ValueError):
+        text = tar.with_suffix(".idx").read_text()
+        with os.fdopen(open_plain(tar), "rb") as file:
+            for line in text.splitlines()[1:]:
+                image, length = int(Path(line.split()[3]).stem), int(line.split()[2])
+                # Samples follow each other without a gap.
+                offset = end + _BLOCK
+                if not 0 <= length <= LARGEST_MEMBER or image not in belong:
+                    return None
+                header = _header_at(file, offset, length)
+                if header is None:
+                    return None
+                key, label = f"{image:08d}", str(packing.index.labels[image])
+                endings = ["jpg" if header.format == "jpeg" else "png", "cls"]
+                file.seek(end)
+                if file.read(_BLOCK) != _member_header(f"{key}.{endings[0]}", length):
+                    return None
+                end = offset + -(-length // _BLOCK) * _BLOCK + 2 * _BLOCK
+                stored.images.append(image)
+                stored.offsets.append(offset)
+                stored.byte_sizes.append(length)
+                stored.sizes.append((header.height, header.width))
+                places = [(offset, length), (end - _BLOCK, len(label))]
+                lines.append(_index_line(key, endings, places))
+            size = os.fstat(file.fileno()).st_size
+    except (OSError, ValueError, IndexError):
         return None
-    if any(0 in size for size in stored.sizes):
+    held = set(stored.images)
+    if (
+        text != _index_text(lines)
+        or size != end + 2 * _BLOCK
+        or stored.images != [image for image in wanted if image in held]
+    ):
         return None
     for image in wanted:
         if image not in held:
@@ -730,7 +754,7 @@ def _check_shard(
                 if wrong is not None:
                     problems.append(f"{tar}: {member.name}: {wrong}")
                 kept += same
-    except (OSError, ValueError, tarfile.TarError) as error:
+    except (OSError, *DAMAGE) as error:
         return [f"{tar}: cannot be read ({error})"], 0
     if len(lines) != np.count_nonzero(made.container == number):
         problems.append(f"{tar}: holds {len(lines):,} samples, the index says otherwise")

@@ -216,6 +216,8 @@ def images_in(name: str, archives: list[Path], most: int) -> Iterator[FoundImage
                 yield FoundImage(*place, content)
                 counts[place[0]] = counts.get(place[0], 0) + 1
             elif parts[-1] in wanted:
+                if parts[-1] in kept:
+                    raise UserError(f"{path}: {parts[-1]} is in it twice")
                 kept[parts[-1]] = content
     where = str(archives[0])
     if later:

@@ -12,9 +12,11 @@ from typing import Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipelines.archives import LARGEST_MEMBER
 from data_pipelines.batch import Request
 from data_pipelines.image_index import ImageIndex, Location
 from data_pipelines.order import Int64s, SampleOrder
+from data_pipelines.plain_file import open_plain
 from tpp.errors import UserError
 
 Bytes = NDArray[np.uint8]
@@ -199,8 +201,8 @@ def read_bytes(location: Location) -> Bytes:
     A network file system that is away for a moment is asked again for some seconds.
 
     Raises:
-        OSError: the file cannot be read.
-        ValueError: it ends too early.
+        OSError: the file cannot be read, or is a pipe, a device or the like.
+        ValueError: it ends too early, or has more bytes than any image.
     """
     for pause in _PAUSES:
         try:
@@ -219,6 +221,8 @@ def _read(location: Location) -> Bytes:
         length = os.fstat(opened.descriptor).st_size
     else:
         opened = _container(path)
+    if length > LARGEST_MEMBER:
+        raise ValueError(f"{length:,} bytes; no image has more than {LARGEST_MEMBER:,}")
     data = np.empty(length, np.uint8)
     got = 0
     while got < length:
@@ -233,7 +237,7 @@ class _OpenFile:
     """A file that is open as long as somebody holds this object."""
 
     def __init__(self, path: str) -> None:
-        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.descriptor = open_plain(path)
 
     def __del__(self) -> None:
         if hasattr(self, "descriptor"):

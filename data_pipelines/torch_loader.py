@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as F
@@ -25,7 +26,8 @@ from data_pipelines.augment import (
     random_resized_windows,
 )
 from data_pipelines.batch import Batch, Output, Request, decode_with_pil
-from data_pipelines.source import ImageSource
+from data_pipelines.header import find_damage
+from data_pipelines.source import Bytes, ImageSource
 from data_pipelines.torch_augment import color_jitter, erase, rand_augment
 from tpp.errors import UserError
 
@@ -113,7 +115,7 @@ class _Images(Dataset[_Made | UserError]):
             fetched = self._source.fetch(
                 request,
                 range(len(request.images)),
-                lambda data: decode_with_pil(data, transform.channels),
+                lambda data: _decoded(data, transform.channels),
             )
         except UserError as error:
             return error
@@ -154,6 +156,14 @@ class _Images(Dataset[_Made | UserError]):
         if self._output.device.type != "cpu":
             return made
         return made._replace(images=_finished(made, transform, self._output))
+
+
+def _decoded(data: Bytes, channels: int) -> Image.Image:
+    """An image of a file's bytes, if the other loader would take them too."""
+    damage = find_damage(data)
+    if damage:
+        raise ValueError(damage)
+    return decode_with_pil(data, channels)
 
 
 def _as_is(made: Any) -> Any:
