@@ -28,16 +28,28 @@ from pydantic import (
 
 from data_pipelines.augment import MOST_OPERATIONS
 from tpp.budget import BUDGET_KINDS, Budget, BudgetKind, parse_count
-from tpp.errors import UserError
+from tpp.errors import UserError, printable
 from tpp.files import write_whole
 from tpp.methods import method_class
 from tpp.methods.base import Method
+from tpp.reading import DEEPEST, is_shallow, read_text
 from tpp.selection import Criterion, Selection, check_floor
+from train.intervals import Interval
 
 DEMO = Path(__file__).resolve().parents[1] / "configs" / "demo.yaml"
 REPLACED_WHOLE = (("pruning", "ratios"), ("pruning", "floors"), ("model", "args"))
 
 StageKind = Literal["dense", "regularize", "prune", "finetune", "evaluate"]
+# Bytes of a YAML file: PyYAML takes seconds for that many.
+LARGEST_YAML = 2**20
+# Of one file, with aliases written out; and files that extend each other.
+_MOST_VALUES = 20_000
+_LONGEST_CHAIN = 20
+# Files and folders that a run keeps beside those of its stages.
+_OF_THE_RUN = {
+    *("config.yaml", "plan.json", "results.json", "log.jsonl", "run.lock", "checkpoints"),
+    *("report.html", "report.png"),
+}
 TRAINING_KINDS = ("dense", "regularize", "finetune")
 
 Ratio = Annotated[float, Field(ge=0, lt=1)]
@@ -281,8 +293,14 @@ class TrainingSection(Section):
         trainability_every: steps between measurements of the Jacobian's singular values, from
             before the first step to the end of every training stage; null for none.
         trainability_images: validation images to measure them at, at most.
-        checkpoint_every: steps between checkpoints that an interrupted stage resumes from.
-        keep_checkpoints: how many of these are kept while the stage runs.
+        on_bad_step: what becomes of a step whose loss or gradient is not finite, or whose
+            gradient's norm is above ``max_gradient_norm``: ``stop`` ends the run, ``skip`` leaves
+            the weights as they were and goes on, ``rollback`` goes back to the newest checkpoint
+            and leaves that step out. The images' names are written down in each case.
+        max_bad_steps: how many steps of a stage ``skip`` and ``rollback`` may leave out.
+        max_gradient_norm: of all parameters together; null for no limit.
+        rank_timeout: seconds without a sign of life after which a rank counts as lost, and the
+            run ends.
     """
 
     batch_size: PositiveInt = 256
@@ -296,8 +314,42 @@ class TrainingSection(Section):
     statistics_every: PositiveInt = 250
     trainability_every: PositiveInt | None = None
     trainability_images: PositiveInt = 64
-    checkpoint_every: PositiveInt = 1000
-    keep_checkpoints: PositiveInt = 2
+    on_bad_step: Literal["stop", "skip", "rollback"] = "stop"
+    max_bad_steps: PositiveInt = 3
+    max_gradient_norm: PositiveFloat | None = None
+    rank_timeout: Annotated[float, Field(ge=1)] = 120.0
+
+
+def _interval(value: Any) -> Any:
+    if not isinstance(value, str):
+        raise ValueError(f"expected '1000 steps', '0.5 epochs' or '30 minutes', not {value!r}")
+    try:
+        Interval.parse(value)
+    except UserError as error:
+        raise ValueError(str(error)) from None
+    return value
+
+
+class CheckpointsSection(Section):
+    """The checkpoints that an interrupted training stage resumes from.
+
+    Attributes:
+        every: ``1000 steps``, ``0.5 epochs`` or ``30 minutes``: the most that a crash can cost.
+        keep: how many of the newest are kept while the stage runs.
+        keep_every: every so-manieth is kept for good; null for none.
+        keep_best: whether the one with the best validation top-1 is kept for good; an evaluation
+            that is the best so far is followed by a checkpoint.
+        on_error: when one cannot be written: ``stop`` ends the run, ``continue`` says so and
+            trains on; the older ones stay in either case.
+        asynchronous: whether training goes on while one is written.
+    """
+
+    every: Annotated[str, BeforeValidator(_interval)] = "1000 steps"
+    keep: PositiveInt = 2
+    keep_every: PositiveInt | None = None
+    keep_best: bool = False
+    on_error: Literal["stop", "continue"] = "stop"
+    asynchronous: bool = True
 
 
 def _count(value: Any) -> Any:
@@ -448,12 +500,13 @@ class Config(Section):
         seed: of weights, data order and augmentation.
     """
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,199}$")]
     output: str = ""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     model: ModelSection
     data: DataSection
     training: TrainingSection = TrainingSection()
+    checkpoints: CheckpointsSection = CheckpointsSection()
     pruning: PruningSection = PruningSection()
     method: dict[str, Any] = {"name": "tpp"}
     stages: dict[str, StageSection]
@@ -468,6 +521,9 @@ class Config(Section):
         for name, stage in stages.items():
             if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", name):
                 raise ValueError(f"stage name {name!r}: use a string of letters, digits, . _ + -")
+            # A stage's name is that of its folder.
+            if len(name) > 100 or name.lower() in _OF_THE_RUN:
+                raise ValueError(f"stage name {name!r}: too long, or a file of the run has it")
             stage = {} if stage is None else stage
             if isinstance(stage, dict) and "kind" not in stage and name in get_args(StageKind):
                 stage = {"kind": name, **stage}
@@ -587,7 +643,33 @@ def save_config(config: Config, path: Path) -> None:
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-4 as a number and refuses repeated keys."""
+    """SafeLoader that reads 1e-4 as a number, and refuses repeated keys and what grows too large.
+
+    Aliases (``*a``) let a few lines stand for any number of values, and a list hold itself.
+    """
+
+    def get_single_node(self) -> yaml.Node | None:
+        node = super().get_single_node()
+        if node is not None and _size(node, {}) > _MOST_VALUES:
+            raise yaml.MarkedYAMLError(problem=f"more than {_MOST_VALUES:,} values, with aliases")
+        return node
+
+    def fetch_flow_collection_start(self, TokenClass: type[yaml.Token]) -> None:
+        # The scanner's time grows with the square of this depth.
+        if self.flow_level >= DEEPEST:
+            raise yaml.MarkedYAMLError(problem="nested too deeply", problem_mark=self.get_mark())
+        super().fetch_flow_collection_start(TokenClass)
+
+    def construct_yaml_str(self, node: yaml.ScalarNode) -> str:
+        value = super().construct_yaml_str(node)
+        value.encode()  # ValueError for half a character, which could not be written anywhere
+        return value
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        value = super().construct_yaml_int(node)
+        if abs(value) >= 2**64:
+            raise yaml.MarkedYAMLError(problem="a number of more than 64 bits")
+        return value
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[tuple[str, str]] = set()
@@ -603,10 +685,36 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def _refuse(_: _Loader, node: yaml.Node) -> None:
+    raise yaml.MarkedYAMLError(problem=f"{node.tag} is no plain data", problem_mark=node.start_mark)
+
+
+def _size(node: yaml.Node, known: dict[yaml.Node, float]) -> float:
+    """How many values a node stands for, aliases written out; infinite if it holds itself."""
+    if node not in known:
+        known[node] = math.inf
+        parts = []
+        if isinstance(node, yaml.MappingNode):
+            parts = [part for pair in node.value for part in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            parts = node.value
+        known[node] = 1 + sum(_size(part, known) for part in parts)
+    return known[node]
+
+
 class _Dumper(yaml.SafeDumper):
     """SafeDumper that puts a string such as "1e-4" in quotes, for :class:`_Loader` to read it."""
 
 
+# YAML's types that are no plain data: a date without quotes stays a string.
+for _tag in ("timestamp", "binary", "set", "omap", "pairs"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _refuse)
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+_Loader.add_constructor("tag:yaml.org,2002:str", _Loader.construct_yaml_str)
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in resolvers if not tag.endswith(":timestamp")]
+    for first, resolvers in _Loader.yaml_implicit_resolvers.items()
+}
 for _side in (_Loader, _Dumper):  # YAML 1.1 wants 1.0e-4; nobody writes that
     _side.add_implicit_resolver(
         "tag:yaml.org,2002:float",
@@ -615,9 +723,14 @@ for _side in (_Loader, _Dumper):  # YAML 1.1 wants 1.0e-4; nobody writes that
     )
 
 
-def _parse(text: str, source: str) -> Any:
+def parse_yaml(text: str, source: str) -> Any:
+    """What a YAML text holds: plain data, of a size and depth that a configuration can have.
+
+    Raises:
+        UserError: it is not valid YAML, or not of that kind; ``source`` says where it is from.
+    """
     try:
-        return yaml.load(text, Loader=_Loader)
+        data = yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         where = f" (line {error.problem_mark.line + 1})" if error.problem_mark else ""
         raise UserError(f"{source}: not valid YAML: {error.problem}{where}") from None
@@ -625,6 +738,9 @@ def _parse(text: str, source: str) -> Any:
         raise UserError(f"{source}: not valid YAML: nested too deeply") from None
     except Exception as error:  # PyYAML lets through whatever a tag such as !!int stumbles over
         raise UserError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not is_shallow(data):
+        raise UserError(f"{source}: not valid YAML: nested too deeply")
+    return data
 
 
 def read_yaml(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -637,16 +753,14 @@ def read_yaml(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
     Raises:
         UserError: it cannot be read, is not YAML, or extends itself.
     """
-    try:
-        resolved = path.resolve()
-        text = path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not a text file"
-        extended = f", which {extended_by[-1]} extends" if extended_by else ""
-        raise UserError(f"{path}: cannot read the configuration{extended} ({reason})") from None
+    extended = f", which {extended_by[-1]} extends" if extended_by else ""
+    text = read_text(path, f"the configuration{extended}", largest=LARGEST_YAML)
+    resolved = path.resolve()
     if resolved in extended_by:
         raise UserError(f"{path}: extends itself by way of {extended_by[-1]}")
-    data = _parse(text, str(path))
+    if len(extended_by) > _LONGEST_CHAIN:
+        raise UserError(f"{path}: too many files that extend each other")
+    data = parse_yaml(text, str(path))
     if not isinstance(data, dict):
         raise UserError(f"{path}: a configuration is a mapping of keys to values")
     base = data.pop("extends", None)
@@ -688,7 +802,7 @@ def _parse_override(override: str) -> dict[str, Any]:
         raise UserError(
             f"override {override!r}: {whole} is replaced as a whole: {whole}='{{KEY: VALUE, ...}}'"
         )
-    value = _parse(text, f"override {override!r}")
+    value = parse_yaml(text, f"override {override!r}")
     for part in reversed(parts):
         value = {part: value}
     return value
@@ -713,6 +827,7 @@ def mistakes(error: ValidationError, model: type[BaseModel], prefix: str = "") -
             message = f"keys should be strings, not {problem['input']!r}"
         elif problem["type"] != "value_error":
             message = f"{message[0].lower()}{message[1:]}, not {problem['input']!r}"
+        key = printable(key, 200)
         lines += [f"{key}: {part}" if key else part for part in message.splitlines()]
     return lines
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
@@ -28,6 +29,7 @@ from data_pipelines.mixing import Mixing
 from data_pipelines.source import BadImages
 from tpp.errors import UserError
 from train.config import Config
+from train.distributed import from_main_rank, on_every_rank
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,25 @@ class RunData:
             bad=self.train.bad,
             **self._common(),
         )
+
+    def images_of(self, stage: str, step: int) -> list[str]:
+        """Paths of the images of a training step, on all ranks; in shards with the member's name.
+
+        In place of a bad image that is skipped, the loader takes a later one, which is not told.
+        """
+        config, index = self._config, self.train.index
+        order = training_order(
+            index,
+            config.seed,
+            repeats=config.stage_augment(stage).repeats,
+            window=config.data.shuffle_window,
+        )
+        batch = config.training.batch_size
+        images = order.images(np.arange(step * batch, (step + 1) * batch)).tolist()
+        names = [index.location(image).path for image in images]
+        if not index.containers:
+            return names
+        return [f"{name}: {index.files[image]}" for name, image in zip(names, images, strict=True)]
 
     def eval_batches(self, batch_size: int) -> Generator[Batch, None, None]:
         """This rank's share of the validation images."""
@@ -197,32 +218,18 @@ def open_for_all_ranks(
     Raises:
         UserError: on all ranks, if any of them meets a mistake or has another index file.
     """
-    if accelerator.num_processes == 1:
-        return open_images(folder, index_file)
-    main = accelerator.is_main_process
-    found = _attempt(lambda: open_images(folder, index_file)) if main else None
-    told: list[Any] = [found]
-    if isinstance(found, ImageIndex) and found.file is not None:
-        told = [(found.file, found.fingerprint)]
-    dist.broadcast_object_list(told, src=0)
-    if not main:
-        shared = told[0]
-        mine = isinstance(shared, tuple)
-        found = _attempt(lambda: _same_index(folder, *shared)) if mine else shared
-    errors: list[Any] = [None] * accelerator.num_processes
-    dist.all_gather_object(errors, str(found) if isinstance(found, UserError) else None)
-    for rank, error in enumerate(errors):
-        if error is not None:
-            raise UserError(f"rank {rank}: {error}" if rank else error)
-    assert isinstance(found, ImageIndex)
-    return found
 
+    def look() -> ImageIndex | tuple[Path, str]:
+        index = open_images(folder, index_file)
+        if accelerator.num_processes == 1 or index.file is None:
+            return index
+        return index.file, index.fingerprint  # each rank maps the file for itself
 
-def _attempt(open_it: Callable[[], ImageIndex]) -> ImageIndex | UserError:
-    try:
-        return open_it()
-    except UserError as error:
-        return error
+    found = from_main_rank(accelerator, look)
+    return on_every_rank(
+        accelerator,
+        lambda: found if isinstance(found, ImageIndex) else _same_index(folder, *found),
+    )
 
 
 def _same_index(folder: Path, file: Path, fingerprint: str) -> ImageIndex:

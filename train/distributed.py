@@ -1,23 +1,35 @@
 """Devices and ranks: what Accelerate offers, as the training stages need it."""
 
 import os
-from typing import cast
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
 from tpp.errors import UserError
 from train.config import TrainingSection
+from train.watchdog import group_timeout, keep_to_loopback
 
+T = TypeVar("T")
 _MIXED_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
-def make_accelerator(precision: str) -> Accelerator:
+class EveryRankError(UserError):
+    """A mistake that every rank raises alike, for one of them to tell."""
+
+
+def make_accelerator(precision: str, rank_timeout: float = 120.0) -> Accelerator:
     """Start or join the process group and pick this rank's device.
+
+    Args:
+        precision: ``fp32``, ``bf16`` or ``fp16``.
+        rank_timeout: seconds after which the watchdog takes a rank for lost; the process group's
+            own timeout comes later.
 
     Raises:
         UserError: fp16 without a GPU, or an engine that is not supported.
@@ -30,7 +42,11 @@ def make_accelerator(precision: str) -> Accelerator:
             "DeepSpeed is not supported by this version; launch without --use_deepspeed "
             "(data parallelism over any number of ranks works with torchrun or accelerate launch)"
         )
-    accelerator = Accelerator(cpu=cpu, mixed_precision=_MIXED_PRECISION[precision])
+    keep_to_loopback()
+    group = InitProcessGroupKwargs(timeout=group_timeout(rank_timeout))
+    accelerator = Accelerator(
+        cpu=cpu, mixed_precision=_MIXED_PRECISION[precision], kwargs_handlers=[group]
+    )
     if accelerator.distributed_type not in (
         DistributedType.NO,
         DistributedType.MULTI_GPU,
@@ -55,6 +71,45 @@ def check_batch_size(training: TrainingSection, world_size: int) -> None:
             f"training.batch_size: {training.batch_size} is not divisible by {world_size} rank(s) "
             f"x accumulation {training.accumulation}; use a multiple of {parts}"
         )
+
+
+def on_every_rank(accelerator: Accelerator, do: Callable[[], T]) -> T:
+    """Do something on this rank that may be a mistake on any; all ranks have to call it.
+
+    Raises:
+        EveryRankError: whichever of them met it.
+    """
+    found, error = _attempt(do)
+    errors: list[str | None] = [error]
+    if accelerator.num_processes > 1:
+        errors = [None] * accelerator.num_processes
+        dist.all_gather_object(errors, error)
+    for rank, message in enumerate(errors):
+        if message is not None:
+            raise EveryRankError(f"rank {rank}: {message}" if rank else message)
+    return cast(T, found)
+
+
+def from_main_rank(accelerator: Accelerator, do: Callable[[], T]) -> T:
+    """Do something on the main rank and give the others what it returns.
+
+    Raises:
+        EveryRankError: the main rank met it.
+    """
+    told: list[Any] = [_attempt(do)] if accelerator.is_main_process else [None]
+    if accelerator.num_processes > 1:
+        dist.broadcast_object_list(told, src=0)
+    found, error = told[0]
+    if error is not None:
+        raise EveryRankError(error)
+    return cast(T, found)
+
+
+def _attempt(do: Callable[[], T]) -> tuple[T | None, str | None]:
+    try:
+        return do(), None
+    except UserError as error:
+        return None, str(error)
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:

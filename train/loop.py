@@ -1,6 +1,7 @@
 """The training loop: one for every stage, and it knows nothing of pruning."""
 
 import contextlib
+import copy
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from tpp.methods.base import Method
+from train.bad_steps import BadStep, StepCheck
 from train.distributed import sum_over_ranks
 
 Batches = Iterator[tuple[Tensor, Tensor]]
@@ -27,6 +29,7 @@ class LoopSettings:
         label_smoothing: of the cross entropy.
         log_every: steps over which a report is averaged.
         seed: of this rank's dropout and the like.
+        left_out: whether a 0-based step is not to be made: only the method's schedule goes on.
     """
 
     lr: Callable[[int], float]
@@ -35,6 +38,7 @@ class LoopSettings:
     label_smoothing: float = 0.0
     log_every: int = 50
     seed: int = 0
+    left_out: Callable[[int], bool] = lambda step: False
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class Report:
 
     Attributes:
         loss_terms: task loss, and each term that the method added.
+        gradient_norm: L2 norm over all parameters, as the optimiser gets it.
         top1: per cent of the training images, as augmented (mixed ones: of their larger shares).
         lr: learning rate of the last step.
         images_per_second: over all ranks.
@@ -51,6 +56,7 @@ class Report:
     """
 
     loss_terms: dict[str, float]
+    gradient_norm: float
     top1: float
     lr: float
     images_per_second: float
@@ -68,9 +74,15 @@ class Meter:
     def reset(self) -> None:
         """Start anew."""
         self._sums: dict[str, Tensor] = {}
-        self._steps = self._images = 0
+        self.steps = self._images = 0
         self._waited = 0.0
         self._started = time.perf_counter()
+
+    def copy(self) -> "Meter":
+        """A meter that goes on from the same sums, to return to when a step is left out."""
+        meter = copy.copy(self)
+        meter._sums = dict(self._sums)
+        return meter
 
     def pause(self, seconds: float) -> None:
         """Leave out time spent on something else, such as an evaluation."""
@@ -88,22 +100,23 @@ class Meter:
 
     def step(self) -> None:
         """Count an optimiser step."""
-        self._steps += 1
+        self.steps += 1
 
     def report(self, lr: float) -> Report:
         """Means over ranks and steps; then start anew."""
         names = sorted(self._sums)
         local = torch.stack([self._sums[name] for name in names])
         ranks = self._accelerator.num_processes
-        means = (sum_over_ranks(local) / ranks / self._steps).tolist()
+        means = (sum_over_ranks(local) / ranks / self.steps).tolist()
         elapsed = time.perf_counter() - self._started
         terms = dict(zip(names, means, strict=True))
         report = Report(
-            top1=100 * terms.pop("correct") * self._steps / self._images,
+            top1=100 * terms.pop("correct") * self.steps / self._images,
+            gradient_norm=terms.pop("gradient_norm"),
             loss_terms=terms,
             lr=lr,
             images_per_second=self._images * ranks / elapsed,
-            step_time=elapsed / self._steps,
+            step_time=elapsed / self.steps,
             data_wait=self._waited / elapsed,
         )
         self.reset()
@@ -118,7 +131,9 @@ def train(
     settings: LoopSettings,
     accelerator: Accelerator,
     *,
+    check: StepCheck,
     start_step: int = 0,
+    on_bad_step: Callable[[BadStep], None],
     on_report: Callable[[int, Report], None],
     on_step: Callable[[int], bool],
 ) -> int:
@@ -127,11 +142,14 @@ def train(
     Args:
         model: as Accelerate prepared it.
         optimizer: as Accelerate prepared it.
-        batches: ``accumulation`` micro-batches per step, from ``start_step`` on.
+        batches: ``accumulation`` micro-batches per step, from the first step that is not left out.
         method: asked for its loss terms before, and told after, every optimiser step.
         settings: how to train.
         accelerator: device, precision and ranks.
+        check: looks at every step.
         start_step: optimiser steps already done.
+        on_bad_step: called on all ranks with a step that was found bad; raises, or returns for it
+            to be left out.
         on_report: called with the number of steps done and the means since the last report.
         on_step: called after every step with the number of steps done; may evaluate or save, in
             which case it returns True: that time is not counted as training time.
@@ -141,43 +159,77 @@ def train(
     """
     meter = Meter(accelerator)
     step = start_step
+    lr = settings.lr(step)
     model.train()
     while not settings.finished(step):
         # Seeded by the step, so that a resumed run draws the same dropout masks and nothing about
         # random states has to be saved.
         torch.manual_seed(settings.seed + step)
-        lr = settings.lr(step)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        for micro in range(settings.accumulation):
-            asked = time.perf_counter()
-            images, labels = next(batches)
-            meter.count(len(labels), time.perf_counter() - asked)
-            last = micro == settings.accumulation - 1
-            with contextlib.nullcontext() if last else accelerator.no_sync(model):
-                with accelerator.autocast():
-                    logits = model(images)
-                logits = logits.float()
-                loss = F.cross_entropy(logits, labels, label_smoothing=settings.label_smoothing)
-                loss = loss / settings.accumulation
-                meter.add("task", loss)
-                # Of mixed images, the class that has the larger share.
-                classes = labels if labels.dim() == 1 else labels.argmax(1)
-                meter.add("correct", (logits.argmax(1) == classes).sum())
-                if last:
-                    for name, term in method.loss_terms(step).items():
-                        meter.add(name, term)
-                        loss = loss + term
-                accelerator.backward(loss)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        if not settings.left_out(step):
+            lr = settings.lr(step)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            check.begin()
+            before = meter.copy()
+            loss = _accumulate(model, batches, method, settings, accelerator, meter, step)
+            # What the optimiser gets, not what a loss scaler made of it.
+            accelerator.unscale_gradients()
+            meter.add("gradient_norm", check(step, loss))
+            bad = check.first_bad() if check.at_once else None
+            if bad is None:
+                optimizer.step()
+                meter.step()
+                optimizer.zero_grad(set_to_none=True)
+            else:
+                optimizer.zero_grad(set_to_none=True)
+                on_bad_step(bad)
+                check.undo()
+                meter = before
+                if accelerator.scaler is not None:
+                    accelerator.scaler.update()
         method.after_step(step)
         step += 1
-        meter.step()
-        if step % settings.log_every == 0 or settings.finished(step):
+        if meter.steps and (step % settings.log_every == 0 or settings.finished(step)):
+            if not check.at_once and (bad := check.first_bad()) is not None:
+                on_bad_step(bad)
             on_report(step, meter.report(lr))
         stopped = time.perf_counter()
         if on_step(step):
             model.train()
             meter.pause(time.perf_counter() - stopped)
     return step
+
+
+def _accumulate(
+    model: nn.Module,
+    batches: Batches,
+    method: Method,
+    settings: LoopSettings,
+    accelerator: Accelerator,
+    meter: Meter,
+    step: int,
+) -> Tensor:
+    """Gather one step's gradients over its micro-batches; returns the loss, detached."""
+    total = torch.zeros((), device=accelerator.device)
+    for micro in range(settings.accumulation):
+        asked = time.perf_counter()
+        images, labels = next(batches)
+        meter.count(len(labels), time.perf_counter() - asked)
+        last = micro == settings.accumulation - 1
+        with contextlib.nullcontext() if last else accelerator.no_sync(model):
+            with accelerator.autocast():
+                logits = model(images)
+            logits = logits.float()
+            loss = F.cross_entropy(logits, labels, label_smoothing=settings.label_smoothing)
+            loss = loss / settings.accumulation
+            meter.add("task", loss)
+            # Of mixed images, the class that has the larger share.
+            classes = labels if labels.dim() == 1 else labels.argmax(1)
+            meter.add("correct", (logits.argmax(1) == classes).sum())
+            if last:
+                for name, term in method.loss_terms(step).items():
+                    meter.add(name, term)
+                    loss = loss + term
+            accelerator.backward(loss)
+        total += loss.detach()
+    return total

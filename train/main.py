@@ -9,12 +9,18 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Launchers put train/ first on the path, where its modules would shadow top-level ones.
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:] = [str(ROOT), *(p for p in sys.path if Path(p or ".").resolve() != ROOT / "train")]
 
 from tpp.errors import UserError, run_command  # noqa: E402
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from train.config import Config
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -53,23 +59,60 @@ def main() -> None:
 
             dry_run(config, ranks=arguments.ranks)
             return
-        from train.distributed import make_accelerator
-        from train.preflight import preflight
-        from train.stages import open_run, run_stages
+        from train.distributed import EveryRankError, make_accelerator
 
-        accelerator = make_accelerator(config.training.precision)
-        run = open_run(config, accelerator, preflight(config, accelerator))
+        training = config.training
+        accelerator = make_accelerator(training.precision, training.rank_timeout)
     except UserError:
-        if os.environ.get("RANK", "0") != "0":
-            sys.exit(2)  # every rank found the same mistake; one of them says so
+        _leave_it_to_one_rank()
+        raise
+    try:
+        run(config, accelerator)
+    except EveryRankError:
+        _leave_it_to_one_rank()
         raise
 
-    from train.report import show_end
 
-    run_stages(run)
-    if run.is_main:
-        show_end(run.folder)
+def run(config: "Config", accelerator: "Accelerator") -> None:
+    """Go through the stages, alone in the run folder and with an eye on the other ranks.
+
+    Raises:
+        UserError: a mistake in the configuration, data that cannot be read, a run folder that
+            another run holds, a full disk.
+    """
+    from train.distributed import from_main_rank
+    from train.lock import RunLock
+    from train.preflight import preflight
+    from train.report import show_end
+    from train.stages import open_run, run_stages
+    from train.watchdog import Watchdog, ranks_named
+
+    watchdog = Watchdog.from_environment(config.training.rank_timeout)
+    lock = RunLock(Path(config.output))
+    try:
+        with ranks_named(watchdog):
+            found = preflight(config, accelerator)
+            from_main_rank(accelerator, lock.acquire)
+            opened = open_run(config, accelerator, found, watchdog)
+            run_stages(opened)
+            if opened.is_main:
+                show_end(opened.folder)
+    except OSError as error:
+        place = error.filename or config.output
+        raise UserError(
+            f"{place}: {error.strerror or error}; started again, the run goes on from its newest "
+            "checkpoint"
+        ) from error
+    finally:
+        lock.release()
+        watchdog.close()
     accelerator.end_training()
+
+
+def _leave_it_to_one_rank() -> None:
+    """End quietly on all ranks but one: all of them met the same mistake."""
+    if os.environ.get("RANK", "0") != "0":
+        sys.exit(2)
 
 
 if __name__ == "__main__":

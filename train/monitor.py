@@ -1,13 +1,16 @@
 """What a person sees of a run: TensorBoard, log.jsonl, and the terminal."""
 
+import errno
 import json
 import math
+import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.progress import (
@@ -20,6 +23,7 @@ from rich.progress import (
 )
 from torch.utils.tensorboard import SummaryWriter
 
+from tpp.errors import UserError
 from tpp.files import write_whole
 from tpp.regularizer import LayerStatistics
 from tpp.trainability import Trainability
@@ -32,22 +36,38 @@ class Monitor:
         run: the run folder.
         stage: the stage's name; TensorBoard shows each stage as a run of its own.
         total_steps: for the progress bar; None where the length is not known.
-        start_step: first step of this process; entries of later steps, left by a process that
-            was killed after its last checkpoint, are dropped.
+        start_step: steps done before this process; entries of later ones, left by a process that
+            was killed after its last checkpoint, are dropped; with 0, all of this stage are.
         enabled: True on the main rank.
+        on_error: when the disk is full or the like: ``stop`` raises, ``continue`` says so once and
+            goes without.
+
+    Raises:
+        UserError: from any method, with ``stop``: a file cannot be written.
     """
 
     def __init__(
-        self, run: Path, stage: str, total_steps: int | None, start_step: int, *, enabled: bool
+        self,
+        run: Path,
+        stage: str,
+        total_steps: int | None,
+        start_step: int,
+        *,
+        enabled: bool,
+        on_error: Literal["stop", "continue"] = "stop",
     ) -> None:
         self.stage = stage
         self.enabled = enabled
         if not enabled:
             return
         self._log = run / "log.jsonl"
-        if start_step > 0:
-            _drop_later_entries(self._log, stage, start_step)
-        self._writer = SummaryWriter(str(run / stage), purge_step=start_step or None)
+        _drop_later_entries(self._log, stage, start_step)
+        # TensorBoard forgets what it has seen from this step on; those of the checkpoint stay.
+        self._events = run / stage
+        self._writer: SummaryWriter | None = SummaryWriter(
+            str(self._events), purge_step=start_step + 1 if start_step else 0
+        )
+        self._on_error, self._told = on_error, set[Path]()
         console = Console(stderr=True)
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),
@@ -76,8 +96,7 @@ class Monitor:
         """Log scalars of one step: a line in log.jsonl and a point each in TensorBoard."""
         if not self.enabled:
             return
-        for name, value in values.items():
-            self._writer.add_scalar(prefix + name, value, step)
+        self._points(step, {prefix + name: value for name, value in values.items()})
         self.event(event, step=step, **values)
 
     def layers(self, step: int, statistics: Mapping[str, LayerStatistics]) -> None:
@@ -86,9 +105,8 @@ class Monitor:
             return
         for name in ("pruned_magnitude", "kept_magnitude", "correlation"):
             values = {layer: getattr(of_layer, name) for layer, of_layer in statistics.items()}
-            for layer, value in values.items():
-                self._writer.add_scalar(f"weights_{name}/{layer}", value, step)
-            self._writer.add_scalar(f"weights/{name}", fmean(values.values()), step)
+            points = {f"weights_{name}/{layer}": value for layer, value in values.items()}
+            self._points(step, {**points, f"weights/{name}": fmean(values.values())})
         self.event("layers", step=step, layers={k: vars(v) for k, v in statistics.items()})
 
     def trainability(self, step: int, found: Trainability) -> None:
@@ -98,16 +116,50 @@ class Monitor:
         values = {f"jsv_{name}": getattr(found, name) for name in ("mean", "std", "min", "max")}
         values["condition"] = found.condition
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
-        for name, value in finite.items():
-            self._writer.add_scalar(f"trainability/{name}", value, step)
+        self._points(step, {f"trainability/{name}": value for name, value in finite.items()})
         self.event("trainability", step=step, **{name: finite.get(name) for name in values})
 
     def event(self, event: str, **values: Any) -> None:
         """Append a line to log.jsonl."""
         if self.enabled:
             entry = {"event": event, "stage": self.stage, "time": round(time.time(), 3), **values}
-            with self._log.open("a") as file:
-                file.write(json.dumps(entry) + "\n")
+            line = json.dumps(entry) + "\n"
+            with self._writing(self._log), self._log.open("ab", buffering=0) as file:
+                end = file.tell()
+                if file.write(line.encode()) < len(line.encode()):  # the disk is full
+                    file.truncate(end)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def flush(self) -> list[Path]:
+        """Hand everything to the system; returns the files that are to be synced to the disk."""
+        if not self.enabled:
+            return []
+        with self._writing(self._events):
+            if self._writer is None:  # it died of an error; there may be room again
+                self._writer = SummaryWriter(str(self._events))
+            self._writer.flush()
+        return [self._log, *self._events.glob("events.out.tfevents.*")]
+
+    def _points(self, step: int, values: Mapping[str, float]) -> None:
+        with self._writing(self._events):
+            for name, value in values.items():
+                if self._writer is not None:
+                    self._writer.add_scalar(name, value, step)
+
+    @contextmanager
+    def _writing(self, path: Path) -> Iterator[None]:
+        """Do what was set to be done when a file cannot be written."""
+        try:
+            yield
+        except OSError as error:
+            if path == self._events:
+                self._writer = None  # its thread ends with the first error
+            message = f"{path}: cannot be written ({error.strerror or error})"
+            if self._on_error == "stop":
+                raise UserError(message) from None
+            if path not in self._told:
+                self._told.add(path)
+                self.say(f"{message}; going on without it")
 
     def say(self, message: str) -> None:
         """Print a line above the progress bar."""
@@ -118,7 +170,9 @@ class Monitor:
         """Flush everything."""
         if self.enabled:
             self._progress.stop()
-            self._writer.close()
+            with self._writing(self._events):
+                if self._writer is not None:
+                    self._writer.close()
 
 
 def say(message: str) -> None:
@@ -128,6 +182,8 @@ def say(message: str) -> None:
 
 def _drop_later_entries(log: Path, stage: str, start_step: int) -> None:
     """Remove what a killed process logged of steps that are now done again."""
+    # What is logged before the first step is logged again as well.
+    last = start_step or -1
     if not log.exists():
         return
     kept = []
@@ -136,6 +192,6 @@ def _drop_later_entries(log: Path, stage: str, start_step: int) -> None:
             entry = json.loads(line)
         except ValueError:
             continue  # the line that was being written at the kill
-        if entry["stage"] != stage or entry.get("step", 0) <= start_step:
+        if entry["stage"] != stage or entry.get("step", 0) <= last:
             kept.append(line)
     write_whole(log, "".join(f"{line}\n" for line in kept))

@@ -12,16 +12,15 @@ import base64
 import html
 import io
 import itertools
-import json
+import math
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeGuard
 
 import matplotlib
-import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
@@ -30,9 +29,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tpp.errors import UserError, run_command
+from tpp.errors import UserError, printable, run_command
 from tpp.files import write_whole
-from train.config import PublishedSection
+from tpp.reading import parse_json, read_json, read_text
+from train.config import LARGEST_YAML, PublishedSection, parse_yaml
 
 LogEntry = dict[str, Any]
 
@@ -41,6 +41,8 @@ TABLES = {"1": Path(__file__).resolve().parents[1] / "configs" / "cifar10" / "ta
 _IDENTITY = ("name", "output", "published")
 # Weights of pruned filters end at exactly zero, which a log axis cannot show.
 _LOG_FLOOR = 1e-9
+# Steps and values beyond it are none that a run has, and more than an axis can hold.
+_LARGEST = 1e15
 
 
 class Accuracy(BaseModel):
@@ -146,7 +148,7 @@ def load_run(folder: Path) -> RunRecord:
         raise UserError(f"{folder}: no run folder: it has neither results.json nor log.jsonl")
     config = _read_config(folder / "config.yaml")
     stages = {
-        name: StageResult(kind=str(stage.get("kind")), input=stage.get("input"))
+        name: StageResult(kind=str(stage.get("kind")), input=_text(stage.get("input")))
         for name, stage in config.get("stages", {}).items()
     }
     return RunRecord(
@@ -248,25 +250,19 @@ def read_results(path: Path) -> Results:
         UserError: it cannot be read, or is not the results of a run.
     """
     try:
-        return Results.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        return Results.model_validate(read_json(path, "the results"))
     except ValidationError as error:
         problem = error.errors()[0]
         key = ".".join(str(part) for part in problem["loc"]) or "the file"
         message = problem["msg"][0].lower() + problem["msg"][1:]
         raise UserError(f"{path}: not the results of a run: {key}: {message}") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the results ({error.strerror})") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
 
 
 def _read_config(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: cannot read it ({' '.join(str(error).split())})") from None
+    # The resolved configuration extends nothing: no other file is opened for what it says.
+    config = parse_yaml(read_text(path, "the configuration", largest=LARGEST_YAML), str(path))
     stages = config.get("stages", {}) if isinstance(config, dict) else None
     if not isinstance(stages, dict) or not all(isinstance(s, dict) for s in stages.values()):
         raise UserError(f"{path}: not the resolved configuration of a run")
@@ -279,16 +275,22 @@ def _read_log(path: Path) -> dict[tuple[str, str], list[LogEntry]]:
         return log
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            entry = json.loads(line)
+            entry = parse_json(line, str(path))
             event, stage, step = str(entry["event"]), str(entry["stage"]), int(entry["step"])
-        except (ValueError, KeyError, TypeError):
+        except (UserError, ValueError, KeyError, TypeError, OverflowError):
             continue  # has no step, or was being written when the process was killed
+        if abs(step) > _LARGEST:
+            continue
         entries = log[event, stage]
         # A stage that was begun again logs its steps again: what it said last holds.
         while entries and entries[-1]["step"] >= step:
             entries.pop()
         entries.append({**entry, "step": step})
     return log
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
 
 
 def _flatten(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
@@ -501,7 +503,7 @@ def _count(value: int | None) -> str:
 
 
 def _duration(seconds: float | None) -> str:
-    if seconds is None:
+    if seconds is None or not math.isfinite(seconds):
         return "-"
     if seconds < 120:
         return f"{seconds:.0f} s"
@@ -522,9 +524,9 @@ def _to_rich(grid: _Grid) -> Table:
     table = Table(title=Text(grid.title) if grid.title else None, title_justify="left")
     for column in grid.columns:
         textual = column in ("", "Run", "Network", "Source", "Setting")
-        table.add_column(Text(column), justify="left" if textual else "right")
+        table.add_column(Text(printable(column)), justify="left" if textual else "right")
     for row in grid.rows:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*(Text(printable(cell)) for cell in row))
     return table
 
 
@@ -557,6 +559,7 @@ def _headline(run: RunRecord) -> str:
 _INK, _PALE, _LINE = "#1f2430", "#6b7280", "#e5e7eb"
 _COLOURS = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#0891b2", "#65a30d", "#b91c1c")
 _STYLE: dict[Any, Any] = {
+    "text.parse_math": False,  # names are names, whatever dollar signs are in them
     "font.size": 10,
     "text.color": _INK,
     "axes.labelcolor": _INK,
@@ -655,10 +658,14 @@ def _points(
     steps, values = [], []
     for entry in run.log.get((event, stage), []):
         value = next((entry[key] for key in keys if entry.get(key) is not None), None)
-        if isinstance(value, int | float):
+        if _can_be_drawn(value):
             steps.append(offset + entry["step"])
             values.append(float(value))
     return steps, values
+
+
+def _can_be_drawn(value: Any) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not abs(value) > _LARGEST
 
 
 def _coloured(branches: Sequence[_Branch]) -> Iterator[tuple[_Branch, str]]:
@@ -801,8 +808,10 @@ def _draw_filters(axes: Axes, runs: Sequence[RunRecord]) -> None:
 
 
 def _layer_mean(entry: LogEntry, key: str) -> float:
-    layers = entry.get("layers") or {}
-    values = [float(layer[key]) for layer in layers.values() if layer.get(key) is not None]
+    layers = entry.get("layers")
+    of_layers = layers.values() if isinstance(layers, dict) else ()
+    found = [layer.get(key) for layer in of_layers if isinstance(layer, dict)]
+    values = [float(value) for value in found if _can_be_drawn(value)]
     return max(sum(values) / len(values), _LOG_FLOOR) if values else float("nan")
 
 

@@ -4,7 +4,7 @@ import functools
 import json
 import platform
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -27,11 +27,12 @@ from train.data import RunData
 from train.distributed import broadcast_buffers
 from train.evaluate import Accuracy, evaluate
 from train.monitor import say
+from train.watchdog import Watchdog
 from train.weights import load_starting_weights
 
 MODEL_FILE = "model.safetensors"
 PLAN_FILE = "plan.json"
-# Bad images that are named at once; log.jsonl has all of them.
+# Bad images, or settings that differ, that are named at once; log.jsonl has all of the images.
 _NAMED = 10
 
 
@@ -41,10 +42,12 @@ class Run:
 
     config: Config
     accelerator: Accelerator
+    watchdog: Watchdog
     data: RunData
     architecture: Architecture
     dense: Counts
     done: dict[str, dict[str, Any]] = field(default_factory=dict)
+    _moves: int = 0
 
     @property
     def folder(self) -> Path:
@@ -55,6 +58,11 @@ class Run:
     def is_main(self) -> bool:
         """Whether this is the rank that writes."""
         return bool(self.accelerator.is_main_process)
+
+    def at(self, where: str) -> None:
+        """Let the watchdog know where this rank is; all ranks say so at the same places."""
+        self._moves += 1
+        self.watchdog.at(self._moves, where)
 
     def stage_folder(self, stage: str) -> Path:
         """Where a stage keeps its files."""
@@ -132,6 +140,7 @@ def load_plan(run: Run, name: str) -> PruningPlan:
 
 def evaluate_network(run: Run, model: nn.Module) -> Accuracy:
     """Evaluate over the validation images, shared over the ranks."""
+    run.at("an evaluation")
     # Each rank has normalised its own batches; what is measured must be what is saved.
     broadcast_buffers(model)
     training, accelerator = run.config.training, run.accelerator
@@ -200,10 +209,12 @@ _HARMLESS = {
         "statistics_every",
         "trainability_every",
         "trainability_images",
-        "checkpoint_every",
-        "keep_checkpoints",
         "evaluate_batch_size",
         "evaluate_every",
+        "on_bad_step",
+        "max_bad_steps",
+        "max_gradient_norm",
+        "rank_timeout",
     },
 }
 
@@ -256,14 +267,16 @@ def check_same_settings(run: Run, name: str, settings: dict[str, Any]) -> None:
     """Check that what a stage has left behind was made with the settings of now.
 
     Raises:
-        UserError: names the first setting that differs, and what to do.
+        UserError: names what differs, and what to do.
     """
     now = json.loads(json.dumps(stage_settings(run.config, name)))
-    difference = _first_difference(settings, now)
-    if difference:
+    found = list(_differences(settings, now))
+    if found:
+        more = f", and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
         raise UserError(
-            f"{run.folder}: stage {name!r} was run with other settings: {difference}; choose "
-            f"another folder with output=..., or delete {run.stage_folder(name)} to run it again"
+            f"{run.folder}: stage {name!r} was run with other settings: "
+            f"{', '.join(found[:_NAMED])}{more}; choose another folder with output=..., or delete "
+            f"{run.stage_folder(name)} to run it again"
         )
 
 
@@ -290,14 +303,12 @@ def say_bad_images(new: list[tuple[str, str]], tell: Callable[[str], None]) -> N
         tell(f"skipped: {len(new) - _NAMED:,} more images")
 
 
-def _first_difference(old: Any, new: Any, key: str = "") -> str | None:
+def _differences(old: Any, new: Any, key: str = "") -> Iterator[str]:
     if isinstance(old, dict) and isinstance(new, dict):
         for part in [*old, *(k for k in new if k not in old)]:
-            found = _first_difference(old.get(part), new.get(part), f"{key}.{part}".strip("."))
-            if found:
-                return found
-        return None
-    return None if old == new else f"{key} was {old!r} and is {new!r}"
+            yield from _differences(old.get(part), new.get(part), f"{key}.{part}".strip("."))
+    elif old != new:
+        yield f"{key} was {old!r} and is {new!r}"
 
 
 def write_results(run: Run, status: str) -> None:

@@ -10,7 +10,9 @@ from tpp.describe import count
 from tpp.models import build_on_meta
 from tpp.prune import prune_checkpoint
 from tpp.selection import prunable_layers
+from train.checkpoint import remove_leftovers
 from train.config import TRAINING_KINDS, Config, StageSection, save_config
+from train.distributed import from_main_rank
 from train.monitor import say
 from train.preflight import Preflight
 from train.run import (
@@ -26,11 +28,14 @@ from train.run import (
     take_up_done,
     write_results,
 )
-from train.training import TrainingStage
+from train.training import TrainingStage, clean_up
+from train.watchdog import Watchdog
 
 
-def open_run(config: Config, accelerator: Accelerator, found: Preflight) -> Run:
-    """Take up what the run folder holds already; nothing is written.
+def open_run(config: Config, accelerator: Accelerator, found: Preflight, watchdog: Watchdog) -> Run:
+    """Take up what the run folder holds already, and remove what a killed process left half-made.
+
+    The main rank holds the folder's lock.
 
     Raises:
         UserError: a stage was done with other settings.
@@ -38,12 +43,20 @@ def open_run(config: Config, accelerator: Accelerator, found: Preflight) -> Run:
     run = Run(
         config=config,
         accelerator=accelerator,
+        watchdog=watchdog,
         data=found.data,
         architecture=found.architecture,
         dense=count(build_on_meta(found.architecture)),
     )
-    for name in config.stages:
-        take_up_done(run, name)
+
+    def look() -> dict[str, dict[str, Any]]:
+        remove_leftovers(run.folder)
+        for name in config.stages:
+            take_up_done(run, name)
+        return run.done
+
+    # All ranks have to skip the same stages, also where a node sees new files late.
+    run.done = from_main_rank(accelerator, look)
     return run
 
 
@@ -60,14 +73,16 @@ def run_stages(run: Run) -> None:
         save_config(config, run.folder / "config.yaml")
         write_results(run, "running")
     for name, stage in config.stages.items():
+        trains = stage.kind in TRAINING_KINDS
         if name in run.done:
             if run.is_main:
                 say(f"{name}: done before, skipped")
+            if trains:
+                clean_up(run, name)  # it may have been killed just before
             continue
-        if stage.kind in TRAINING_KINDS:
-            training = TrainingStage(run, name)
-            finish_stage(run, name, training.train())
-            training.clean_up()
+        if trains:
+            finish_stage(run, name, TrainingStage(run, name).train())
+            clean_up(run, name)
             continue
         started = time.perf_counter()
         do = _prune_stage if stage.kind == "prune" else _evaluate_stage

@@ -28,7 +28,8 @@ from pydantic import Field, ValidationError, model_validator
 from rich.console import Console
 from rich.table import Table
 
-from tpp.errors import UserError, run_command
+from tpp.errors import UserError, printable, run_command
+from tpp.reading import parse_json
 from train.config import (
     TRAINING_KINDS,
     Config,
@@ -272,9 +273,10 @@ def _last_logged(log: Path) -> str:
     with contextlib.suppress(OSError), log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - _LOG_TAIL))
         for line in reversed(file.read().decode(errors="replace").splitlines()):
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                entry = json.loads(line)
-                return f", {entry['stage']}" + (f" {entry['step']}" if "step" in entry else "")
+            with contextlib.suppress(UserError, KeyError, TypeError):
+                entry = parse_json(line, str(log))
+                where = f", {entry['stage']}" + (f" {entry['step']}" if "step" in entry else "")
+                return printable(where, 100)
     return ""
 
 

@@ -4,23 +4,35 @@ Dense training, the regularised stage and finetuning differ in their settings an
 method does, not in code.
 """
 
+import json
 import math
-import shutil
 import sys
 import time
+from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from tpp.describe import count
 from tpp.errors import UserError
+from tpp.files import write_whole
 from tpp.methods.base import Method, Settings, TrainingContext
 from tpp.models import architecture_of, example_input_for
-from train.checkpoint import TrainingState, newest_state, save_state
+from tpp.training_state import DamagedState, TrainingState, read_state, state_folders
+from train.bad_steps import BadStep, StepCheck
+from train.checkpoint import CheckpointWriter, newest_state
 from train.config import StageSection, steps_for
 from train.data import image_transform
-from train.distributed import convert_sync_batchnorm
+from train.distributed import (
+    EveryRankError,
+    convert_sync_batchnorm,
+    from_main_rank,
+    on_every_rank,
+)
 from train.evaluate import Accuracy
+from train.intervals import Interval
 from train.loop import LoopSettings, Report, train
-from train.monitor import Monitor
+from train.monitor import Monitor, say
 from train.optim import learning_rate, make_optimizer
 from train.run import (
     MODEL_FILE,
@@ -39,6 +51,24 @@ from train.run import (
 )
 from train.trainability_log import TrainabilityProbe
 
+CHECKPOINTS = "checkpoints"
+
+
+def clean_up(run: Run, name: str) -> None:
+    """Remove the checkpoints of a stage that is done, but for those that are kept for good."""
+    folder = run.stage_folder(name) / CHECKPOINTS
+    if run.is_main and folder.is_dir():
+        writer = CheckpointWriter(folder, run.config.checkpoints, say=say)
+        writer.clean_up()
+        writer.close()
+
+
+class _BadStepError(Exception):
+    """A bad step was met: go back to the newest checkpoint, and on after that step."""
+
+    def __init__(self, bad: BadStep) -> None:
+        self.bad = bad
+
 
 class TrainingStage:
     """One dense, regularize or finetune stage, from its input or its newest checkpoint on."""
@@ -50,6 +80,8 @@ class TrainingStage:
         assert self._stage.optimizer is not None
         self._optim = self._stage.optimizer
         self._folder = run.stage_folder(name)
+        self._checkpoints = self._folder / CHECKPOINTS
+        self._interval = Interval.parse(run.config.checkpoints.every)
         # Dense training is what every method starts from; none has a say in it.
         dense = self._stage.kind == "dense"
         self._method = Method(Settings()) if dense else run.config.stage_method(name)
@@ -69,12 +101,11 @@ class TrainingStage:
             self._folder.mkdir(parents=True, exist_ok=True)
         self._network = load_input(run, stage)
         counts = count(self._network)
-        state, passed_over = newest_state(self._folder / "checkpoints")
+        state, passed_over = self._find_state()
         if state is None:
             plan = choose_plan(run, self._name, self._network, self._method)
         else:
-            check_same_settings(run, self._name, state.extra["settings"])
-            check_same_images(run, self._name, state.extra.get("images"))
+            self._check_state(state)
             planned = stage.kind == "regularize" and self._method.picks == "before"
             plan = load_plan(run, self._name) if planned else None
             self._network.load_state_dict(state.model)
@@ -94,22 +125,37 @@ class TrainingStage:
             ),
         )
         self._optimizer = make_optimizer(self._network, self._optim)
+        prepared = run.accelerator.prepare(self._network, self._optimizer)
         if state is not None:
-            self._method.load_state_dict(state.extra["method"])
-            self._optimizer.load_state_dict(state.optimizer)
-
+            self._take_up(state)
+            run.data.skipped |= state.extra["skipped_images"]
         start_step = state.step if state else 0
+        self._bad_steps = state.extra["bad_steps"] if state else 0
+        self._best = state.extra["best_top1"] if state else 0.0
+        self._stalled = 0.0
         self._elapsed_before = state.extra["elapsed"] if state else 0.0
         self._monitor = Monitor(
-            run.folder, self._name, self._total, start_step, enabled=run.is_main
+            run.folder,
+            self._name,
+            self._total,
+            start_step,
+            enabled=run.is_main,
+            on_error=run.config.checkpoints.on_error,
         )
         self._announce(start_step, passed_over)
-        self._started = time.perf_counter()
+        self._started = self._saved = time.perf_counter()
+        self._writer = self._make_writer()
         try:
-            steps = self._loop(start_step)
+            if state is None and self._training.on_bad_step == "rollback":
+                self._save(0)  # something to go back to
+            steps = self._train_on(prepared, start_step)
             self._report_bad_images(steps)
             self._monitor.event("stage", status="end", step=steps)
+            if self._writer is not None:
+                self._writer.wait()
         finally:
+            if self._writer is not None:
+                self._writer.close()
             self._monitor.close()
             run.accelerator.free_memory()
         assert self._accuracy is not None  # the last step is always evaluated
@@ -126,19 +172,94 @@ class TrainingStage:
             "wall_seconds": self._elapsed(),
         }
 
-    def clean_up(self) -> None:
-        """Remove the checkpoints of a stage that is done: nothing resumes from them any more."""
-        if self._run.is_main:
-            shutil.rmtree(self._folder / "checkpoints", ignore_errors=True)
+    def _make_writer(self) -> CheckpointWriter | None:
+        if not self._run.is_main:
+            return None
+        return CheckpointWriter(
+            self._checkpoints, self._run.config.checkpoints, say=self._monitor.say
+        )
 
-    def _loop(self, start_step: int) -> int:
+    def _find_state(self) -> tuple[TrainingState | None, list[str]]:
+        """The newest whole checkpoint, the same on every rank, and why others were passed over."""
+        accelerator = self._run.accelerator
+        mine: list[TrainingState] = []
+
+        def look() -> tuple[str | None, list[str]]:
+            state, passed_over = newest_state(self._checkpoints)
+            if state is None:
+                return None, passed_over
+            mine.append(state)
+            return f"step-{state.step:08d}", passed_over
+
+        def read(path: Path) -> TrainingState:
+            try:
+                return read_state(path)
+            except DamagedState as error:
+                raise UserError(
+                    f"{error}; the main rank reads it well: the run folder must be on a file "
+                    "system that all nodes share"
+                ) from None
+
+        name, passed_over = from_main_rank(accelerator, look)
+        if name is None:
+            return None, passed_over
+        state = on_every_rank(accelerator, lambda: (mine or [read(self._checkpoints / name)])[0])
+        return state, passed_over
+
+    def _check_state(self, state: TrainingState) -> None:
+        """Check that a checkpoint is of this run, stage and network."""
+        run, name = self._run, self._name
+        check_same_settings(run, name, state.extra["settings"])
+        check_same_images(run, name, state.extra["images"])
+        mine = {key: tensor.shape for key, tensor in self._network.state_dict().items()}
+        if mine != {key: tensor.shape for key, tensor in state.model.items()}:
+            raise EveryRankError(
+                f"{self._checkpoints}: holds a checkpoint of another network than the one that "
+                f"stage {name!r} begins with; delete the folder to run the stage again"
+            )
+
+    def _take_up(self, state: TrainingState) -> None:
+        """Go on from a checkpoint: all but the weights."""
+        self._method.load_state_dict(state.extra["method"])
+        self._optimizer.load_state_dict(state.optimizer)
+        if self._run.accelerator.scaler is not None and state.extra["scaler"] is not None:
+            self._run.accelerator.scaler.load_state_dict(state.extra["scaler"])
+
+    def _train_on(self, prepared: tuple[nn.Module, Any], start_step: int) -> int:
+        """Train to the end; returns the number of steps."""
+        left_out = start_step
+        while True:
+            try:
+                return self._loop(prepared, start_step, left_out)
+            except _BadStepError as request:
+                left_out = request.bad.step
+            start_step = self._roll_back(left_out)
+
+    def _roll_back(self, left_out: int) -> int:
+        """Take up the weights of the newest checkpoint; returns its step."""
+        if self._writer is not None:
+            self._writer.wait()
+        state, _ = self._find_state()
+        if state is None:
+            raise EveryRankError(f"{self._checkpoints}: no whole checkpoint to go back to")
+        self._network.load_state_dict(state.model)
+        self._take_up(state)
+        self._monitor.say(
+            f"{self._name}: back to the weights after {state.step} steps; steps "
+            f"{state.step + 1} to {left_out} are left out"
+        )
+        return state.step
+
+    def _loop(self, prepared: tuple[nn.Module, Any], start_step: int, first_step: int) -> int:
+        """Train on after ``start_step`` steps, without making those up to ``first_step``."""
         run, training = self._run, self._training
         rank = run.accelerator.process_index
-        model, optimizer = run.accelerator.prepare(self._network, self._optimizer)
+        model, optimizer = prepared
+        self._left_out_until = first_step
         batches = run.data.train_batches(
             self._name,
-            start_step,
-            sys.maxsize if self._total is None else self._total - start_step,
+            first_step,
+            sys.maxsize if self._total is None else max(self._total - first_step, 0),
         )
         settings = LoopSettings(
             lr=self._learning_rate,
@@ -148,6 +269,13 @@ class TrainingStage:
             log_every=training.log_every,
             # Far apart, so that neighbouring ranks do not share dropout masks some steps later.
             seed=(run.config.seed * 1_000_003 + rank * 2**40) % 2**62,
+            left_out=lambda step: step < first_step,
+        )
+        self._check = StepCheck(
+            self._network,
+            max_norm=training.max_gradient_norm,
+            at_once=training.on_bad_step != "stop",
+            scaled=run.accelerator.scaler is not None,
         )
         try:
             return train(
@@ -157,7 +285,9 @@ class TrainingStage:
                 self._method,
                 settings,
                 run.accelerator,
+                check=self._check,
                 start_step=start_step,
+                on_bad_step=self._on_bad_step,
                 on_report=self._on_report,
                 on_step=self._on_step,
             )
@@ -189,8 +319,8 @@ class TrainingStage:
             if self._start:
                 self._monitor.scalars("evaluate", 0, self._start, prefix="val/")
         self._monitor.event("stage", status="start", step=start_step)
-        self._monitor.layers(start_step, self._method.statistics())
         if start_step == 0:
+            self._monitor.layers(0, self._method.statistics())
             self._measure_trainability(0)
 
     def _finished(self, step: int) -> bool:
@@ -202,21 +332,20 @@ class TrainingStage:
 
     def _on_report(self, step: int, report: Report) -> None:
         loss = sum(report.loss_terms.values())
-        if not math.isfinite(loss):
-            raise UserError(
-                f"stage {self._name}: the loss is {loss} at step {step} (learning rate "
-                f"{report.lr:g}); the last good checkpoint is in {self._folder / 'checkpoints'}"
-            )
         values = {
             "loss": loss,
             **{f"loss/{term}": value for term, value in report.loss_terms.items()},
             "top1": report.top1,
             "lr": report.lr,
+            "gradient_norm": report.gradient_norm,
             **self._method.scalars(step - 1),
             "images_per_second": report.images_per_second,
             "step_time": report.step_time,
             "data_wait": report.data_wait,
+            # Seconds that the steps since the last report stood still for checkpoints.
+            "checkpoint_stall": self._stalled,
         }
+        self._stalled = 0.0
         self._monitor.scalars("train", step, values, prefix="train/")
         self._report_bad_images(step)
         task = report.loss_terms["task"]
@@ -225,7 +354,10 @@ class TrainingStage:
     def _on_step(self, step: int) -> bool:
         """Evaluate, save and show what is due after ``step`` steps; whether that took time."""
         self._monitor.advance(step)
+        self._run.at(f"stage {self._name}, step {step}")
         last = self._finished(step)
+        if step <= self._left_out_until and not last:
+            return False
         if last or step % self._training.statistics_every == 0:
             self._monitor.layers(step, self._method.statistics())
         every = self._training.trainability_every
@@ -233,7 +365,6 @@ class TrainingStage:
         if measures:
             self._measure_trainability(step)
         evaluates = last or step % self._evaluate_steps == 0
-        saves = not last and step % self._training.checkpoint_every == 0
         if evaluates:
             self._accuracy = evaluate_network(self._run, self._network)
             self._monitor.scalars("evaluate", step, self._accuracy.to_dict(), prefix="val/")
@@ -241,9 +372,60 @@ class TrainingStage:
                 f"{self._name}: step {step}, epoch {step * self._epochs_per_step:.2f}: "
                 f"top-1 {self._accuracy.top1:.2f}%, loss {self._accuracy.loss:.4f}"
             )
-        if saves and self._run.is_main:
-            self._save(step)
+        # Last, so that all that was logged up to this step is on the disk with it.
+        saves = self._writer is not None and not last and self._saves(step, evaluates)
         return evaluates or saves or measures
+
+    def _saves(self, step: int, evaluated: bool) -> bool:
+        """Write a checkpoint if one is due and the weights are sound; whether it did."""
+        assert self._writer is not None
+        self._writer.check()
+        due = self._interval.due(
+            step,
+            steps_per_epoch=1 / self._epochs_per_step,
+            seconds_since=time.perf_counter() - self._saved,
+        )
+        top1 = self._accuracy.top1 if evaluated and self._accuracy else None
+        best = self._run.config.checkpoints.keep_best and top1 is not None and top1 > self._best
+        if top1 is not None:
+            self._best = max(self._best, top1)
+        # A bad step ends the run at the next report; what came after it is not worth keeping.
+        if not (due or best) or self._check.seen_here():
+            return False
+        self._save(step, top1)
+        return True
+
+    def _on_bad_step(self, bad: BadStep) -> None:
+        """Write down which images it was; then stop, go back, or return to go on without it."""
+        training = self._training
+        lr = self._learning_rate(bad.step - 1)
+        reason = bad.reason(training.max_gradient_norm)
+        path = self._folder / f"bad_step-{bad.step:08d}.json"
+        # JSON has no numbers that are not finite.
+        found = {k: v if math.isfinite(v) else str(v) for k, v in vars(bad).items()}
+        if self._run.is_main:
+            images = self._run.data.images_of(self._name, bad.step - 1)
+            content = {"stage": self._name, **found, "learning_rate": lr, "images": images}
+            write_whole(path, json.dumps(content, indent=1) + "\n")
+        what = f"stage {self._name}: step {bad.step}: {reason} (learning rate {lr:g})"
+        self._monitor.event("bad_step", **found)
+        self._bad_steps += 1
+        if training.on_bad_step == "stop" or self._bad_steps > training.max_bad_steps:
+            if self._writer is not None:
+                self._writer.wait()
+            newest = next(iter(state_folders(self._checkpoints)), None)
+            often = (
+                ""
+                if training.on_bad_step == "stop"
+                else f"; training.max_bad_steps allows {training.max_bad_steps} of them"
+            )
+            raise EveryRankError(
+                f"{what}{often}; its images are named in {path}; "
+                + (f"the last good checkpoint is {newest}" if newest else "there is no checkpoint")
+            )
+        self._monitor.say(f"{what}; left out, its images are named in {path}")
+        if training.on_bad_step == "rollback":
+            raise _BadStepError(bad)
 
     def _report_bad_images(self, step: int) -> None:
         """Show the images that were skipped since the last time, each one once."""
@@ -272,18 +454,26 @@ class TrainingStage:
         if self._probe is not None:
             self._monitor.trainability(step, self._probe(self._network))
 
-    def _save(self, step: int) -> None:
+    def _save(self, step: int, top1: float | None = None) -> None:
+        if self._writer is None:
+            return
+        scaler = self._run.accelerator.scaler
         extra = {
             "settings": stage_settings(self._run.config, self._name),
             "images": self._run.data.train.index.fingerprint,
             "method": self._method.state_dict(),
+            "scaler": scaler.state_dict() if scaler is not None else None,
             "start": self._start,
             "elapsed": self._elapsed(),
+            "bad_steps": self._bad_steps,
+            "best_top1": self._best,
+            "skipped_images": self._run.data.skipped,
         }
         model, optimizer = self._network.state_dict(), self._optimizer.state_dict()
         network = architecture_of(self._network)
         state = TrainingState(step, model, optimizer, extra, network.to_dict() if network else None)
-        save_state(self._folder / "checkpoints", state, keep=self._training.keep_checkpoints)
+        self._stalled += self._writer.save(state, score=top1, also_sync=self._monitor.flush())
+        self._saved = time.perf_counter()
 
     def _elapsed(self) -> float:
         return self._elapsed_before + time.perf_counter() - self._started

@@ -1,7 +1,8 @@
 """Where the first stage's weights come from."""
 
+import re
 from pathlib import Path
-from urllib.parse import urlparse
+from urllib.parse import parse_qs, urlparse
 
 import torch
 from torch import nn
@@ -13,16 +14,22 @@ from tpp.sources import load_weights
 from train.config import ModelSection
 
 TORCHVISION = "torchvision:"
+# Names of a URL's parameters that grant access, those of signed links among them.
+_SECRET = re.compile(r"token|sig|secret|passw|credential|auth|api.?key|access.?key", re.IGNORECASE)
 
 
 def starting_weights_exist(model: ModelSection) -> None:
-    """Check a local path or the name of torchvision weights, without loading anything.
+    """Check a local path, a URL or the name of torchvision weights, without loading anything.
 
     Raises:
-        UserError: no such file, or torchvision knows no such weights of this network.
+        UserError: no such file, torchvision knows no such weights of this network, or the URL
+            holds a password or a token.
     """
     checkpoint = model.checkpoint
-    if checkpoint is None or _is_url(checkpoint):
+    if checkpoint is None:
+        return
+    if _is_url(checkpoint):
+        _holds_no_secret(checkpoint)
         return
     if checkpoint.startswith(TORCHVISION):
         _torchvision_url(model.name, checkpoint)
@@ -61,6 +68,7 @@ def _local_file(model: ModelSection) -> Path:
         url = _torchvision_url(model.name, url)
     elif not _is_url(url):
         return Path(url)
+    _holds_no_secret(url)
     target = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(url).path).name
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -88,6 +96,21 @@ def _torchvision_url(name: str, checkpoint: str) -> str:
             f"there are: {', '.join(known.__members__)}"
         )
     return str(known[weights].url)
+
+
+def _holds_no_secret(url: str) -> None:
+    """Refuse a URL that gives access to whoever reads it: the run folder keeps it."""
+    try:
+        parts = urlparse(url)
+        secret = parts.username is not None or parts.password is not None
+    except ValueError:
+        raise UserError("model.checkpoint: not a valid URL") from None
+    if secret or any(_SECRET.search(key) for key in parse_qs(parts.query, keep_blank_values=True)):
+        raise UserError(
+            f"model.checkpoint: the URL of {parts.hostname} holds a password or a token, which "
+            "would be kept in config.yaml; download the file and name it with "
+            "model.checkpoint=FILE"
+        )
 
 
 def _is_url(text: str) -> bool:

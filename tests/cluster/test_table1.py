@@ -30,7 +30,8 @@ def tiny_sweep(tmp_path: Path) -> Path:
             "resize": None,
             "threads": 1,
         },
-        "training": {"batch_size": 16, "checkpoint_every": 1, "evaluate_every": 100},
+        "training": {"batch_size": 16, "evaluate_every": 100},
+        "checkpoints": {"every": "1 step"},
     }
     dense = {"name": "x", "stages": {"dense": {"epochs": 1, "optimizer": {"lr": 0.05}}}}
     method = {

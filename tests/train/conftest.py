@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 import yaml
+from tiny_run import make_tiny_data, tiny_run
 
-from data_pipelines.demo import generate_demo
+from tpp.errors import run_command
+from train.main import main
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -20,48 +22,13 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four classes of 24 training and 10 validation images, 32x32."""
-    root = tmp_path_factory.mktemp("data") / "tiny"
-    generate_demo(root, classes=4, train_per_class=24, val_per_class=10, image_size=32, seed=1)
-    return root
+    return make_tiny_data(tmp_path_factory.mktemp("data") / "tiny")
 
 
 @pytest.fixture
 def tiny_config(tiny_data: Path, tmp_path: Path) -> dict[str, Any]:
     """Dense, regularize, prune, finetune and evaluate a ResNet-8 in a few dozen steps."""
-    return {
-        "name": "tiny",
-        "output": str(tmp_path / "run"),
-        "model": {"name": "cifar_resnet8"},
-        "data": {
-            "root": str(tiny_data),
-            "augmentation": "cifar",
-            "image_size": 32,
-            "resize": None,
-            "threads": 1,
-        },
-        "training": {
-            "batch_size": 16,
-            "log_every": 2,
-            "statistics_every": 5,
-            "checkpoint_every": 5,
-            "evaluate_every": 2.0,
-        },
-        "pruning": {"ratios": {"layer*.conv1": 0.5}},
-        "method": {
-            "name": "tpp",
-            "delta": 0.1,
-            "update_interval": 1,
-            "stabilize_steps": 9,
-            "zero_out_interval": 1,
-        },
-        "stages": {
-            "dense": {"epochs": 1, "optimizer": {"lr": 0.05}},
-            "regularize": {"optimizer": {"lr": 0.01}},
-            "prune": {},
-            "finetune": {"epochs": 1, "optimizer": {"lr": 0.02}},
-            "evaluate": {},
-        },
-    }
+    return tiny_run(tiny_data, tmp_path / "run")
 
 
 RunMain = Callable[..., subprocess.CompletedProcess[str]]
@@ -77,16 +44,18 @@ def run_main(tmp_path: Path) -> RunMain:
         ranks: int = 1,
         expect: int | None = 0,
         kill_when: Path | None = None,
+        script: Path = ROOT / "train" / "main.py",
     ) -> subprocess.CompletedProcess[str]:
         command = [sys.executable]
         if ranks > 1:
             command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        command += [str(ROOT / "train" / "main.py")]
+        command += [str(script)]
         if config is not None:
             path = tmp_path / "config.yaml"
             path.write_text(yaml.safe_dump(config, sort_keys=False))
             command += ["--config", str(path)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        environment["PYTHONPATH"] = str(ROOT)  # for scripts elsewhere
         options: dict[str, Any] = {"cwd": tmp_path, "env": environment, "text": True}
         options |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         with subprocess.Popen([*command, *arguments], **options) as process:
@@ -100,5 +69,23 @@ def run_main(tmp_path: Path) -> RunMain:
         if expect is not None:
             assert process.returncode == expect, out + err
         return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+    return run
+
+
+@pytest.fixture
+def run_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Run train/main.py in this process, which saves the imports; one rank."""
+
+    def run(config: dict[str, Any], *arguments: str, expect: int = 0) -> None:
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(config, sort_keys=False))
+        monkeypatch.setattr(sys, "argv", ["main.py", "--config", str(path), *arguments])
+        if expect == 0:
+            main()
+            return
+        with pytest.raises(SystemExit) as ended:
+            run_command(main)
+        assert ended.value.code == expect
 
     return run

@@ -109,7 +109,7 @@ def test_a_killed_run_ends_with_the_same_weights(tiny_config, run_main, loader):
     refused = run_main(tiny_config, "seed=1", expect=2)
     assert "seed was 0 and is 1" in refused.stderr
     resumed = run_main(tiny_config)
-    assert f"{newest.name}: model.safetensors is damaged" in resumed.stdout
+    assert f"{newest.name}/model.safetensors: damaged: its sha256" in resumed.stdout
     assert f"regularize: resumed after {int(newest.name[5:]) - 5} steps" in resumed.stdout
     truth = weights(undisturbed, "regularize")
     assert largest_difference(truth, weights(tiny_config, "regularize")) == 0

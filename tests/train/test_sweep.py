@@ -39,7 +39,7 @@ def tiny_sweep(tiny_config: dict[str, Any], tmp_path: Path) -> Path:
     for key in ("name", "output", "pruning"):
         del tiny_config[key]
     tiny_config["data"]["loader"] = "torchvision"
-    tiny_config["training"]["checkpoint_every"] = 1
+    tiny_config["checkpoints"]["every"] = "1 step"
     method = tiny_config.pop("method") | {"delta": 0.2, "stabilize_steps": 8}
     branch = {name: stages[name] for name in ("prune", "finetune", "evaluate")}
     tpp = {"regularize": stages["regularize"], **branch}
