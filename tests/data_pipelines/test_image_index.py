@@ -38,11 +38,12 @@ ROOT = Path(__file__).resolve().parents[2]
 ARRAYS = ("labels", "byte_sizes", "sizes", "broken", "container", "offsets", "marks")
 IMAGENET = 1_281_167
 
-# What Linux lets a file be named, as Python spells it.
+# What Linux lets a file be named, as Python spells it; "." and ".." are folders everywhere.
 file_names = (
     st.binary(min_size=1, max_size=12)
     .map(lambda name: name.replace(b"\0", b"0").replace(b"/", b"_"))
     .map(os.fsdecode)
+    .filter(lambda name: name not in (".", ".."))
 )
 
 

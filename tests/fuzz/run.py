@@ -48,7 +48,7 @@ def _work(name: str, seed: int, seconds: float, folder: Path, pipe: Connection) 
         data, tally = mutate(random, seeds, target), Tally()
         (folder / "current").write_bytes(data)
         tally_one(target, folder / "case", data, tally)
-        pipe.send((list(tally.outcomes), [reason for _, reason in tally.failures]))
+        pipe.send((list(tally.outcomes), tally.failures))
     pipe.send(None)
 
 
@@ -64,7 +64,7 @@ def fuzz_target(target: Target, seconds: float, seed: int) -> tuple[Tally, int]:
             child.start()
             theirs.close()
             used += 1
-            reason = _listen(ours, tally, Path(scratch) / "current")
+            reason = _listen(ours, tally)
             child.kill()
             child.join()
             if reason:
@@ -77,7 +77,7 @@ def fuzz_target(target: Target, seconds: float, seed: int) -> tuple[Tally, int]:
     return tally, used
 
 
-def _listen(pipe: Connection, tally: Tally, current: Path) -> str | None:
+def _listen(pipe: Connection, tally: Tally) -> str | None:
     """Count what a child reports; why it ended before its time, if it did."""
     while pipe.poll(_PATIENCE):
         try:
@@ -86,9 +86,9 @@ def _listen(pipe: Connection, tally: Tally, current: Path) -> str | None:
             return "the process ended"
         if message is None:
             return None
-        outcomes, reasons = message
+        outcomes, failures = message
         tally.outcomes.update(outcomes)
-        tally.failures += [(current.read_bytes(), reason) for reason in reasons]
+        tally.failures += failures
     return f"nothing came for {_PATIENCE:.0f} s"
 
 

@@ -1,5 +1,6 @@
 """The parsers of data_pipelines/: archives, images, indexes, shards, settings of commands."""
 
+import atexit
 import contextlib
 import functools
 import gzip
@@ -304,6 +305,7 @@ def _plain_folder(folder: Path) -> ImageIndex:
 def _shards() -> Path:
     """Class folders and finished shards of them, made once."""
     home = Path(tempfile.mkdtemp(prefix="fuzz-shards-"))
+    atexit.register(shutil.rmtree, home, ignore_errors=True)
     write_shards(_plain_folder(home / "images"), home / "shards", shard_bytes=3000, threads=1)
     return home
 

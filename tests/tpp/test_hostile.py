@@ -1,11 +1,13 @@
 """Files from strangers: nothing in them runs, opens another file, or asks the network."""
 
 import ast
+import copy
 import json
 import os
 import subprocess
 import sys
 import textwrap
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -218,10 +220,31 @@ def test_tensors_that_no_network_has(tensor, kind, legacy, tmp_path):
 
 def test_tied_tensors_and_parameters_are_read(tmp_path):
     path = tmp_path / "x.pth"
-    weight = nn.Parameter(torch.rand(100_000))
+    weight = nn.Parameter(torch.rand(1_000_000))
     torch.save({"a": weight, "b": weight, "c": weight.detach()[:10]}, path)
     found = load_torch(path)
     assert torch.equal(found["a"], weight) and torch.equal(found["c"], weight[:10])
+
+
+def test_compressed_and_overlapping_entries_are_refused(tmp_path):
+    """torch would read the one as it is, compressed, and inflate it where it is not mapped."""
+    path = tmp_path / "x.pth"
+    torch.save({"a": torch.zeros(1000)}, path)
+    with zipfile.ZipFile(path) as archive:
+        entries = {entry.filename: archive.read(entry) for entry in archive.infolist()}
+    with zipfile.ZipFile(tmp_path / "y.pth", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content)
+    with pytest.raises(UserError, match=r"y.pth: its entry .* is compressed"):
+        load_torch(tmp_path / "y.pth")
+    with zipfile.ZipFile(path, "a") as archive:  # the directory lists the large entry twice
+        entry = next(entry for entry in archive.infolist() if entry.file_size == 4000)
+        twin = copy.copy(entry)
+        twin.filename = entry.filename.replace("/0", "/9")
+        archive.filelist.append(twin)
+        archive.writestr("x/more", b"")
+    with pytest.raises(UserError, match="its entries overlap"):
+        load_torch(path)
 
 
 class Touch:
