@@ -1,6 +1,7 @@
 # The two commands; each sets everything up on a fresh machine.
 #   make demo   dense network -> TPP -> pruned -> finetuned, beside plain L1 (about 3 minutes)
-#   make test   lint, types, tests
+#   make test   lint, types, tests (WORKERS=4 for four tests at a time)
+WORKERS ?= 2
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -30,8 +31,9 @@ lint: setup
 types: setup
 	$(BIN)/mypy
 
+# Most tests are one thread of arithmetic; the ones that start several processes bring their own.
 unit: setup
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 clean:
 	rm -rf runs .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis
