@@ -13,7 +13,7 @@ from torch.distributed.nn.functional import all_reduce
 
 from tpp.errors import UserError
 from train.config import TrainingSection
-from train.watchdog import group_timeout, keep_to_loopback
+from train.watchdog import group_timeout, keep_to_loopback, meet_anew_after_restart
 
 T = TypeVar("T")
 _MIXED_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
@@ -42,6 +42,7 @@ def make_accelerator(precision: str, rank_timeout: float = 120.0) -> Accelerator
             "DeepSpeed is not supported by this version; launch without --use_deepspeed "
             "(data parallelism over any number of ranks works with torchrun or accelerate launch)"
         )
+    meet_anew_after_restart()
     keep_to_loopback()
     group = InitProcessGroupKwargs(timeout=group_timeout(rank_timeout))
     accelerator = Accelerator(

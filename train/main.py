@@ -105,7 +105,6 @@ def run(config: "Config", accelerator: "Accelerator") -> None:
         ) from error
     finally:
         lock.release()
-        watchdog.close()
     accelerator.end_training()
 
 

@@ -47,7 +47,7 @@ class Run:
     architecture: Architecture
     dense: Counts
     done: dict[str, dict[str, Any]] = field(default_factory=dict)
-    _moves: int = 0
+    step: int = 0
 
     @property
     def folder(self) -> Path:
@@ -59,10 +59,10 @@ class Run:
         """Whether this is the rank that writes."""
         return bool(self.accelerator.is_main_process)
 
-    def at(self, where: str) -> None:
+    def at(self, phase: str, step: int | None = None) -> None:
         """Let the watchdog know where this rank is; all ranks say so at the same places."""
-        self._moves += 1
-        self.watchdog.at(self._moves, where)
+        self.step = self.step if step is None else step
+        self.watchdog.at(self.step, phase)
 
     def stage_folder(self, stage: str) -> Path:
         """Where a stage keeps its files."""
@@ -140,7 +140,7 @@ def load_plan(run: Run, name: str) -> PruningPlan:
 
 def evaluate_network(run: Run, model: nn.Module) -> Accuracy:
     """Evaluate over the validation images, shared over the ranks."""
-    run.at("an evaluation")
+    run.at("evaluation")
     # Each rank has normalised its own batches; what is measured must be what is saved.
     broadcast_buffers(model)
     training, accelerator = run.config.training, run.accelerator

@@ -354,7 +354,7 @@ class TrainingStage:
     def _on_step(self, step: int) -> bool:
         """Evaluate, save and show what is due after ``step`` steps; whether that took time."""
         self._monitor.advance(step)
-        self._run.at(f"stage {self._name}, step {step}")
+        self._run.at(f"stage {self._name}", step)
         last = self._finished(step)
         if step <= self._left_out_until and not last:
             return False

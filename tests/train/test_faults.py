@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -249,3 +250,36 @@ def test_two_runs_on_one_folder(tiny_config, run_inside, capsys, tmp_path):
     printed = capsys.readouterr()
     assert f"taken over from a run that died: {holder}" in printed.err
     assert "regularize: resumed after " in printed.out
+
+
+def test_a_stopped_rank_is_named_and_the_restarted_run_ends_the_same(
+    tiny_config, run_main, tmp_path
+):
+    """One rank of two is stopped in the middle of training; torchrun starts both again."""
+    tiny_config["stages"] = {"regularize": {"optimizer": {"lr": 0.01}}}
+    tiny_config["training"]["rank_timeout"] = 5.0
+    undisturbed = copy.deepcopy(tiny_config)
+    undisturbed["output"] += "-undisturbed"
+    run_main(undisturbed, ranks=2)
+    folder = Path(tiny_config["output"]) / "regularize"
+    path = tmp_path / "stopped.yaml"
+    path.write_text(yaml.safe_dump(tiny_config))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts=1"]
+    command += ["--nproc_per_node=2", str(ROOT / "train" / "main.py"), "--config", str(path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
+    ) as launcher:
+        while not (folder / "checkpoints" / "step-00000005").exists():
+            assert launcher.poll() is None
+            time.sleep(0.005)
+        ranks = psutil.Process(launcher.pid).children(recursive=True)
+        (second,) = [rank for rank in ranks if rank.environ().get("RANK") == "1"]
+        second.suspend()
+        _, err = launcher.communicate(timeout=300)
+    assert launcher.returncode == 0, err
+    assert err.count("rank 1 (host ") == 1
+    assert f"pid {second.pid}) has given no sign of life for 5 s" in err
+    one = load_file(folder / "model.safetensors")
+    other = load_file(Path(undisturbed["output"]) / "regularize" / "model.safetensors")
+    assert all(torch.equal(one[name], other[name]) for name in other)

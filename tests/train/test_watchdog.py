@@ -176,11 +176,15 @@ def test_torchrun_names_a_killed_rank_itself(start):
 
 
 def test_torchrun_restarts_a_run_whose_rank_was_stopped(start):
-    ranks = start("torchrun", "--max-restarts=1", "last_attempt=1", "steps=20", "late=1")
+    ranks = start("torchrun", "--max-restarts=1", "last_attempt=1", "steps=20", "store=yes")
     pid = ranks.signal(1, signal.SIGSTOP)
-    codes, _, said = ranks.end()
+    codes, printed, said = ranks.end()
     _check_lost(1, pid, said)
     assert codes == [0]
+    # At torchrun's own store the addresses of the ranks that are gone still stand.
+    stores = [line for line in printed.splitlines() if line.startswith("attempt-")]
+    assert len(stores) == 4 and len(set(stores)) == 2
+    assert len({line.split()[1] for line in stores}) == 2
     assert ranks.pid(1, attempt=1) != pid
 
 
@@ -223,6 +227,8 @@ def test_a_rank_that_stands_still_is_named(start):
 def test_nobody_is_accused_after_all_were_stopped(start):
     """As when a laptop sleeps, or somebody looks at the processes with a debugger."""
     ranks = start("plain", "steps=300")
+    assert ranks.pid(0) != ranks.pid(1)
+    time.sleep(1)  # some rounds
     ranks.signal(0, signal.SIGSTOP)
     ranks.signal(1, signal.SIGSTOP)
     time.sleep(4)  # twice the timeout

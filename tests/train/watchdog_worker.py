@@ -3,8 +3,8 @@
 Each rank leaves its pid in FOLDER/attempt-A/rank-R once it is in its stride. Options: ``timeout``
 and ``stall`` of the watchdog; ``steps`` until the end, ``last_attempt`` in which alone there is
 one; ``sleep`` and ``fail``, at step 10 of rank 1: seconds to sleep, an error to raise; ``linger``:
-seconds that rank 1 takes over its end; ``late``: seconds that it is late after a restart;
-``ports`` prints the addresses at which a rank listens.
+seconds that rank 1 takes over its end; ``ports`` prints the addresses at which a rank listens,
+``store`` the port of the store at which the ranks meet.
 """
 
 import itertools
@@ -65,9 +65,9 @@ def main(folder: Path, words: Sequence[str]) -> None:
     folder.mkdir(exist_ok=True)
     timeout = float(options.get("timeout", 2))
     stall = float(options["stall"]) if "stall" in options else None
-    if os.environ["RANK"] == "1" and folder.name != "attempt-0":
-        time.sleep(float(options.get("late", 0)))
     meet_anew_after_restart()
+    if "store" in options:
+        print(f"{folder.name} {os.environ['MASTER_PORT']}\n", end="", flush=True)
     keep_to_loopback()
     dist.init_process_group("gloo", timeout=group_timeout(timeout))
     watchdog = Watchdog(
