@@ -12,10 +12,10 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -70,7 +70,7 @@ class CheckpointWriter:
         # An executor's thread is waited for when the interpreter ends, however it ends.
         self._executor = ThreadPoolExecutor(1, "checkpoint") if settings.asynchronous else None
         self._writing: Future[list[str]] | None = None
-        self._buffers: dict[str, Tensor] = {}
+        self._buffers: dict[tuple[str, str], Tensor] = {}
         # What this process knows of the checkpoints on the disk.
         self._whole: dict[Path, bool] = {}
         self._notes: dict[Path, tuple[int, float | None] | None] = {}
@@ -165,37 +165,35 @@ class CheckpointWriter:
 
     def _copy(self, state: TrainingState) -> TrainingState:
         """The state in memory of its own, which the next copy uses again."""
-        old, self._buffers = self._buffers, {}
-
-        def copied(name: str, tensor: Tensor) -> Tensor:
-            buffer = old.get(name)
-            if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
-                buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-            self._buffers[name] = buffer
-            return buffer.copy_(tensor.detach(), non_blocking=True)
-
-        def entries(index: Any, values: Mapping[str, Any]) -> dict[str, Any]:
-            return {
-                key: copied(f"optimizer {index} {key}", value)
-                if isinstance(value, Tensor)
-                else deepcopy(value)
-                for key, value in values.items()
+        with _one_thread():
+            model = self._copies("model", state.model)
+            entries = {
+                index: self._copies(f"optimizer {index}", values)
+                for index, values in state.optimizer["state"].items()
             }
-
-        model = {name: copied(f"model {name}", tensor) for name, tensor in state.model.items()}
-        optimizer = {
-            "state": {i: entries(i, values) for i, values in state.optimizer["state"].items()},
-            "param_groups": deepcopy(state.optimizer["param_groups"]),
-        }
         if torch.cuda.is_initialized():
             torch.cuda.current_stream().synchronize()
+        groups = deepcopy(state.optimizer["param_groups"])
         return replace(
             state,
             model=model,
-            optimizer=optimizer,
+            optimizer={"state": entries, "param_groups": groups},
             extra=deepcopy(state.extra),
             architecture=deepcopy(state.architecture),
         )
+
+    def _copies(self, whose: str, values: Mapping[str, Any]) -> dict[str, Any]:
+        copies = {}
+        for key, value in values.items():
+            if not isinstance(value, Tensor):
+                copies[key] = deepcopy(value)
+                continue
+            buffer = self._buffers.get((whose, key))
+            if buffer is None or buffer.shape != value.shape or buffer.dtype != value.dtype:
+                buffer = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+                self._buffers[whose, key] = buffer
+            copies[key] = buffer.copy_(value.detach(), non_blocking=True)
+        return copies
 
     def _write(self, state: TrainingState, also_sync: Sequence[Path]) -> list[str]:
         """Write, and drop older ones; returns lines to say. In the thread, if there is one."""
@@ -355,6 +353,17 @@ def remove_leftovers(folder: Path) -> list[Path]:
                         path.unlink()
                 removed += [] if os.path.lexists(path) else [path]
     return removed
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Copy with one thread: several wait for each other, and long where loaders take the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _rescued(aside: Path) -> bool:
