@@ -25,6 +25,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from tpp.errors import UserError
 from tpp.files import write_whole
+from tpp.reading import parse_json
 from tpp.regularizer import LayerStatistics
 from tpp.trainability import Trainability
 
@@ -61,6 +62,8 @@ class Monitor:
         if not enabled:
             return
         self._log = run / "log.jsonl"
+        if self._log.is_symlink():
+            raise UserError(f"{self._log}: a symbolic link, which a log is not written through")
         _drop_later_entries(self._log, stage, start_step)
         # TensorBoard forgets what it has seen from this step on; those of the checkpoint stay.
         self._events = run / stage
@@ -189,9 +192,10 @@ def _drop_later_entries(log: Path, stage: str, start_step: int) -> None:
     kept = []
     for line in log.read_text().splitlines():
         try:
-            entry = json.loads(line)
-        except ValueError:
+            entry = parse_json(line, str(log))
+            later = entry["stage"] == stage and entry.get("step", 0) > last
+        except (UserError, KeyError, TypeError, AttributeError):
             continue  # the line that was being written at the kill
-        if entry["stage"] != stage or entry.get("step", 0) <= last:
+        if not later:
             kept.append(line)
     write_whole(log, "".join(f"{line}\n" for line in kept))

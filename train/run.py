@@ -21,6 +21,7 @@ from tpp.files import write_whole
 from tpp.methods.base import Method
 from tpp.models import Architecture, example_input_for
 from tpp.plan import PruningPlan
+from tpp.reading import read_json
 from tpp.selection import same_on_all_ranks
 from train.config import TRAINING_KINDS, Config, StageSection
 from train.data import RunData
@@ -254,9 +255,9 @@ def take_up_done(run: Run, name: str) -> None:
     path = run.stage_folder(name) / "done.json"
     if not path.exists():
         return
+    marker = read_json(path, "the done marker")
     try:
-        marker = json.loads(path.read_text())
-        settings, results = marker["settings"], marker["results"]
+        settings, results = dict(marker["settings"]), dict(marker["results"])
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path}: not a done marker; delete it to run the stage again") from None
     check_same_settings(run, name, settings)

@@ -21,8 +21,10 @@ from poison_main import Poison, register
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tpp.errors import UserError
 from tpp.methods import available_methods
 from tpp.training_state import read_state, state_folders, write_state
+from train.monitor import Monitor
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -283,3 +285,35 @@ def test_a_stopped_rank_is_named_and_the_restarted_run_ends_the_same(
     one = load_file(folder / "model.safetensors")
     other = load_file(Path(undisturbed["output"]) / "regularize" / "model.safetensors")
     assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"settings": {}}', '{"settings": 3, "results": 4}'])
+def test_a_damaged_done_marker_is_named(tiny_config, run_inside, capsys, content):
+    marker = Path(tiny_config["output"]) / "dense" / "done.json"
+    marker.parent.mkdir(parents=True)
+    marker.write_text(content)
+    run_inside(tiny_config, expect=2)
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {marker}: not ") and error.count("\n") == 1
+    assert marker.read_text() == content
+
+
+def test_a_log_keeps_what_it_can_and_is_not_written_through_a_link(tmp_path):
+    """Half a line of a killed run, and what others wrote, go; entries of other stages stay."""
+    lines = [
+        '{"stage": "dense", "event": "train", "step": 9}',
+        '{"stage": "finetune", "event": "train", "step": 3}',
+        '{"stage": "finetune", "event": "train", "step": 4}',
+        '{"stage": "finetune", "event": "stage"}',
+        '{"event": "train"}',
+        "[]",
+        '{"stage": "finetune", "event": "tr',
+    ]
+    log = tmp_path / "log.jsonl"
+    log.write_text("\n".join(lines))
+    Monitor(tmp_path, "finetune", 10, 3, enabled=True).close()
+    assert log.read_text().splitlines() == [lines[0], lines[1], lines[3]]
+    log.rename(tmp_path / "elsewhere")
+    log.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"log\.jsonl: a symbolic link"):
+        Monitor(tmp_path, "finetune", 10, 3, enabled=True)

@@ -399,7 +399,7 @@ def test_command_ends_a_mistake_with_code_2_and_no_traceback(tmp_path: Path) -> 
 
 def test_results_that_are_no_text(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match=r"results\.json: not JSON"):
+    with pytest.raises(UserError, match=r"results\.json: cannot read the results \(not a text"):
         load_run(tmp_path)
 
 
