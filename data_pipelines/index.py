@@ -44,12 +44,12 @@ from data_pipelines.image_index import (
     scan_class_folders,
     visible,
 )
-from data_pipelines.making import in_bytes, progress_bar
+from data_pipelines.making import progress_bar
 from data_pipelines.order import Int64s
 from data_pipelines.plain_file import NOT_PLAIN, open_plain
 from data_pipelines.source import read_bytes
 from tpp.errors import UserError, run_command
-from tpp.files import write_whole
+from tpp.files import in_bytes, write_whole
 
 PARTS = ("train", "val", "test")
 """Names of the folders of class folders that a data set's folder may hold."""

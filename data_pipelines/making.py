@@ -1,4 +1,4 @@
-"""What the commands that make data sets have in common: a bar, a lock, sizes in words."""
+"""What the commands that make data sets have in common: a bar and a lock."""
 
 import fcntl
 import os
@@ -24,14 +24,6 @@ def progress_bar() -> Progress:
         disable=not console.is_terminal,
         transient=True,
     )
-
-
-def in_bytes(count: int) -> str:
-    """A number of bytes in words."""
-    for unit, factor in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= factor:
-            return f"{count / factor:,.1f} {unit}"
-    return f"{count} bytes"
 
 
 @contextmanager

@@ -29,12 +29,12 @@ from data_pipelines.imagenet import (
     train_index,
     val_index,
 )
-from data_pipelines.making import claimed, in_bytes, progress_bar
+from data_pipelines.making import claimed, progress_bar
 from data_pipelines.shards import QUALITY, SHARD_BYTES, byte_count, write_shards
 from data_pipelines.small_sets import IMAGENETTE_SIZES, SETS, FoundImage, download, images_in
 from data_pipelines.source import read_bytes
 from tpp.errors import UserError, printable, run_command
-from tpp.files import aside_of, sync, write_whole
+from tpp.files import aside_of, in_bytes, sync, write_whole
 from tpp.reading import read_json
 
 STATE_FILE = ".prepared.json"

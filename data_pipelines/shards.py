@@ -42,12 +42,12 @@ from data_pipelines.image_index import (
     save_index,
 )
 from data_pipelines.index import parts_of
-from data_pipelines.making import claimed, in_bytes, progress_bar
+from data_pipelines.making import claimed, progress_bar
 from data_pipelines.order import Int64s, permutation
 from data_pipelines.plain_file import open_plain
 from data_pipelines.source import Bytes, read_bytes
 from tpp.errors import UserError, printable, run_command
-from tpp.files import aside_of, sync, write_whole
+from tpp.files import aside_of, in_bytes, sync, write_whole
 from tpp.reading import read_json
 
 SETTINGS_FILE = ".shards.json"

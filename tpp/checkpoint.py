@@ -124,7 +124,7 @@ def save_model(
     stored = {name: tensor for name, tensor in tensors.items() if name not in ties}
     for companion, members in (companions or {}).items():
         stored |= {f"{companion}:{name}": tensor for name, tensor in members.items()}
-    stored = _storable(stored)
+    stored = storable(stored)
     own = architecture_of(network)
     assert own is not None
     metadata = {
@@ -346,7 +346,7 @@ def _find_ties(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     return ties
 
 
-def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors on the CPU, contiguous and apart; copied only where they are not so already."""
     result = {}
     end = 0

@@ -31,7 +31,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save_file
 from torch import Tensor
 
-from tpp.checkpoint import _storable
+from tpp.checkpoint import storable
 from tpp.errors import UserError, reason_of
 from tpp.files import aside_of, forget, in_bytes, move, sync
 
@@ -140,7 +140,7 @@ def write_state(target: Path, state: TrainingState) -> int:
     """
     aside = aside_of(target)
     numbered, rest = _flatten_optimizer(state.optimizer)
-    tensors = {_MODEL: _storable(state.model), _OPTIMIZER: _storable(numbered)}
+    tensors = {_MODEL: storable(state.model), _OPTIMIZER: storable(numbered)}
     text = _encode(
         {
             "step": state.step,

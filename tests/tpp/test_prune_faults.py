@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import random
 import signal
 import subprocess
@@ -42,18 +41,6 @@ def source(tmp_path):
     torch.manual_seed(0)
     save_model(tmp_path / "dense.safetensors", build_model("cifar_resnet20", 10))
     return tmp_path / "dense.safetensors"
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A disk of 2 MB. Mounting one takes root; CI has it."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("needs the right to mount a small tmpfs (root)")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
 
 
 def test_a_full_disk_leaves_the_older_output(source, small_disk):

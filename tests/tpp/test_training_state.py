@@ -518,18 +518,6 @@ def test_a_rename_that_never_comes(checkpoint, monkeypatch):
     assert list(checkpoint.parent.iterdir()) == [checkpoint]
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A disk of 2 MB. Mounting one takes root; CI has it."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("needs the right to mount a small tmpfs (root)")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
 def large_state(step, seed=0):
     """One of about 1.2 MB."""
     generator = torch.Generator().manual_seed(seed)

@@ -287,18 +287,6 @@ def test_a_run_folder_that_vanishes(tmp_path, monkeypatch, when):
 # ---- full and read-only disks ----
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A disk of 2 MB. Mounting one takes root; CI has it."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("needs the right to mount a small tmpfs (root)")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
 @pytest.mark.parametrize("on_error", ["stop", "continue"])
 def test_a_full_disk(small_disk, on_error):
     folder, said = small_disk / "checkpoints", []

@@ -30,18 +30,6 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
-def small_disk(tmp_path):
-    """A disk of 4 MB. Mounting one takes root; CI has it."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("needs the right to mount a small tmpfs (root)")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
-@pytest.fixture
 def broken_off(tiny_config, run_inside, capsys, monkeypatch):
     """A run of one stage that ended at its seventh step, with checkpoints 3 and 6."""
     register()
@@ -135,6 +123,7 @@ def filling(tiny_config, small_disk, monkeypatch):
     register()
     monkeypatch.setitem(available_methods(), "poison", Filler)
     monkeypatch.setattr(Filler, "folder", small_disk, raising=False)
+    subprocess.run(["mount", "-o", "remount,size=4m", str(small_disk)], check=True)
     tiny_config["output"] = str(small_disk / "run")
     tiny_config["checkpoints"] = {"every": "3 steps", "asynchronous": False}
     method = {"name": "poison", "steps": []}
