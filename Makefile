@@ -1,5 +1,5 @@
 # The two commands; each sets everything up on a fresh machine.
-#   make demo   dense network -> TPP -> pruned -> finetuned, beside plain L1 (about 3 minutes)
+#   make demo   dense network -> TPP -> pruned -> finetuned, beside plain L1 (3 to 7 minutes)
 #   make test   lint, types, tests (WORKERS=4 for four tests at a time)
 WORKERS ?= 2
 PYTHON ?= python3

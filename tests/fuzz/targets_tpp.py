@@ -26,6 +26,7 @@ from tpp.plan import PruningPlan
 from tpp.prune import prune_model
 from tpp.selection import select_filters
 from tpp.sources import load_weights, name_optimizer_state, read_source
+from tpp.training_state import TrainingState, write_state
 
 
 def tiny_network() -> nn.Module:
@@ -297,6 +298,45 @@ PICKLE_TOKENS = (
     b"ctorch\nfloat8_e4m3fn\n",
 )
 
+
+# Folders that a training stage resumes from
+
+
+def _state_seeds(folder: Path) -> list[bytes]:
+    return [(_write_state(folder) / "state.json").read_bytes()]
+
+
+def _write_state(folder: Path) -> Path:
+    torch.manual_seed(0)
+    network = build_model("cifar_resnet8", 4)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
+    for parameter in network.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    architecture = {"name": "cifar_resnet8", "num_classes": 4, "args": {}}
+    extra = {"method": {"step": 3}, "start": None, "settings": {"seed": 0}}
+    path = folder / "step-00000003"
+    state = TrainingState(3, network.state_dict(), optimizer.state_dict(), extra, architecture)
+    write_state(path, state)
+    return path
+
+
+def _parse_state(folder: Path, data: bytes) -> None:
+    """The mutated state.json with hashes that fit, as somebody who means harm would have them."""
+    path = _write_state(folder)
+    (path / "state.json").write_bytes(data)
+    manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["sha256"]
+    digest = hashlib.sha256(data).hexdigest()
+    manifest["files"]["state.json"] = {"bytes": len(data), "sha256": digest}
+    text = json.dumps(manifest, indent=1) + "\n"
+    manifest["sha256"] = hashlib.sha256(text.encode()).hexdigest()
+    (path / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    source = read_source(path)
+    if source.optimizer is not None:
+        name_optimizer_state(source.optimizer, build_model("cifar_resnet8", 4))
+
+
 PLAN = Target("plan", _plan_seeds, _parse_plan, json_inside=whole)
 CHECKPOINT = Target(
     "checkpoint",
@@ -315,7 +355,8 @@ SAFETENSORS = Target(
 )
 TORCH = Target("torch", _torch_seeds, _parse_torch, repair=_repair_zip, tokens=PICKLE_TOKENS)
 LEGACY = Target("torch_legacy", _legacy_seeds, _parse_torch, tokens=PICKLE_TOKENS)
+STATE = Target("training_state", _state_seeds, _parse_state, json_inside=whole)
 TARGETS = [
-    *(PLAN, CHECKPOINT, SAFETENSORS, TORCH, LEGACY),
+    *(PLAN, CHECKPOINT, SAFETENSORS, TORCH, LEGACY, STATE),
     *map(_deepspeed, (_deepspeed_zero0, _deepspeed_zero2, _deepspeed_zero3)),
 ]
