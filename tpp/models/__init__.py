@@ -143,8 +143,9 @@ def build_on_meta(architecture: Architecture) -> nn.Module:
         from accelerate import init_empty_weights
 
         try:
-            with init_empty_weights(include_buffers=True):
-                return _build(architecture)
+            # Buffers are small, and some constructors compute with tensors of their kind.
+            with init_empty_weights(include_buffers=False):
+                return _build(architecture).to("meta")
         except Exception as error:
             reason = reason_of(error)
             raise UserError(f"model {name!r} cannot be built with {args}: {reason}") from None
