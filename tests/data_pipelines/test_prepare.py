@@ -957,7 +957,7 @@ def home(tmp_path: Path) -> Iterator[tuple[Path, str]]:
     quiet = type("Quiet", (http.server.SimpleHTTPRequestHandler,), {"log_message": _say_nothing})
     handler = functools.partial(quiet, directory=str(folder))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        # torchvision asks once for the address alone and hangs up: a traceback on the captured stderr.
+        # torchvision asks once for the address alone and hangs up, which would be told on stderr.
         server.handle_error = _say_nothing
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
