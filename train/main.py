@@ -80,7 +80,7 @@ def run(config: "Config", accelerator: "Accelerator") -> None:
         UserError: a mistake in the configuration, data that cannot be read, a run folder that
             another run holds, a full disk.
     """
-    from train.distributed import from_main_rank
+    from train.distributed import EveryRankError, from_main_rank
     from train.lock import RunLock
     from train.preflight import preflight
     from train.report import show_end
@@ -91,7 +91,10 @@ def run(config: "Config", accelerator: "Accelerator") -> None:
     lock = RunLock(Path(config.output))
     try:
         with ranks_named(watchdog):
-            found = preflight(config, accelerator)
+            try:
+                found = preflight(config, accelerator)
+            except UserError as error:  # all ranks look at the same things
+                raise EveryRankError(str(error)) from None
             from_main_rank(accelerator, lock.acquire)
             opened = open_run(config, accelerator, found, watchdog)
             run_stages(opened)
