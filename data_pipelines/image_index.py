@@ -170,6 +170,11 @@ class ImageIndex:
         path = f"{self.root}/{self.containers[self.container[image]]}"
         return Location(path, int(self.offsets[image]), int(self.byte_sizes[image]))
 
+    def name(self, image: int) -> str:
+        """What to call an image in a message: its path, in shards with the member's name."""
+        path = self.location(image).path
+        return f"{path}: {self.files[image]}" if self.containers else path
+
     def subset(self, images: Int64s) -> "ImageIndex":
         """The index of these images only, in this order; all classes stay."""
         return ImageIndex.of(

@@ -131,7 +131,7 @@ class _Packing:
         return self.out / f"shard-{number:06d}.tar"
 
     def name(self, image: int) -> str:
-        return _name(self.index, image)
+        return self.index.name(image)
 
     def stored(self, image: int) -> tuple[bytes | memoryview, Header]:
         """The bytes that stand for an image in its shard.
@@ -283,7 +283,7 @@ def _check_known_broken(index: ImageIndex, skip_broken: bool) -> None:
     if len(known) and not skip_broken:
         raise UserError(
             f"{index.file}: says that {len(known):,} of {len(index):,} images are broken (first: "
-            f"{_name(index, int(known[0]))}); mend or delete them and make the index anew, or "
+            f"{index.name(int(known[0]))}); mend or delete them and make the index anew, or "
             "leave them out with --skip-broken"
         )
 
@@ -433,13 +433,8 @@ def _digest(numbers: Int64s) -> str:
     return sha256(numbers.astype("<i8").tobytes()).hexdigest()[:12]
 
 
-def _name(index: ImageIndex, image: int) -> str:
-    path = index.location(image).path
-    return f"{path}: {index.files[image]}" if index.containers else path
-
-
 def _reading_error(index: ImageIndex, image: int, error: OSError) -> UserError:
-    return UserError(f"{_name(index, image)}: cannot read this image ({error.strerror})")
+    return UserError(f"{index.name(image)}: cannot read this image ({error.strerror})")
 
 
 def _source_bytes(index: ImageIndex, image: int) -> Bytes:
@@ -458,7 +453,7 @@ def _source_bytes(index: ImageIndex, image: int) -> Bytes:
         raise _reading_error(index, image, error) from None
     except ValueError as error:
         raise UserError(
-            f"{_name(index, image)}: is no longer as its index says ({error}); make that anew"
+            f"{index.name(image)}: is no longer as its index says ({error}); make that anew"
         ) from None
     return data
 
@@ -778,17 +773,17 @@ def _compare(
     try:
         before = read_header(original)
     except ValueError as error:
-        return f"{_name(index, image)} is broken now ({error})", False
+        return f"{index.name(image)} is broken now ({error})", False
     size = _scaled_size(before, resize)
     kept = size is None and before.format != "other"
     if kept and stored != original.tobytes():
-        return f"not the bytes of {_name(index, image)}", kept
+        return f"not the bytes of {index.name(image)}", kept
     damage = find_damage(stored)
     if damage is not None:
         return f"a broken image ({damage})", kept
     header = read_header(stored)
     if header[1:3] != (size or before[1:3]):
-        return f"not of the size that {_name(index, image)} should have", kept
+        return f"not of the size that {index.name(image)} should have", kept
     if ending != {"jpeg": "jpg", "png": "png"}.get(header.format):
         return f"holds an image of format {header.format}", kept
     return None, kept

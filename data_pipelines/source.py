@@ -97,9 +97,7 @@ class BadImages:
         Raises:
             UserError: names the file, if nothing may be skipped or this is one too many.
         """
-        path = self._index.location(image).path
-        if self._index.containers:
-            path = f"{path}: {self._index.files[image]}"
+        path = self._index.name(image)
         if not self._skips:
             raise UserError(f"{path}: cannot read this image ({reason})")
         with self._lock:
