@@ -26,10 +26,11 @@ from data_pipelines.loaders import (
     training_order,
 )
 from data_pipelines.mixing import Mixing
+from data_pipelines.order import SampleOrder
 from data_pipelines.source import BadImages
 from tpp.errors import UserError
 from train.config import Config
-from train.distributed import from_main_rank, on_every_rank
+from train.distributed import led_by_main_rank
 
 
 @dataclass(frozen=True)
@@ -89,10 +90,7 @@ class RunData:
     ) -> Generator[Batch, None, None]:
         """This rank's batches of a training stage."""
         config = self._config
-        data, training, augment = config.data, config.training, config.stage_augment(stage)
-        order = training_order(
-            self.train.index, config.seed, repeats=augment.repeats, window=data.shuffle_window
-        )
+        training, augment = config.training, config.stage_augment(stage)
         mixing = Mixing(augment.mixup, augment.cutmix) if augment.mixup or augment.cutmix else None
         return train_batches(
             self.train.index,
@@ -102,7 +100,7 @@ class RunData:
             seed=config.seed,
             start_step=start_step,
             steps=steps,
-            order=order,
+            order=self._order(stage),
             mixing=mixing,
             image_side=self._image_side(stage),
             bad=self.train.bad,
@@ -114,19 +112,20 @@ class RunData:
 
         In place of a bad image that is skipped, the loader takes a later one, which is not told.
         """
-        config, index = self._config, self.train.index
-        order = training_order(
-            index,
+        batch = self._config.training.batch_size
+        samples = np.arange(step * batch, (step + 1) * batch)
+        images = self._order(stage).images(samples).tolist()
+        return [self.train.index.name(image) for image in images]
+
+    def _order(self, stage: str) -> SampleOrder:
+        """Which image each sample of a training stage is."""
+        config = self._config
+        return training_order(
+            self.train.index,
             config.seed,
             repeats=config.stage_augment(stage).repeats,
             window=config.data.shuffle_window,
         )
-        batch = config.training.batch_size
-        images = order.images(np.arange(step * batch, (step + 1) * batch)).tolist()
-        names = [index.location(image).path for image in images]
-        if not index.containers:
-            return names
-        return [f"{name}: {index.files[image]}" for name, image in zip(names, images, strict=True)]
 
     def eval_batches(self, batch_size: int) -> Generator[Batch, None, None]:
         """This rank's share of the validation images."""
@@ -219,17 +218,16 @@ def open_for_all_ranks(
         UserError: on all ranks, if any of them meets a mistake or has another index file.
     """
 
-    def look() -> ImageIndex | tuple[Path, str]:
+    def look() -> tuple[ImageIndex | tuple[Path, str], ImageIndex]:
         index = open_images(folder, index_file)
-        if accelerator.num_processes == 1 or index.file is None:
-            return index
-        return index.file, index.fingerprint  # each rank maps the file for itself
+        return (index if index.file is None else (index.file, index.fingerprint)), index
 
-    found = from_main_rank(accelerator, look)
-    return on_every_rank(
+    _, index = led_by_main_rank(
         accelerator,
-        lambda: found if isinstance(found, ImageIndex) else _same_index(folder, *found),
+        look,
+        lambda told: told if isinstance(told, ImageIndex) else _same_index(folder, *told),
     )
+    return index
 
 
 def _same_index(folder: Path, file: Path, fingerprint: str) -> ImageIndex:

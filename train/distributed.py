@@ -15,6 +15,7 @@ from tpp.errors import UserError
 from train.config import TrainingSection
 from train.watchdog import group_timeout, keep_to_loopback, meet_anew_after_restart
 
+K = TypeVar("K")
 T = TypeVar("T")
 _MIXED_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
@@ -104,6 +105,30 @@ def from_main_rank(accelerator: Accelerator, do: Callable[[], T]) -> T:
     if error is not None:
         raise EveryRankError(error)
     return cast(T, found)
+
+
+def led_by_main_rank(
+    accelerator: Accelerator, lead: Callable[[], tuple[K, T]], follow: Callable[[K], T]
+) -> tuple[K, T]:
+    """Let the main rank find something, and the others find the same for themselves.
+
+    Args:
+        accelerator: the ranks.
+        lead: on the main rank; returns what the others are told, and what was found.
+        follow: on the others, given what they were told; returns what they found.
+
+    Raises:
+        EveryRankError: any rank met it.
+    """
+    mine: list[T] = []
+
+    def find() -> K:
+        told, found = lead()
+        mine.append(found)
+        return told
+
+    told = from_main_rank(accelerator, find)
+    return told, on_every_rank(accelerator, lambda: mine[0] if mine else follow(told))
 
 
 def _attempt(do: Callable[[], T]) -> tuple[T | None, str | None]:

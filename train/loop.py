@@ -29,7 +29,7 @@ class LoopSettings:
         label_smoothing: of the cross entropy.
         log_every: steps over which a report is averaged.
         seed: of this rank's dropout and the like.
-        left_out: whether a 0-based step is not to be made: only the method's schedule goes on.
+        first_step: 0-based; those before it are left out: only the method's schedule goes on.
     """
 
     lr: Callable[[int], float]
@@ -38,7 +38,7 @@ class LoopSettings:
     label_smoothing: float = 0.0
     log_every: int = 50
     seed: int = 0
-    left_out: Callable[[int], bool] = lambda step: False
+    first_step: int = 0
 
 
 @dataclass(frozen=True)
@@ -159,34 +159,38 @@ def train(
     """
     meter = Meter(accelerator)
     step = start_step
-    lr = settings.lr(step)
+    while step < settings.first_step:
+        method.after_step(step)
+        step += 1
+        if settings.finished(step):
+            on_step(step)
+            return step
     model.train()
     while not settings.finished(step):
         # Seeded by the step, so that a resumed run draws the same dropout masks and nothing about
         # random states has to be saved.
         torch.manual_seed(settings.seed + step)
-        if not settings.left_out(step):
-            lr = settings.lr(step)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            check.begin()
-            before = meter.copy()
-            loss = _accumulate(model, batches, method, settings, accelerator, meter, step)
-            # What the optimiser gets, not what a loss scaler made of it.
-            accelerator.unscale_gradients()
-            meter.add("gradient_norm", check(step, loss))
-            bad = check.first_bad() if check.at_once else None
-            if bad is None:
-                optimizer.step()
-                meter.step()
-                optimizer.zero_grad(set_to_none=True)
-            else:
-                optimizer.zero_grad(set_to_none=True)
-                on_bad_step(bad)
-                check.undo()
-                meter = before
-                if accelerator.scaler is not None:
-                    accelerator.scaler.update()
+        lr = settings.lr(step)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        check.begin()
+        before = meter.copy()
+        loss = _accumulate(model, batches, method, settings, accelerator, meter, step)
+        # What the optimiser gets, not what a loss scaler made of it.
+        accelerator.unscale_gradients()
+        meter.add("gradient_norm", check(step, loss))
+        bad = check.first_bad() if check.at_once else None
+        if bad is None:
+            optimizer.step()
+            meter.step()
+            optimizer.zero_grad(set_to_none=True)
+        else:
+            optimizer.zero_grad(set_to_none=True)
+            on_bad_step(bad)
+            check.undo()
+            meter = before
+            if accelerator.scaler is not None:
+                accelerator.scaler.update()
         method.after_step(step)
         step += 1
         if meter.steps and (step % settings.log_every == 0 or settings.finished(step)):

@@ -8,7 +8,6 @@ import json
 import math
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -18,17 +17,18 @@ from tpp.errors import UserError
 from tpp.files import write_whole
 from tpp.methods.base import Method, Settings, TrainingContext
 from tpp.models import architecture_of, example_input_for
-from tpp.training_state import DamagedState, TrainingState, read_state, state_folders
+from tpp.training_state import (
+    DamagedState,
+    TrainingState,
+    read_state,
+    state_folder,
+    state_folders,
+)
 from train.bad_steps import BadStep, StepCheck
 from train.checkpoint import CheckpointWriter, newest_state
 from train.config import StageSection, steps_for
 from train.data import image_transform
-from train.distributed import (
-    EveryRankError,
-    convert_sync_batchnorm,
-    from_main_rank,
-    on_every_rank,
-)
+from train.distributed import EveryRankError, convert_sync_batchnorm, led_by_main_rank
 from train.evaluate import Accuracy
 from train.intervals import Interval
 from train.loop import LoopSettings, Report, train
@@ -181,29 +181,24 @@ class TrainingStage:
 
     def _find_state(self) -> tuple[TrainingState | None, list[str]]:
         """The newest whole checkpoint, the same on every rank, and why others were passed over."""
-        accelerator = self._run.accelerator
-        mine: list[TrainingState] = []
 
-        def look() -> tuple[str | None, list[str]]:
+        def look() -> tuple[tuple[int | None, list[str]], TrainingState | None]:
             state, passed_over = newest_state(self._checkpoints)
-            if state is None:
-                return None, passed_over
-            mine.append(state)
-            return f"step-{state.step:08d}", passed_over
+            return (None if state is None else state.step, passed_over), state
 
-        def read(path: Path) -> TrainingState:
+        def read(told: tuple[int | None, list[str]]) -> TrainingState | None:
+            step, _ = told
+            if step is None:
+                return None
             try:
-                return read_state(path)
+                return read_state(state_folder(self._checkpoints, step))
             except DamagedState as error:
                 raise UserError(
                     f"{error}; the main rank reads it well: the run folder must be on a file "
                     "system that all nodes share"
                 ) from None
 
-        name, passed_over = from_main_rank(accelerator, look)
-        if name is None:
-            return None, passed_over
-        state = on_every_rank(accelerator, lambda: (mine or [read(self._checkpoints / name)])[0])
+        (_, passed_over), state = led_by_main_rank(self._run.accelerator, look, read)
         return state, passed_over
 
     def _check_state(self, state: TrainingState) -> None:
@@ -255,7 +250,6 @@ class TrainingStage:
         run, training = self._run, self._training
         rank = run.accelerator.process_index
         model, optimizer = prepared
-        self._left_out_until = first_step
         batches = run.data.train_batches(
             self._name,
             first_step,
@@ -269,7 +263,7 @@ class TrainingStage:
             log_every=training.log_every,
             # Far apart, so that neighbouring ranks do not share dropout masks some steps later.
             seed=(run.config.seed * 1_000_003 + rank * 2**40) % 2**62,
-            left_out=lambda step: step < first_step,
+            first_step=first_step,
         )
         self._check = StepCheck(
             self._network,
@@ -356,8 +350,6 @@ class TrainingStage:
         self._monitor.advance(step)
         self._run.at(f"stage {self._name}", step)
         last = self._finished(step)
-        if step <= self._left_out_until and not last:
-            return False
         if last or step % self._training.statistics_every == 0:
             self._monitor.layers(step, self._method.statistics())
         every = self._training.trainability_every
