@@ -139,7 +139,8 @@ class Trainer:
         return 100.0 * correct / len(self.data.test)
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.data.train.device.type, dtype=torch.bfloat16)
+        kind = self.data.train.device.type
+        return torch.autocast(kind, dtype=torch.bfloat16, enabled=kind == "cuda")
 
     def _normalise(self, images: Tensor) -> Tensor:
         mean, std = self._scale.view(2, 1, 3, 1, 1)

@@ -58,6 +58,11 @@ def make_accelerator(precision: str, rank_timeout: float = 120.0) -> Accelerator
             f"{accelerator.distributed_type.value} is not supported by this version; "
             "use plain data parallelism"
         )
+    if cpu and precision == "bf16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        accelerator.print(
+            "training.precision: this processor has no bf16 arithmetic (AVX-512 or AMX); emulating "
+            "it takes about 20 times as long as fp32"
+        )
     return accelerator
 
 

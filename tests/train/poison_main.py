@@ -67,11 +67,6 @@ class Poison(l1.L1):
         return {**super().state_dict(), "step": self._step}
 
 
-def register() -> None:
-    """Make the method known by its name."""
-    methods.available_methods()["poison"] = Poison
-
-
 if __name__ == "__main__":
-    register()
+    methods.available_methods()["poison"] = Poison
     run_command(main)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from poison_main import register
+from poison_main import Poison
 from safetensors.torch import load_file
 
 from data_pipelines.image_index import open_images
@@ -26,8 +26,7 @@ def poisoned(tiny_config, tmp_path, monkeypatch, run_inside):
 
     Its checkpoints are kept for good, so that they can be looked at after the end.
     """
-    register()
-    monkeypatch.setitem(available_methods(), "poison", available_methods()["poison"])
+    monkeypatch.setitem(available_methods(), "poison", Poison)
     number = iter(range(100))
 
     def run(expect: int = 0, every: int = 1, **settings: Any) -> Path:

@@ -61,7 +61,7 @@ def test_a_known_network_reaches_its_known_accuracy(shared_data, tmp_path):
         result = run_evaluate(
             "--checkpoint", str(shared_data("resnet56-cifar10.th")), "--model", "cifar_resnet56",
             "--data", str(tmp_path / "cifar10" / "test"), "--batch-size", "500", "--threads", "2",
-            "--precision", "bf16", "--loader", loader,
+            "--loader", loader,
         )  # fmt: skip
         assert result.returncode == 0, result.stderr
         found = re.search(r"top-1 ([\d.]+)%.* over ([\d,]+) images", result.stdout)

@@ -17,7 +17,7 @@ import psutil
 import pytest
 import torch
 import yaml
-from poison_main import Poison, register
+from poison_main import Poison
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -32,8 +32,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture
 def broken_off(tiny_config, run_inside, capsys, monkeypatch):
     """A run of one stage that ended at its seventh step, with checkpoints 3 and 6."""
-    register()
-    monkeypatch.setitem(available_methods(), "poison", available_methods()["poison"])
+    monkeypatch.setitem(available_methods(), "poison", Poison)
     method = {"name": "poison", "steps": [6], "slope": "nan"}
     tiny_config["training"]["log_every"] = 1
     tiny_config["checkpoints"] = {"every": "3 steps"}
@@ -120,7 +119,6 @@ class Filler(Poison):
 
 @pytest.fixture
 def filling(tiny_config, small_disk, monkeypatch):
-    register()
     monkeypatch.setitem(available_methods(), "poison", Filler)
     monkeypatch.setattr(Filler, "folder", small_disk, raising=False)
     subprocess.run(["mount", "-o", "remount,size=4m", str(small_disk)], check=True)
@@ -178,7 +176,6 @@ class Vanisher(Poison):
 def test_a_vanished_run_folder_ends_the_run_and_is_not_made_anew(
     tiny_config, run_inside, capsys, monkeypatch
 ):
-    register()
     monkeypatch.setitem(available_methods(), "poison", Vanisher)
     folder = Path(tiny_config["output"])
     monkeypatch.setattr(Vanisher, "folder", folder, raising=False)
