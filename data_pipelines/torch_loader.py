@@ -3,9 +3,11 @@
 import multiprocessing
 import os
 import select
+import signal
 import threading
 from collections.abc import Generator, Iterator
 from functools import partial
+from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
 from typing import Any, NamedTuple
 
@@ -183,6 +185,9 @@ def _end_with(owner: int, worker: int) -> None:
         os._exit(1)
 
     threading.Thread(target=wait, name="end-with-owner", daemon=True).start()
+    # DataLoader ends a worker that does not answer with two SIGTERMs, SLURM sends one.
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM,))
 
 
 def _worker_context() -> BaseContext:
@@ -193,4 +198,11 @@ def _worker_context() -> BaseContext:
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
+    # SLURM sends its signals to every process of a step. A rank stops at its next step, which it
+    # still needs its workers for; what is blocked here is blocked in all that is started here.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGUSR1, signal.SIGTERM))
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return context

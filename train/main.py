@@ -2,7 +2,9 @@
 
     accelerate launch train/main.py [--config FILE] [--dry-run] [key.sub=value ...]
 
-With no --config it runs the demo. Also under torchrun and python.
+With no --config it runs the demo. Also under torchrun, srun, deepspeed and python. SIGUSR1 or
+SIGTERM ends it within about a second, with a checkpoint and exit code 75: started again, it goes
+on from the very step.
 """
 
 import argparse
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from train.config import Config
+    from train.run import Run
+    from train.stopping import Stopped, StopRequest
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -62,21 +66,30 @@ def main() -> None:
         from train.distributed import EveryRankError, make_accelerator
 
         training = config.training
+        from train.stopping import Stopped, StopRequest
+        from train.watchdog import EXIT_LOST
+
+        stop = StopRequest()
+        stop.listen()
         accelerator = make_accelerator(training.precision, training.rank_timeout)
     except UserError:
         _leave_it_to_one_rank()
         raise
     try:
-        run(config, accelerator)
+        run(config, accelerator, stop)
     except EveryRankError:
         _leave_it_to_one_rank()
         raise
+    except Stopped as request:
+        accelerator.print(f"{config.output}: {request}", flush=True)
+        sys.exit(EXIT_LOST)
 
 
-def run(config: "Config", accelerator: "Accelerator") -> None:
+def run(config: "Config", accelerator: "Accelerator", stop: "StopRequest") -> None:
     """Go through the stages, alone in the run folder and with an eye on the other ranks.
 
     Raises:
+        Stopped: a signal asked for it.
         UserError: a mistake in the configuration, data that cannot be read, a run folder that
             another run holds, a full disk.
     """
@@ -84,7 +97,7 @@ def run(config: "Config", accelerator: "Accelerator") -> None:
     from train.lock import RunLock
     from train.preflight import preflight
     from train.report import show_end
-    from train.stages import open_run, run_stages
+    from train.stages import open_run
     from train.watchdog import Watchdog, ranks_named
 
     watchdog = Watchdog.from_environment(config.training.rank_timeout)
@@ -96,9 +109,9 @@ def run(config: "Config", accelerator: "Accelerator") -> None:
             except UserError as error:  # all ranks look at the same things
                 raise EveryRankError(str(error)) from None
             from_main_rank(accelerator, lock.acquire)
-            opened = open_run(config, accelerator, found, watchdog)
-            run_stages(opened)
-            if opened.is_main:
+            opened = open_run(config, accelerator, found, watchdog, stop)
+            stopped = _stopped(opened)
+            if opened.is_main and stopped is None:
                 show_end(opened.folder)
     except OSError as error:
         place = error.filename or config.output
@@ -109,6 +122,23 @@ def run(config: "Config", accelerator: "Accelerator") -> None:
     finally:
         lock.release()
     accelerator.end_training()
+    if stopped is not None:
+        raise stopped
+
+
+def _stopped(opened: "Run") -> "Stopped | None":
+    """Run the stages; what stopped them is no failure that the watchdog should tell others of."""
+    from train.run import write_results
+    from train.stages import run_stages
+    from train.stopping import Stopped
+
+    try:
+        run_stages(opened)
+    except Stopped as request:
+        if opened.is_main:
+            write_results(opened, "stopped")
+        return request
+    return None
 
 
 def _leave_it_to_one_rank() -> None:

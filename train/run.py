@@ -28,6 +28,7 @@ from train.data import RunData
 from train.distributed import broadcast_buffers
 from train.evaluate import Accuracy, evaluate
 from train.monitor import say
+from train.stopping import StopRequest
 from train.watchdog import Watchdog
 from train.weights import load_starting_weights
 
@@ -44,6 +45,7 @@ class Run:
     config: Config
     accelerator: Accelerator
     watchdog: Watchdog
+    stop: StopRequest
     data: RunData
     architecture: Architecture
     dense: Counts
@@ -232,11 +234,13 @@ def stage_settings(config: Config, name: str) -> dict[str, Any]:
         stages[current] = config.stages[current].model_dump()
         stages[current].pop("method")
         stages[current].pop("augment")
+        if (optimizer := stages[current]["optimizer"]) and not optimizer["warmup_from"]:
+            optimizer.pop("warmup_from")
         if config.stages[current].kind in TRAINING_KINDS:
             augment = config.stage_augment(current).model_dump(exclude_defaults=True)
             stages[current] |= {"augment": augment} if augment else {}
         if stages[current]["kind"] != "dense":
-            method = config.stage_method(current)
+            method = config.stage_method(current, as_given=True)
             stages[current]["method"] = {"name": method.name, **method.settings.model_dump()}
         current = config.stages[current].input
     settings = config.model_dump(include={"seed", "model", "data", "training"})
@@ -245,6 +249,9 @@ def stage_settings(config: Config, name: str) -> dict[str, Any]:
     settings["data"].pop("augment")
     if config.data.shuffle_window is None:
         settings["data"].pop("shuffle_window")
+    if config.training.batch_factor == 1:
+        for key in ("batch", "reference_batch_size", "batch_warmup_epochs"):
+            settings["training"].pop(key)
     if any(stage["kind"] in ("regularize", "prune") for stage in stages.values()):
         settings["pruning"] = config.pruning.model_dump(exclude_defaults=True)
     return {**settings, "stages": stages}

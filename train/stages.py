@@ -28,11 +28,18 @@ from train.run import (
     take_up_done,
     write_results,
 )
+from train.stopping import Stopped, StopRequest, message_of
 from train.training import TrainingStage, clean_up
 from train.watchdog import Watchdog
 
 
-def open_run(config: Config, accelerator: Accelerator, found: Preflight, watchdog: Watchdog) -> Run:
+def open_run(
+    config: Config,
+    accelerator: Accelerator,
+    found: Preflight,
+    watchdog: Watchdog,
+    stop: StopRequest,
+) -> Run:
     """Take up what the run folder holds already, and remove what a killed process left half-made.
 
     The main rank holds the folder's lock.
@@ -44,6 +51,7 @@ def open_run(config: Config, accelerator: Accelerator, found: Preflight, watchdo
         config=config,
         accelerator=accelerator,
         watchdog=watchdog,
+        stop=stop,
         data=found.data,
         architecture=found.architecture,
         dense=count(build_on_meta(found.architecture)),
@@ -65,6 +73,7 @@ def run_stages(run: Run) -> None:
 
     Raises:
         UserError: a stage was broken off with other settings, or an image cannot be read.
+        Stopped: a signal asked for it; all that is done is kept.
     """
     config = run.config
     run.accelerator.wait_for_everyone()
@@ -80,6 +89,8 @@ def run_stages(run: Run) -> None:
             if trains:
                 clean_up(run, name)  # it may have been killed just before
             continue
+        if (signal := run.stop.agreed_now()) is not None:
+            raise Stopped(message_of(signal, f"before stage {name}"))
         if trains:
             finish_stage(run, name, TrainingStage(run, name).train())
             clean_up(run, name)

@@ -1,5 +1,7 @@
-"""train/main.py with a method that ruins steps, as bad images or hardware would."""
+"""train/main.py with a method that ruins steps, as bad images or hardware would, or is signalled."""
 
+import os
+import signal
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,12 +21,15 @@ class Settings(base.Settings):
         steps: ruined every time.
         inputs: the images are this number in all of their pixels.
         slope: times the sum of the first layer's weights is added to the loss.
+        signal: sent during the first of these steps, to the whole process group with ``group``.
         rank: the others meet it in the averaged gradients only.
     """
 
     steps: list[int]
     inputs: str | None = None
     slope: str | None = None
+    signal: str | None = None
+    group: bool = False
     rank: int = 0
 
 
@@ -58,6 +63,9 @@ class Poison(l1.L1):
     def after_step(self, step: int) -> None:
         super().after_step(step)
         self._step = step + 1
+        if self.settings.signal is not None and self._mine and step in self.settings.steps[:1]:
+            target = 0 if self.settings.group else os.getpid()
+            os.kill(target, signal.Signals[self.settings.signal])
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
