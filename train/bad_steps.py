@@ -41,7 +41,7 @@ class StepCheck:
     reduction over the ranks.
 
     Args:
-        model: the network whose gradients are looked at.
+        model: the network whose steps are looked at.
         max_norm: largest norm allowed; None for any that is finite.
         at_once: whether to judge each step before the optimiser makes it.
         scaled: whether a loss scaler is at work, which meets infinite gradients every now and
@@ -51,12 +51,11 @@ class StepCheck:
     def __init__(
         self, model: nn.Module, *, max_norm: float | None, at_once: bool, scaled: bool = False
     ) -> None:
-        self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._buffers = list(model.buffers()) if at_once else []
         self._kept: list[Tensor] = []
         self._max_norm, self._scaled = max_norm, scaled
         self.at_once = at_once
-        device = self._parameters[0].device
+        device = next(model.parameters()).device
         self._first = torch.tensor(_NONE, device=device)
         self._values = torch.zeros(2, dtype=torch.float64, device=device)
 
@@ -64,10 +63,8 @@ class StepCheck:
         """Before the forward pass: keep what it changes, BatchNorm's statistics."""
         self._kept = [buffer.clone() for buffer in self._buffers]
 
-    def __call__(self, step: int, loss: Tensor) -> Tensor:
-        """Judge ``step`` by its ``loss`` and the gradients of now; returns the gradient's norm."""
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+    def __call__(self, step: int, loss: Tensor, norm: Tensor) -> None:
+        """Judge ``step`` by its ``loss`` and the L2 ``norm`` of its gradient."""
         bad = ~torch.isfinite(loss)
         if not self._scaled:
             bad |= ~torch.isfinite(norm)
@@ -78,7 +75,6 @@ class StepCheck:
             first, torch.stack([loss.detach().double(), norm.double()]), self._values
         )
         self._first = torch.where(first, step, self._first)
-        return norm
 
     def seen_here(self) -> bool:
         """Whether a bad step was seen on this rank; waits for the device, not for other ranks."""

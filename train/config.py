@@ -11,6 +11,7 @@ import difflib
 import math
 import re
 from collections.abc import Iterable, Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -34,6 +35,7 @@ from tpp.methods import method_class
 from tpp.methods.base import Method
 from tpp.reading import DEEPEST, is_shallow, read_text
 from tpp.selection import Criterion, Selection, check_floor
+from train.batch_rule import scale_optimizer
 from train.intervals import Interval
 
 DEMO = Path(__file__).resolve().parents[1] / "configs" / "demo.yaml"
@@ -252,10 +254,12 @@ class OptimizerSection(Section):
     """SGD and its learning rate over a stage.
 
     Attributes:
-        lr: learning rate for the configured global batch.
+        lr: learning rate, for the batch that the configuration is for: ``training.batch`` says
+            which that is.
         schedule: ``constant``, ``step`` (times ``gamma`` at each milestone) or ``cosine`` (to 0).
         milestones: in epochs.
-        warmup_epochs: linear warm-up from 0.
+        warmup_epochs: linear warm-up.
+        warmup_from: share of the learning rate that the warm-up begins with.
     """
 
     lr: PositiveFloat
@@ -266,6 +270,13 @@ class OptimizerSection(Section):
     milestones: list[PositiveFloat] = []
     gamma: PositiveFloat = 0.1
     warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
+    warmup_from: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+    @model_validator(mode="after")
+    def _warmup_has_a_length(self) -> "OptimizerSection":
+        if self.warmup_from and not self.warmup_epochs:
+            raise ValueError("warmup_from goes with warmup_epochs")
+        return self
 
     @model_validator(mode="after")
     def _milestones_belong_to_steps(self) -> "OptimizerSection":
@@ -281,6 +292,12 @@ class TrainingSection(Section):
 
     Attributes:
         batch_size: global batch, over all ranks and micro-batches.
+        batch: ``reference`` fits learning rates, and the methods' counts of steps, to
+            ``batch_size`` (docs/batch.md); ``as_given`` takes them as they are written.
+        reference_batch_size: the global batch that they are written for.
+        batch_warmup_epochs: linear warm-up from the learning rate of the reference batch to that
+            of a larger one, of stages that have no warm-up of their own; at most a third of a
+            stage.
         accumulation: micro-batches per optimiser step.
         precision: ``fp32``, or autocast to ``bf16`` or ``fp16`` (CUDA only).
         channels_last: memory format of images and convolution weights.
@@ -299,11 +316,18 @@ class TrainingSection(Section):
             and leaves that step out. The images' names are written down in each case.
         max_bad_steps: how many steps of a stage ``skip`` and ``rollback`` may leave out.
         max_gradient_norm: of all parameters together; null for no limit.
+        clip_gradient_norm: the gradient is scaled down to this norm where it is longer; null for
+            no clipping, as published.
+        deepspeed: DeepSpeed's configuration, such as launch/deepspeed/zero1.json; null for
+            DistributedDataParallel, unless ``accelerate launch`` was told to use DeepSpeed.
         rank_timeout: seconds without a sign of life after which a rank counts as lost, and the
             run ends.
     """
 
     batch_size: PositiveInt = 256
+    batch: Literal["reference", "as_given"] = "as_given"
+    reference_batch_size: PositiveInt | None = None
+    batch_warmup_epochs: Annotated[float, Field(ge=0)] = 5.0
     accumulation: PositiveInt = 1
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     channels_last: bool = False
@@ -317,7 +341,25 @@ class TrainingSection(Section):
     on_bad_step: Literal["stop", "skip", "rollback"] = "stop"
     max_bad_steps: PositiveInt = 3
     max_gradient_norm: PositiveFloat | None = None
+    clip_gradient_norm: PositiveFloat | None = None
+    deepspeed: str | None = None
     rank_timeout: Annotated[float, Field(ge=1)] = 120.0
+
+    @model_validator(mode="after")
+    def _reference_is_known(self) -> "TrainingSection":
+        if self.batch == "reference" and self.reference_batch_size is None:
+            raise ValueError(
+                "batch: reference needs reference_batch_size, the global batch that learning "
+                "rates and steps are written for (256 in the published ImageNet rows)"
+            )
+        return self
+
+    @property
+    def batch_factor(self) -> Fraction:
+        """The global batch as a multiple of the reference; 1 where all is taken as given."""
+        if self.batch == "as_given" or self.reference_batch_size is None:
+            return Fraction(1)
+        return Fraction(self.batch_size, self.reference_batch_size)
 
 
 def _interval(value: Any) -> Any:
@@ -562,6 +604,8 @@ class Config(Section):
             if stage.augment is not None:
                 self.data.check_augment(stage.augment, f"stages.{name}.augment")
             method = self.stage_method(name)
+            if stage.kind in TRAINING_KINDS:
+                self.stage_optimizer(name)
             if stage.kind == "regularize":
                 try:
                     steps = method.steps()
@@ -596,8 +640,40 @@ class Config(Section):
         """How the images of stage ``name`` are augmented beyond ``data.augmentation``."""
         return self.stages[name].augment or self.data.augment
 
-    def stage_method(self, name: str) -> Method:
-        """A fresh instance of the method of stage ``name``, with its settings."""
+    def stage_optimizer(self, name: str, epochs: float | None = None) -> OptimizerSection:
+        """The optimiser's settings in training stage ``name``, for the batch there is.
+
+        Args:
+            name: of the stage.
+            epochs: length of a stage that does not say it itself, if it is known.
+
+        Raises:
+            ValueError: the batch makes something out of bounds of them; names the key.
+        """
+        stage, training = self.stages[name], self.training
+        assert stage.optimizer is not None
+        try:
+            return scale_optimizer(
+                stage.optimizer,
+                training.batch_factor,
+                warmup_epochs=training.batch_warmup_epochs,
+                stage_epochs=stage.epochs or epochs,
+            )
+        except ValidationError as error:
+            key = f"stages.{name}.optimizer"
+            raise ValueError(self._beyond(error, OptimizerSection, key)) from None
+
+    def stage_method(self, name: str, *, as_given: bool = False) -> Method:
+        """A fresh instance of the method of stage ``name``, with its settings.
+
+        Args:
+            name: of the stage.
+            as_given: with the settings as they are written, whatever ``training.batch`` says;
+                otherwise with those for the batch there is.
+
+        Raises:
+            ValueError: a mistake in the settings; names the key.
+        """
         stage = self.stages[name]
         key, settings = "method", dict(self.method)
         if stage.method is not None:
@@ -611,9 +687,25 @@ class Config(Section):
             # It names the key of the run's method; the name may stand in a stage's own.
             raise ValueError(f"{key}.{str(error).removeprefix('method.')}") from None
         try:
-            return method(method.settings_type(**settings))
+            given = method.settings_type(**settings)
         except ValidationError as error:
             raise ValueError("\n".join(mistakes(error, method.settings_type, prefix=key))) from None
+        factor = self.training.batch_factor
+        try:
+            return method(given if as_given or factor == 1 else given.for_batch(factor))
+        except ValidationError as error:
+            raise ValueError(self._beyond(error, method.settings_type, key)) from None
+        except OverflowError:
+            raise ValueError(f"{key}: with these settings {method.name!r} never ends") from None
+
+    def _beyond(self, error: ValidationError, model: type[BaseModel], key: str) -> str:
+        """What a batch far from the reference has put out of bounds."""
+        training = self.training
+        why = (
+            f"for batch {training.batch_size} where the reference is "
+            f"{training.reference_batch_size} (training.batch=as_given takes it as written)"
+        )
+        return "\n".join(f"{line}, {why}" for line in mistakes(error, model, prefix=key))
 
 
 def load_config(path: str | Path | None, overrides: Iterable[str] = ()) -> Config:

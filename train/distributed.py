@@ -1,8 +1,11 @@
 """Devices and ranks: what Accelerate offers, as the training stages need it."""
 
+import contextlib
+import logging
 import os
+import socket
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -15,6 +18,9 @@ from tpp.errors import UserError
 from train.config import TrainingSection
 from train.watchdog import group_timeout, keep_to_loopback, meet_anew_after_restart
 
+if TYPE_CHECKING:
+    from accelerate.utils import DeepSpeedPlugin
+
 K = TypeVar("K")
 T = TypeVar("T")
 _MIXED_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
@@ -24,39 +30,62 @@ class EveryRankError(UserError):
     """A mistake that every rank raises alike, for one of them to tell."""
 
 
-def make_accelerator(precision: str, rank_timeout: float = 120.0) -> Accelerator:
+class _DeepSpeedAccelerator(Accelerator):
+    """With autocast, which Accelerate leaves to DeepSpeed: the weights stay in float32."""
+
+    in_bf16 = False
+
+    def autocast(self, autocast_handler: Any = None) -> contextlib.AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.in_bf16)
+
+
+def make_accelerator(
+    precision: str, rank_timeout: float = 120.0, *, plugin: "DeepSpeedPlugin | None" = None
+) -> Accelerator:
     """Start or join the process group and pick this rank's device.
 
     Args:
         precision: ``fp32``, ``bf16`` or ``fp16``.
         rank_timeout: seconds after which the watchdog takes a rank for lost; the process group's
             own timeout comes later.
+        plugin: DeepSpeed's settings, see ``train.engine``; None for DistributedDataParallel.
 
     Raises:
-        UserError: fp16 without a GPU, or an engine that is not supported.
+        UserError: fp16 without a GPU or with DeepSpeed, or an engine that is not supported.
     """
     cpu = not torch.cuda.is_available()
     if cpu and precision == "fp16":
         raise UserError("training.precision: fp16 needs a GPU; use bf16 or fp32 on the CPU")
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("1", "true"):
-        raise UserError(
-            "DeepSpeed is not supported by this version; launch without --use_deepspeed "
-            "(data parallelism over any number of ranks works with torchrun or accelerate launch)"
-        )
+    if plugin is not None and precision == "fp16":
+        raise UserError("training.precision: fp16 is not supported with DeepSpeed; use bf16")
     meet_anew_after_restart()
     keep_to_loopback()
-    group = InitProcessGroupKwargs(timeout=group_timeout(rank_timeout))
-    accelerator = Accelerator(
-        cpu=cpu, mixed_precision=_MIXED_PRECISION[precision], kwargs_handlers=[group]
+    group = InitProcessGroupKwargs(
+        backend="gloo" if cpu and plugin is not None else None,
+        timeout=group_timeout(rank_timeout),
     )
+    if plugin is not None:
+        _be_a_group_of_one()
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        # Told to use the CPU, Accelerate would leave DeepSpeed out.
+        accelerator: Accelerator = _DeepSpeedAccelerator(
+            deepspeed_plugin=plugin, kwargs_handlers=[group]
+        )
+        accelerator.in_bf16 = precision == "bf16"
+    else:
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "false"
+        accelerator = Accelerator(
+            cpu=cpu, mixed_precision=_MIXED_PRECISION[precision], kwargs_handlers=[group]
+        )
     if accelerator.distributed_type not in (
         DistributedType.NO,
         DistributedType.MULTI_GPU,
         DistributedType.MULTI_CPU,
+        DistributedType.DEEPSPEED,
     ):
         raise UserError(
-            f"{accelerator.distributed_type.value} is not supported by this version; "
-            "use plain data parallelism"
+            f"{accelerator.distributed_type.value} is not supported by this version; use plain "
+            "data parallelism or DeepSpeed"
         )
     if cpu and precision == "bf16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         accelerator.print(
@@ -66,18 +95,48 @@ def make_accelerator(precision: str, rank_timeout: float = 120.0) -> Accelerator
     return accelerator
 
 
+def _be_a_group_of_one() -> None:
+    """Let DeepSpeed, which wants a process group, have one where no launcher has made ranks."""
+    if "RANK" in os.environ:
+        return
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
 def check_batch_size(training: TrainingSection, world_size: int) -> None:
     """Check that the global batch splits evenly.
 
     Raises:
-        UserError: ``batch_size`` is no multiple of ranks times micro-batches.
+        UserError: ``batch_size`` is no multiple of ranks times micro-batches; names the nearest
+            sizes and numbers of ranks that fit.
     """
-    parts = world_size * training.accumulation
-    if training.batch_size % parts:
-        raise UserError(
-            f"training.batch_size: {training.batch_size} is not divisible by {world_size} rank(s) "
-            f"x accumulation {training.accumulation}; use a multiple of {parts}"
-        )
+    batch, accumulation = training.batch_size, training.accumulation
+    parts = world_size * accumulation
+    if batch % parts == 0:
+        return
+    below = batch - batch % parts
+    sizes = [size for size in (below, below + parts) if size]
+    fits = " or ".join(map(str, sizes))
+    ranks = _ranks_that_divide(batch, accumulation, world_size)
+    if ranks:
+        fits += f", or {' or '.join(map(str, ranks))} rank(s)"
+    raise UserError(
+        f"training.batch_size: {batch} is not divisible by {world_size} rank(s) x accumulation "
+        f"{accumulation}; use {fits}"
+    )
+
+
+def _ranks_that_divide(batch: int, accumulation: int, wanted: int) -> list[int]:
+    """The nearest numbers of ranks below and above ``wanted`` that share a batch evenly."""
+    if batch % accumulation:
+        return []
+    images = batch // accumulation
+    below = next(ranks for ranks in range(min(wanted, images), 0, -1) if images % ranks == 0)
+    most = min(images, 2 * wanted)  # further up is no help, and the way there may be endless
+    above = next((ranks for ranks in range(wanted + 1, most + 1) if images % ranks == 0), None)
+    return [below] if above is None else [below, above]
 
 
 def on_every_rank(accelerator: Accelerator, do: Callable[[], T]) -> T:

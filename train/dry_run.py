@@ -13,6 +13,7 @@ from tpp.errors import UserError
 from tpp.models import Architecture, build_on_meta
 from tpp.plan import PruningPlan
 from tpp.prune import prune_model
+from train.batch_rule import describe
 from train.config import Config
 from train.data import image_place
 from train.preflight import check_plans
@@ -33,6 +34,7 @@ def dry_run(config: Config, *, ranks: int) -> None:
     architecture = Architecture(config.model.name, _classes(config), config.model.args)
     plan = check_plans(config, architecture)
     console.print(yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True))
+    _say_batch_rule(config, console)
     dense = build_on_meta(architecture)
     counts = count(dense)
     if plan is None:
@@ -58,6 +60,14 @@ def dry_run(config: Config, *, ranks: int) -> None:
                 f"({100 * (max(costs) / average - 1) if average else 0:+.2f}%)",
                 soft_wrap=True,
             )
+
+
+def _say_batch_rule(config: Config, console: Console) -> None:
+    """One line for each stage that the batch changes the settings of."""
+    for name in config.stages:
+        rule = describe(config, name)
+        if rule is not None:
+            console.print(f"{name}: {rule}", soft_wrap=True)
 
 
 def _say_what_stands_in(config: Config, console: Console) -> None:

@@ -1,6 +1,7 @@
 """Top-1, top-5 and loss over a validation set, each image counted exactly once."""
 
 import argparse
+import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from data_pipelines.image_index import ImageIndex
 from data_pipelines.loaders import ImageTransform, eval_batches, resolve_loader
 from data_pipelines.source import ON_ERROR, BadImages
+from launch.ranks import settle_ranks
 from tpp.checkpoint import find_metadata, load_model
 from tpp.errors import UserError, run_command
 from tpp.models import build_model, input_shape
@@ -96,6 +98,7 @@ def main() -> None:
         if getattr(arguments, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1")
 
+    settle_ranks(os.environ)
     accelerator = make_accelerator(arguments.precision)
     index = open_for_all_ranks(Path(arguments.data), None, accelerator)
     model, transform = _load(Path(arguments.checkpoint), arguments.model, index)

@@ -1,6 +1,5 @@
 """The training loop: one for every stage, and it knows nothing of pruning."""
 
-import contextlib
 import copy
 import time
 from collections.abc import Callable, Iterator
@@ -9,11 +8,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from tpp.methods.base import Method
 from train.bad_steps import BadStep, StepCheck
 from train.distributed import sum_over_ranks
+from train.engine import Engine
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 
@@ -124,12 +124,10 @@ class Meter:
 
 
 def train(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    engine: Engine,
     batches: Batches,
     method: Method,
     settings: LoopSettings,
-    accelerator: Accelerator,
     *,
     check: StepCheck,
     start_step: int = 0,
@@ -140,12 +138,10 @@ def train(
     """Train until ``settings.finished``.
 
     Args:
-        model: as Accelerate prepared it.
-        optimizer: as Accelerate prepared it.
+        engine: the network and its optimiser, over the ranks.
         batches: ``accumulation`` micro-batches per step, from the first step that is not left out.
         method: asked for its loss terms before, and told after, every optimiser step.
         settings: how to train.
-        accelerator: device, precision and ranks.
         check: looks at every step.
         start_step: optimiser steps already done.
         on_bad_step: called on all ranks with a step that was found bad; raises, or returns for it
@@ -157,7 +153,7 @@ def train(
     Returns:
         The number of steps done.
     """
-    meter = Meter(accelerator)
+    model, meter = engine.model, Meter(engine.accelerator)
     step = start_step
     while step < settings.first_step:
         method.after_step(step)
@@ -171,26 +167,22 @@ def train(
         # random states has to be saved.
         torch.manual_seed(settings.seed + step)
         lr = settings.lr(step)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        engine.set_learning_rate(lr)
         check.begin()
         before = meter.copy()
-        loss = _accumulate(model, batches, method, settings, accelerator, meter, step)
-        # What the optimiser gets, not what a loss scaler made of it.
-        accelerator.unscale_gradients()
-        meter.add("gradient_norm", check(step, loss))
+        loss = _accumulate(engine, batches, method, settings, meter, step)
+        norm = engine.gradient_norm()
+        meter.add("gradient_norm", norm)
+        check(step, loss, norm)
         bad = check.first_bad() if check.at_once else None
         if bad is None:
-            optimizer.step()
+            engine.step()
             meter.step()
-            optimizer.zero_grad(set_to_none=True)
         else:
-            optimizer.zero_grad(set_to_none=True)
+            engine.drop()
             on_bad_step(bad)
             check.undo()
             meter = before
-            if accelerator.scaler is not None:
-                accelerator.scaler.update()
         method.after_step(step)
         step += 1
         if meter.steps and (step % settings.log_every == 0 or settings.finished(step)):
@@ -205,24 +197,23 @@ def train(
 
 
 def _accumulate(
-    model: nn.Module,
+    engine: Engine,
     batches: Batches,
     method: Method,
     settings: LoopSettings,
-    accelerator: Accelerator,
     meter: Meter,
     step: int,
 ) -> Tensor:
     """Gather one step's gradients over its micro-batches; returns the loss, detached."""
-    total = torch.zeros((), device=accelerator.device)
+    total = torch.zeros((), device=engine.accelerator.device)
     for micro in range(settings.accumulation):
         asked = time.perf_counter()
         images, labels = next(batches)
         meter.count(len(labels), time.perf_counter() - asked)
         last = micro == settings.accumulation - 1
-        with contextlib.nullcontext() if last else accelerator.no_sync(model):
-            with accelerator.autocast():
-                logits = model(images)
+        with engine.micro_batch(last=last):
+            with engine.autocast():
+                logits = engine.model(images)
             logits = logits.float()
             loss = F.cross_entropy(logits, labels, label_smoothing=settings.label_smoothing)
             loss = loss / settings.accumulation
@@ -234,6 +225,6 @@ def _accumulate(
                 for name, term in method.loss_terms(step).items():
                     meter.add(name, term)
                     loss = loss + term
-            accelerator.backward(loss)
+            engine.backward(loss, last=last)
         total += loss.detach()
     return total

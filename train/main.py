@@ -46,6 +46,11 @@ def parse_arguments() -> argparse.Namespace:
         "--ranks", type=int, default=8, metavar="N", help="ranks that --dry-run shares over"
     )
     parser.add_argument(
+        "--until", metavar="STAGE", help="end after this stage; the next run goes on behind it"
+    )
+    # The deepspeed launcher adds it; the ranks are told by LOCAL_RANK, which it sets too.
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
+    parser.add_argument(
         "overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's"
     )
     return parser.parse_intermixed_args()
@@ -54,10 +59,14 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Run or dry-run the configuration."""
     arguments = parse_arguments()
+    from launch.ranks import settle_ranks
     from train.config import load_config
+    from train.stages import stages_until
 
     try:
+        settle_ranks(os.environ)
         config = load_config(arguments.config, arguments.overrides)
+        stages_until(config, arguments.until)
         if arguments.dry_run:
             from train.dry_run import dry_run
 
@@ -66,17 +75,19 @@ def main() -> None:
         from train.distributed import EveryRankError, make_accelerator
 
         training = config.training
+        from train.engine import deepspeed_plugin
         from train.stopping import Stopped, StopRequest
         from train.watchdog import EXIT_LOST
 
         stop = StopRequest()
         stop.listen()
-        accelerator = make_accelerator(training.precision, training.rank_timeout)
+        plugin = deepspeed_plugin(training)
+        accelerator = make_accelerator(training.precision, training.rank_timeout, plugin=plugin)
     except UserError:
         _leave_it_to_one_rank()
         raise
     try:
-        run(config, accelerator, stop)
+        run(config, accelerator, stop, until=arguments.until)
     except EveryRankError:
         _leave_it_to_one_rank()
         raise
@@ -85,8 +96,16 @@ def main() -> None:
         sys.exit(EXIT_LOST)
 
 
-def run(config: "Config", accelerator: "Accelerator", stop: "StopRequest") -> None:
+def run(
+    config: "Config", accelerator: "Accelerator", stop: "StopRequest", until: str | None = None
+) -> None:
     """Go through the stages, alone in the run folder and with an eye on the other ranks.
+
+    Args:
+        config: what to run.
+        accelerator: the ranks.
+        stop: listens for the signals that end the run early.
+        until: the last stage to run; None for all.
 
     Raises:
         Stopped: a signal asked for it.
@@ -97,7 +116,7 @@ def run(config: "Config", accelerator: "Accelerator", stop: "StopRequest") -> No
     from train.lock import RunLock
     from train.preflight import preflight
     from train.report import show_end
-    from train.stages import open_run
+    from train.stages import open_run, stages_until
     from train.watchdog import Watchdog, ranks_named
 
     watchdog = Watchdog.from_environment(config.training.rank_timeout)
@@ -105,12 +124,12 @@ def run(config: "Config", accelerator: "Accelerator", stop: "StopRequest") -> No
     try:
         with ranks_named(watchdog):
             try:
-                found = preflight(config, accelerator)
+                found = preflight(config, accelerator, stages_until(config, until))
             except UserError as error:  # all ranks look at the same things
                 raise EveryRankError(str(error)) from None
             from_main_rank(accelerator, lock.acquire)
             opened = open_run(config, accelerator, found, watchdog, stop)
-            stopped = _stopped(opened)
+            stopped = _stopped(opened, until)
             if opened.is_main and stopped is None:
                 show_end(opened.folder)
     except OSError as error:
@@ -126,14 +145,14 @@ def run(config: "Config", accelerator: "Accelerator", stop: "StopRequest") -> No
         raise stopped
 
 
-def _stopped(opened: "Run") -> "Stopped | None":
+def _stopped(opened: "Run", until: str | None) -> "Stopped | None":
     """Run the stages; what stopped them is no failure that the watchdog should tell others of."""
     from train.run import write_results
     from train.stages import run_stages
     from train.stopping import Stopped
 
     try:
-        run_stages(opened)
+        run_stages(opened, until)
     except Stopped as request:
         if opened.is_main:
             write_results(opened, "stopped")

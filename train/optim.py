@@ -22,7 +22,8 @@ def make_optimizer(model: nn.Module, settings: OptimizerSection) -> SGD:
 def learning_rate(settings: OptimizerSection, epoch: float, total_epochs: float) -> float:
     """Learning rate at the fractional ``epoch`` of a stage of ``total_epochs``.
 
-    Linear warm-up over ``warmup_epochs`` scales whatever the schedule says at that epoch.
+    Linear warm-up over ``warmup_epochs``, from ``warmup_from`` to 1, scales whatever the schedule
+    says at that epoch.
     """
     lr = settings.lr
     if settings.schedule == "step":
@@ -31,5 +32,6 @@ def learning_rate(settings: OptimizerSection, epoch: float, total_epochs: float)
     elif settings.schedule == "cosine":
         lr *= 0.5 * (1.0 + math.cos(math.pi * min(epoch / total_epochs, 1.0)))
     if epoch < settings.warmup_epochs:
-        lr *= epoch / settings.warmup_epochs
+        start = settings.warmup_from
+        lr *= start + (1.0 - start) * (epoch / settings.warmup_epochs)
     return lr

@@ -1,5 +1,6 @@
 """Finding a user's mistakes before anything is loaded, downloaded or trained."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,22 +13,33 @@ from tpp.errors import UserError
 from tpp.models import Architecture, build_on_meta
 from tpp.plan import PruningPlan
 from tpp.selection import Selection, prunable_layers
+from train.batch_rule import describe_method
 from train.config import Config
 from train.data import RunData
-from train.distributed import check_batch_size
+from train.distributed import check_batch_size, from_main_rank
 from train.weights import starting_weights_exist
 
 
 @dataclass(frozen=True)
 class Preflight:
-    """What was found out about a configuration before anything is loaded."""
+    """What was found out about a configuration before anything is loaded.
 
-    data: RunData
+    Attributes:
+        images: None where only filters are removed, for which none are needed.
+        architecture: of the dense network.
+    """
+
+    images: RunData | None
     architecture: Architecture
 
 
-def preflight(config: Config, accelerator: Accelerator) -> Preflight:
+def preflight(config: Config, accelerator: Accelerator, stages: Iterable[str]) -> Preflight:
     """Find a user's mistakes before anything is loaded, downloaded or written.
+
+    Args:
+        config: what to run.
+        accelerator: the ranks.
+        stages: names of those to run; what is done is skipped.
 
     Raises:
         UserError: the batch cannot be shared evenly, no class folders, a pattern that matches no
@@ -36,6 +48,11 @@ def preflight(config: Config, accelerator: Accelerator) -> Preflight:
     """
     check_batch_size(config.training, accelerator.num_processes)
     starting_weights_exist(config.model)
+    classes = config.model.num_classes
+    if classes is not None and from_main_rank(accelerator, lambda: _only_prunes(config, stages)):
+        architecture = Architecture(config.model.name, classes, config.model.args)
+        check_plans(config, architecture)
+        return Preflight(None, architecture)
     if config.data.demo:
         demo = config.data.demo
         with accelerator.local_main_process_first():  # the others find it there
@@ -59,6 +76,13 @@ def preflight(config: Config, accelerator: Accelerator) -> Preflight:
     return Preflight(data, architecture)
 
 
+def _only_prunes(config: Config, stages: Iterable[str]) -> bool:
+    """Whether all that is left to do is to remove filters from checkpoints of this run."""
+    folder = Path(config.output)
+    left = [config.stages[name] for name in stages if not (folder / name / "done.json").exists()]
+    return bool(left) and all(stage.kind == "prune" and stage.input is not None for stage in left)
+
+
 def check_plans(config: Config, architecture: Architecture) -> PruningPlan | None:
     """Check selection and schedules against the architecture; returns the plan's widths.
 
@@ -73,8 +97,17 @@ def check_plans(config: Config, architecture: Architecture) -> PruningPlan | Non
     all_layers = plan if selection.budget is None else _ceiling(model, selection)
     for name, stage in config.stages.items():
         if stage.kind == "regularize":
-            config.stage_method(name).check(model, all_layers)
+            _check_method(config, name, model, all_layers)
     return plan
+
+
+def _check_method(config: Config, name: str, model: nn.Module, plan: PruningPlan) -> None:
+    try:
+        config.stage_method(name).check(model, plan)
+    except UserError as error:
+        # The numbers that it names may not be those that the user wrote.
+        rule = describe_method(config, name)
+        raise UserError(f"{error}; {rule}" if rule else str(error)) from None
 
 
 def stand_in_plan(model: nn.Module, selection: Selection) -> PruningPlan:

@@ -26,6 +26,7 @@ from tpp.selection import same_on_all_ranks
 from train.config import TRAINING_KINDS, Config, StageSection
 from train.data import RunData
 from train.distributed import broadcast_buffers
+from train.engine import engine_name
 from train.evaluate import Accuracy, evaluate
 from train.monitor import say
 from train.stopping import StopRequest
@@ -46,11 +47,17 @@ class Run:
     accelerator: Accelerator
     watchdog: Watchdog
     stop: StopRequest
-    data: RunData
+    images: RunData | None
     architecture: Architecture
     dense: Counts
     done: dict[str, dict[str, Any]] = field(default_factory=dict)
     step: int = 0
+
+    @property
+    def data(self) -> RunData:
+        """The images; there for all but the removal of filters alone."""
+        assert self.images is not None
+        return self.images
 
     @property
     def folder(self) -> Path:
@@ -217,6 +224,7 @@ _HARMLESS = {
         "on_bad_step",
         "max_bad_steps",
         "max_gradient_norm",
+        "deepspeed",
         "rank_timeout",
     },
 }
@@ -249,6 +257,8 @@ def stage_settings(config: Config, name: str) -> dict[str, Any]:
     settings["data"].pop("augment")
     if config.data.shuffle_window is None:
         settings["data"].pop("shuffle_window")
+    if config.training.clip_gradient_norm is None:
+        settings["training"].pop("clip_gradient_norm")
     if config.training.batch_factor == 1:
         for key in ("batch", "reference_batch_size", "batch_warmup_epochs"):
             settings["training"].pop(key)
@@ -342,6 +352,7 @@ def write_results(run: Run, status: str) -> None:
         "git_commit": _git_commit(),
         "device": _device(run.accelerator),
         "ranks": run.accelerator.num_processes,
+        "engine": engine_name(run.accelerator),
         "published": run.config.published.model_dump() if run.config.published else None,
         "dense": {**dense, "parameters": run.dense.parameters, "macs": run.dense.macs},
         "stages": stages,

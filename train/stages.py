@@ -7,6 +7,7 @@ from accelerate import Accelerator
 
 from tpp.checkpoint import load_model, network_of, read_metadata, save_model
 from tpp.describe import count
+from tpp.errors import UserError
 from tpp.models import build_on_meta
 from tpp.prune import prune_checkpoint
 from tpp.selection import prunable_layers
@@ -52,7 +53,7 @@ def open_run(
         accelerator=accelerator,
         watchdog=watchdog,
         stop=stop,
-        data=found.data,
+        images=found.images,
         architecture=found.architecture,
         dense=count(build_on_meta(found.architecture)),
     )
@@ -68,8 +69,26 @@ def open_run(
     return run
 
 
-def run_stages(run: Run) -> None:
+def stages_until(config: Config, until: str | None) -> list[str]:
+    """The names of a configuration's stages up to one of them, or of all.
+
+    Raises:
+        UserError: there is no such stage.
+    """
+    names = list(config.stages)
+    if until is None:
+        return names
+    if until not in names:
+        raise UserError(f"--until: there is no stage {until!r}; there are {', '.join(names)}")
+    return names[: names.index(until) + 1]
+
+
+def run_stages(run: Run, until: str | None = None) -> None:
     """Run every stage that is not done yet.
+
+    Args:
+        run: the run.
+        until: the last stage to run; None for all.
 
     Raises:
         UserError: a stage was broken off with other settings, or an image cannot be read.
@@ -81,7 +100,8 @@ def run_stages(run: Run) -> None:
         run.folder.mkdir(parents=True, exist_ok=True)
         save_config(config, run.folder / "config.yaml")
         write_results(run, "running")
-    for name, stage in config.stages.items():
+    for name in stages_until(config, until):
+        stage = config.stages[name]
         trains = stage.kind in TRAINING_KINDS
         if name in run.done:
             if run.is_main:
@@ -100,7 +120,8 @@ def run_stages(run: Run) -> None:
         results = do(run, name, stage)
         finish_stage(run, name, {**results, "wall_seconds": time.perf_counter() - started})
     if run.is_main:
-        write_results(run, "finished")
+        all_done = len(run.done) == len(config.stages)
+        write_results(run, "finished" if all_done else "stopped")
 
 
 def _prune_stage(run: Run, name: str, stage: StageSection) -> dict[str, Any]:

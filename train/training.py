@@ -10,8 +10,6 @@ import sys
 import time
 from typing import Any
 
-from torch import nn
-
 from tpp.describe import count
 from tpp.errors import UserError
 from tpp.files import write_whole
@@ -25,10 +23,17 @@ from tpp.training_state import (
     state_folders,
 )
 from train.bad_steps import BadStep, StepCheck
+from train.batch_rule import describe
 from train.checkpoint import CheckpointWriter, newest_state
 from train.config import StageSection, steps_for
 from train.data import image_transform
-from train.distributed import EveryRankError, convert_sync_batchnorm, led_by_main_rank
+from train.distributed import (
+    EveryRankError,
+    convert_sync_batchnorm,
+    from_main_rank,
+    led_by_main_rank,
+)
+from train.engine import make_engine
 from train.evaluate import Accuracy
 from train.intervals import Interval
 from train.loop import LoopSettings, Report, train
@@ -49,6 +54,7 @@ from train.run import (
     say_bad_images,
     stage_settings,
 )
+from train.stopping import Stopped, message_of
 from train.trainability_log import TrainabilityProbe
 
 CHECKPOINTS = "checkpoints"
@@ -77,8 +83,6 @@ class TrainingStage:
         self._run, self._name = run, name
         self._stage: StageSection = run.config.stages[name]
         self._training = run.config.training
-        assert self._stage.optimizer is not None
-        self._optim = self._stage.optimizer
         self._folder = run.stage_folder(name)
         self._checkpoints = self._folder / CHECKPOINTS
         self._interval = Interval.parse(run.config.checkpoints.every)
@@ -91,6 +95,8 @@ class TrainingStage:
         self._epochs_per_step = batch / images
         self._evaluate_steps = steps_for(self._training.evaluate_every, images, batch)
         self._total = steps_for(epochs, images, batch) if epochs else self._method.steps()
+        self._length = epochs or (self._total or 0) * self._epochs_per_step
+        self._optim = run.config.stage_optimizer(name, self._length)
         self._accuracy: Accuracy | None = None
         self._probe = self._make_probe()
 
@@ -124,8 +130,12 @@ class TrainingStage:
                 example_input=example_input_for(self._network),
             ),
         )
-        self._optimizer = make_optimizer(self._network, self._optim)
-        prepared = run.accelerator.prepare(self._network, self._optimizer)
+        self._engine = make_engine(
+            run.accelerator,
+            self._network,
+            make_optimizer(self._network, self._optim),
+            clip=self._training.clip_gradient_norm,
+        )
         if state is not None:
             self._take_up(state)
             run.data.skipped |= state.extra["skipped_images"]
@@ -148,7 +158,10 @@ class TrainingStage:
         try:
             if state is None and self._training.on_bad_step == "rollback":
                 self._save(0)  # something to go back to
-            steps = self._train_on(prepared, start_step)
+            if state is not None and not state.extra.get("looked", True):
+                self._look(start_step)
+                self._save(start_step)
+            steps = self._train_on(start_step)
             self._report_bad_images(steps)
             self._monitor.event("stage", status="end", step=steps)
             if self._writer is not None:
@@ -216,16 +229,16 @@ class TrainingStage:
     def _take_up(self, state: TrainingState) -> None:
         """Go on from a checkpoint: all but the weights."""
         self._method.load_state_dict(state.extra["method"])
-        self._optimizer.load_state_dict(state.optimizer)
+        self._engine.load_state_dict(state.optimizer)
         if self._run.accelerator.scaler is not None and state.extra["scaler"] is not None:
             self._run.accelerator.scaler.load_state_dict(state.extra["scaler"])
 
-    def _train_on(self, prepared: tuple[nn.Module, Any], start_step: int) -> int:
+    def _train_on(self, start_step: int) -> int:
         """Train to the end; returns the number of steps."""
         left_out = start_step
         while True:
             try:
-                return self._loop(prepared, start_step, left_out)
+                return self._loop(start_step, left_out)
             except _BadStepError as request:
                 left_out = request.bad.step
             start_step = self._roll_back(left_out)
@@ -245,11 +258,10 @@ class TrainingStage:
         )
         return state.step
 
-    def _loop(self, prepared: tuple[nn.Module, Any], start_step: int, first_step: int) -> int:
+    def _loop(self, start_step: int, first_step: int) -> int:
         """Train on after ``start_step`` steps, without making those up to ``first_step``."""
         run, training = self._run, self._training
         rank = run.accelerator.process_index
-        model, optimizer = prepared
         batches = run.data.train_batches(
             self._name,
             first_step,
@@ -273,12 +285,10 @@ class TrainingStage:
         )
         try:
             return train(
-                model,
-                optimizer,
+                self._engine,
                 batches,
                 self._method,
                 settings,
-                run.accelerator,
                 check=self._check,
                 start_step=start_step,
                 on_bad_step=self._on_bad_step,
@@ -312,6 +322,9 @@ class TrainingStage:
             self._monitor.say(f"{self._name}: {length}{way}{before}")
             if self._start:
                 self._monitor.scalars("evaluate", 0, self._start, prefix="val/")
+        rule = describe(self._run.config, self._name, self._length)
+        if rule is not None:
+            self._monitor.say(f"{self._name}: {rule}")
         self._monitor.event("stage", status="start", step=start_step)
         if start_step == 0:
             self._monitor.layers(0, self._method.statistics())
@@ -321,8 +334,7 @@ class TrainingStage:
         return self._method.finished(step) if self._total is None else step >= self._total
 
     def _learning_rate(self, step: int) -> float:
-        total = self._stage.epochs or (self._total or 0) * self._epochs_per_step
-        return learning_rate(self._optim, step * self._epochs_per_step, total)
+        return learning_rate(self._optim, step * self._epochs_per_step, self._length)
 
     def _on_report(self, step: int, report: Report) -> None:
         loss = sum(report.loss_terms.values())
@@ -346,9 +358,20 @@ class TrainingStage:
         self._monitor.advance(step, f"loss {task:.3f}  top-1 {report.top1:.1f}%")
 
     def _on_step(self, step: int) -> bool:
-        """Evaluate, save and show what is due after ``step`` steps; whether that took time."""
+        """Measure and save what is due after ``step`` steps; whether that took time."""
         self._monitor.advance(step)
         self._run.at(f"stage {self._name}", step)
+        signal = None if self._finished(step) else self._run.stop.agreed(step)
+        if signal is not None:
+            self._stop(step, signal)
+        evaluated, took_time = self._look(step)
+        # Last, so that all that was logged up to this step is on the disk with it.
+        saves = self._writer is not None or self._engine.saves_together
+        saved = saves and not self._finished(step) and self._saves(step, evaluated)
+        return evaluated or took_time or saved
+
+    def _look(self, step: int) -> tuple[bool, bool]:
+        """Log what is due after ``step`` steps; whether it evaluated, and measured the Jacobian."""
         last = self._finished(step)
         if last or step % self._training.statistics_every == 0:
             self._monitor.layers(step, self._method.statistics())
@@ -364,28 +387,49 @@ class TrainingStage:
                 f"{self._name}: step {step}, epoch {step * self._epochs_per_step:.2f}: "
                 f"top-1 {self._accuracy.top1:.2f}%, loss {self._accuracy.loss:.4f}"
             )
-        # Last, so that all that was logged up to this step is on the disk with it.
-        saves = self._writer is not None and not last and self._saves(step, evaluates)
-        return evaluates or saves or measures
+        return evaluates, measures
+
+    def _stop(self, step: int, signal: str) -> None:
+        """Save, and end the run; what is due at this step is measured when it goes on.
+
+        There are seconds for it, and an evaluation may take a minute.
+        """
+        if (bad := self._check.first_bad()) is not None:
+            self._on_bad_step(bad)
+        self._save(step, looked=False)
+        if self._writer is not None:
+            self._writer.wait()
+        self._monitor.event("stopped", step=step, signal=signal)
+        raise Stopped(message_of(signal, f"after step {step} of stage {self._name}"))
 
     def _saves(self, step: int, evaluated: bool) -> bool:
         """Write a checkpoint if one is due and the weights are sound; whether it did."""
-        assert self._writer is not None
-        self._writer.check()
-        due = self._interval.due(
-            step,
-            steps_per_epoch=1 / self._epochs_per_step,
-            seconds_since=time.perf_counter() - self._saved,
-        )
+        if self._writer is not None:
+            self._writer.check()
         top1 = self._accuracy.top1 if evaluated and self._accuracy else None
         best = self._run.config.checkpoints.keep_best and top1 is not None and top1 > self._best
         if top1 is not None:
             self._best = max(self._best, top1)
         # A bad step ends the run at the next report; what came after it is not worth keeping.
-        if not (due or best) or self._check.seen_here():
+        if not (self._is_due(step) or best) or self._is_spoilt():
             return False
         self._save(step, top1)
         return True
+
+    def _is_due(self, step: int) -> bool:
+        due = self._interval.due(
+            step,
+            steps_per_epoch=1 / self._epochs_per_step,
+            seconds_since=time.perf_counter() - self._saved,
+        )
+        if self._interval.unit == "minutes" and self._engine.saves_together:
+            return from_main_rank(self._run.accelerator, lambda: due)  # by one clock
+        return due
+
+    def _is_spoilt(self) -> bool:
+        if self._engine.saves_together:
+            return self._check.first_bad() is not None
+        return self._check.seen_here()
 
     def _on_bad_step(self, bad: BadStep) -> None:
         """Write down which images it was; then stop, go back, or return to go on without it."""
@@ -446,7 +490,8 @@ class TrainingStage:
         if self._probe is not None:
             self._monitor.trainability(step, self._probe(self._network))
 
-    def _save(self, step: int, top1: float | None = None) -> None:
+    def _save(self, step: int, top1: float | None = None, *, looked: bool = True) -> None:
+        optimizer = self._engine.state_dict()  # of all ranks
         if self._writer is None:
             return
         scaler = self._run.accelerator.scaler
@@ -459,10 +504,10 @@ class TrainingStage:
             "elapsed": self._elapsed(),
             "bad_steps": self._bad_steps,
             "best_top1": self._best,
+            "looked": looked,
             "skipped_images": self._run.data.skipped,
         }
-        model, optimizer = self._network.state_dict(), self._optimizer.state_dict()
-        network = architecture_of(self._network)
+        model, network = self._network.state_dict(), architecture_of(self._network)
         state = TrainingState(step, model, optimizer, extra, network.to_dict() if network else None)
         self._stalled += self._writer.save(state, score=top1, also_sync=self._monitor.flush())
         self._saved = time.perf_counter()

@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from fractions import Fraction
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
@@ -16,6 +17,22 @@ class Settings(BaseModel):
     """Base of a method's hyper-parameters; an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    def for_batch(self, factor: Fraction) -> Self:
+        """These settings for a global batch of ``factor`` times the one that they are for.
+
+        Learning rates are then ``factor`` times as high, and epochs have so many fewer steps:
+        weights of terms in the loss stay, as weight decay does, and numbers of steps are divided.
+        By default nothing is counted in steps.
+
+        Raises:
+            ValidationError: of pydantic; the new values are out of bounds.
+        """
+        return self
+
+    def changed(self, **changes: Any) -> Self:
+        """A copy with other values, validated like all settings."""
+        return type(self)(**{**dict(self), **changes})
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,15 @@
 """GReg-2: decay all filters alike, pick those that shrink, then go on as GReg-1 with these."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
+from fractions import Fraction
+from typing import Annotated, Any, ClassVar, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from tpp.methods import base, greg1
+from tpp.methods.tpp import growth_per_update
 from tpp.plan import PruningPlan
 from tpp.regularizer import LayerStatistics, Regularizer
 from tpp.schedule import GrowthSchedule
@@ -37,6 +39,13 @@ class Settings(greg1.Settings):
                 f"pick_ceiling ({self.pick_ceiling:g}) must not be above tau ({self.tau:g})"
             )
         return self
+
+    def for_batch(self, factor: Fraction) -> Self:
+        """The decay that picks grows per image as it did, like lambda."""
+        new = super().for_batch(factor)
+        old, interval = self.update_interval, new.update_interval
+        delta = growth_per_update(self.pick_delta, old, interval, factor)
+        return new.changed(pick_delta=delta)
 
     @property
     def picking(self) -> GrowthSchedule:

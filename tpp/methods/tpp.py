@@ -1,8 +1,10 @@
 """TPP: decorrelate the filters that will go from all others while they shrink to zero."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Annotated, Any, ClassVar
+from fractions import Fraction
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -41,6 +43,27 @@ class GrowthSettings(base.Settings):
             zero_out_interval=None,
         )
 
+    def for_batch(self, factor: Fraction) -> Self:
+        """Lambda as a function of the images seen stays the same line, up to the same tau.
+
+        An update is of a whole number of steps, so Delta makes up for what rounding does to K_u:
+        Delta over the images between two updates is kept exactly.
+        """
+        interval = max(1, round(self.update_interval / factor))
+        return self.changed(
+            update_interval=interval,
+            delta=growth_per_update(self.delta, self.update_interval, interval, factor),
+            stabilize_steps=math.ceil(self.stabilize_steps / factor),
+        )
+
+
+def growth_per_update(growth: float, old: int, new: int, factor: Fraction) -> float:
+    """Growth per update every ``new`` steps that is ``growth`` per ``old`` steps of fewer images.
+
+    ``factor`` is the images of a new step over those of an old one.
+    """
+    return growth * float(factor * new / old)
+
 
 class Settings(GrowthSettings):
     """Hyper-parameters of TPP: the growth's, and those below.
@@ -57,6 +80,11 @@ class Settings(GrowthSettings):
     def growth(self) -> GrowthSchedule:
         """The schedule of lambda and of zeroing."""
         return replace(super().growth, zero_out_interval=self.zero_out_interval)
+
+    def for_batch(self, factor: Fraction) -> Self:
+        """As the growth; turns come no later than they did, so that the last one still comes."""
+        interval = max(1, math.floor(self.zero_out_interval / factor))
+        return super().for_batch(factor).changed(zero_out_interval=interval)
 
 
 class TPP(base.Method):

@@ -1,0 +1,165 @@
+"""A rank that trains the same network with every engine; run by torchrun, see test_engines.py.
+
+    engine_worker.py FOLDER
+
+Writes, on the main rank, ``FOLDER/ENGINE-CASE.safetensors`` with the weights after 50 steps of
+TPP, and those of runs that were broken off half way and taken up, with the same or another engine.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate.state import AcceleratorState, GradientState
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tpp.methods import method_class
+from tpp.methods.base import Method, TrainingContext
+from tpp.models import build_model
+from tpp.selection import Selection
+from train.bad_steps import StepCheck
+from train.config import OptimizerSection, TrainingSection
+from train.distributed import broadcast_buffers, make_accelerator
+from train.engine import deepspeed_plugin, make_engine
+from train.loop import LoopSettings, train
+from train.optim import make_optimizer
+
+STEPS, HALF, BATCH, LR = 50, 25, 32, 0.001
+CONFIGS = Path(__file__).resolve().parents[2] / "launch" / "deepspeed"
+ENGINES: dict[str, str | None] = {
+    "ddp": None,
+    **{f"zero{stage}": str(CONFIGS / f"zero{stage}.json") for stage in range(3)},
+}
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "accumulation": {"accumulation": 2},
+    "clipping": {"clip_gradient_norm": 0.5},
+    "bf16": {"precision": "bf16"},
+}
+# Broken off after half of the steps under the one and taken up under the other.
+RESUMED = [
+    ("zero1", "zero1"),
+    ("zero2", "zero2"),
+    ("zero0", "zero0"),
+    ("zero1", "ddp"),
+    ("ddp", "zero2"),
+]
+
+
+def method() -> Method:
+    """TPP whose growth ends after 20 steps; its layers are zeroed from step 22 on."""
+    tpp = method_class("tpp")
+    settings = {"delta": 0.1, "update_interval": 2, "stabilize_steps": 40, "zero_out_interval": 2}
+    return tpp(tpp.settings_type(**settings))
+
+
+def batches(accumulation: int, first: int) -> Any:
+    """This rank's share of batches of 32 images that everyone draws alike."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    for step in range(first, STEPS):
+        numbers = torch.Generator().manual_seed(step)
+        images = torch.randn(BATCH, 3, 8, 8, generator=numbers)
+        labels = torch.randint(0, 4, (BATCH,), generator=numbers)
+        mine = slice(rank, None, ranks)
+        parts = zip(images[mine].chunk(accumulation), labels[mine].chunk(accumulation), strict=True)
+        yield from parts
+
+
+def run(
+    engine_name: str, case: dict[str, Any], until: int, taken_up: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Train up to ``until`` steps; returns what a checkpoint keeps, and the norms."""
+    training = TrainingSection(batch_size=BATCH, deepspeed=ENGINES[engine_name], **case)
+    accelerator = make_accelerator(training.precision, 60.0, plugin=deepspeed_plugin(training))
+    torch.manual_seed(0)
+    network = build_model("cifar_resnet8", 4)
+    # Per-rank statistics are DDP's own business; what is compared is the step.
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 0.0
+    selection = Selection(ratios={"layer*.conv1": 0.5})
+    tpp = method()
+    context = TrainingContext(
+        stage="regularize",
+        plan=selection.select(network),
+        selection=selection,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        example_input=torch.zeros(1, 3, 8, 8),
+    )
+    if taken_up is not None:
+        network.load_state_dict(taken_up["model"])
+    tpp.prepare(network, context)
+    optimizer = make_optimizer(network, OptimizerSection(lr=LR))
+    engine = make_engine(accelerator, network, optimizer, clip=training.clip_gradient_norm)
+    if taken_up is not None:
+        tpp.load_state_dict(taken_up["method"])
+        engine.load_state_dict(taken_up["optimizer"])
+    start = HALF if taken_up is not None else 0
+    norms: list[float] = []
+    train(
+        engine,
+        batches(training.accumulation, start),
+        tpp,
+        LoopSettings(
+            lr=lambda step: LR,
+            finished=lambda step: step >= until,
+            accumulation=training.accumulation,
+            log_every=1,
+        ),
+        check=StepCheck(network, max_norm=None, at_once=False),
+        start_step=start,
+        on_bad_step=lambda bad: None,
+        on_report=lambda step, report: norms.append(report.gradient_norm),
+        on_step=lambda step: False,
+    )
+    broadcast_buffers(network)
+    found = {
+        "model": {key: value.clone() for key, value in network.state_dict().items()},
+        "optimizer": engine.state_dict(),
+        "method": tpp.state_dict(),
+        "norms": norms,
+    }
+    accelerator.free_memory()
+    os.environ.pop("ACCELERATE_USE_DEEPSPEED")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    return found
+
+
+def main() -> None:
+    """Run every engine in every case."""
+    torch.set_num_threads(1)
+    folder = Path(sys.argv[1])
+
+    def keep(name: str, found: dict[str, Any]) -> None:
+        if dist.get_rank() == 0:
+            momentum = {
+                f"momentum/{number}": entries["momentum_buffer"]
+                for number, entries in found["optimizer"]["state"].items()
+            }
+            tensors: dict[str, Tensor] = {**found["model"], **momentum}
+            tensors["norms"] = torch.tensor(found["norms"], dtype=torch.float64)
+            save_file(
+                {k: v.contiguous() for k, v in tensors.items()}, folder / f"{name}.safetensors"
+            )
+
+    for case, settings in CASES.items():
+        for engine in ENGINES:
+            keep(f"{engine}-{case}", run(engine, settings, STEPS))
+    # What is gathered and shared out again for two ranks is so for four.
+    for first, second in RESUMED if dist.get_world_size() == 2 else ():
+        keep(f"{first}-{second}-resumed", run(second, {}, STEPS, run(first, {}, HALF)))
+    if dist.get_rank() == 0:
+        (folder / "ranks.json").write_text(json.dumps(int(os.environ["WORLD_SIZE"])))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

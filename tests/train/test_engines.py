@@ -1,0 +1,180 @@
+"""DeepSpeed's ZeRO 0, 1 and 2 train the network that DistributedDataParallel trains."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from engine_worker import CASES, CONFIGS, ENGINES, RESUMED
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tpp.errors import UserError
+from train.config import TrainingSection
+from train.distributed import make_accelerator
+from train.engine import deepspeed_plugin
+
+ROOT = Path(__file__).resolve().parents[2]
+WORKER = Path(__file__).parent / "engine_worker.py"
+
+
+@pytest.fixture(scope="module")
+def trained(request, tmp_path_factory) -> Path:
+    """What all engines trained on so many ranks."""
+    folder = tmp_path_factory.mktemp("engines")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*launch, f"--nproc_per_node={request.param}", str(WORKER), str(folder)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert json.loads((folder / "ranks.json").read_text()) == request.param
+    return folder
+
+
+def weights(folder: Path, name: str) -> dict[str, Tensor]:
+    found = load_file(folder / f"{name}.safetensors")
+    return {k: v for k, v in found.items() if v.is_floating_point() and "momentum/" not in k}
+
+
+def momentum(folder: Path, name: str) -> Tensor:
+    """That of the first and the last layer, of which no filter goes."""
+    found = load_file(folder / f"{name}.safetensors")
+    numbers = sorted(int(key.rpartition("/")[2]) for key in found if "momentum/" in key)
+    ends = [found[f"momentum/{number}"] for number in (numbers[0], *numbers[-2:])]
+    return torch.cat([tensor.flatten() for tensor in ends])
+
+
+def apart(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    """Relative distance (L2) of all weights together."""
+    assert one.keys() == other.keys()
+    mine, its = (
+        torch.cat([v.flatten() for k, v in w.items() if k != "norms"]) for w in (one, other)
+    )
+    return ((mine - its).norm() / its.norm()).item()
+
+
+@pytest.mark.parametrize("trained", [2, 4], indirect=True, ids="{} ranks".format)
+@pytest.mark.parametrize("case", CASES)
+def test_the_engines_agree(trained, case):
+    """After 50 steps, of which the last ones zero layers out, and in the momentum."""
+    reference = weights(trained, f"ddp-{case}")
+    zeros = reference["layer1.0.conv1.weight"].flatten(1).abs().sum(1) == 0
+    assert zeros.sum() == 8, "TPP has not come to its end"
+    for engine in ENGINES:
+        found = weights(trained, f"{engine}-{case}")
+        assert apart(found, reference) < 1e-5, engine
+        # Of single steps, of which each one magnifies what the ones before have left.
+        assert torch.allclose(found["norms"], reference["norms"], rtol=1e-2), engine
+        mine, its = momentum(trained, f"{engine}-{case}"), momentum(trained, f"ddp-{case}")
+        assert (mine - its).norm() < 1e-4 * its.norm(), engine
+    if case != "plain":
+        plain = weights(trained, "ddp-plain")
+        assert apart(reference, plain) > 1e-7, "the case makes no difference"
+
+
+@pytest.mark.parametrize("trained", [2], indirect=True, ids="{} ranks".format)
+@pytest.mark.parametrize(("first", "second"), RESUMED)
+def test_a_run_broken_off_goes_on_under_any_engine(trained, first, second):
+    found = weights(trained, f"{first}-{second}-resumed")
+    whole = weights(trained, f"{second}-plain")
+    del found["norms"], whole["norms"]  # of the second half only
+    if first == second:
+        assert all(found[key].equal(whole[key]) for key in whole)
+    assert apart(found, whole) < 1e-5
+    mine, its = (
+        momentum(trained, f"{name}") for name in (f"{first}-{second}-resumed", f"{second}-plain")
+    )
+    assert (mine - its).norm() < 1e-4 * its.norm()
+
+
+def test_a_killed_run_goes_on_and_is_pruned_like_any_other(tiny_config, tmp_path, run_main):
+    """All stages; by accelerate launch undisturbed, and by torchrun killed and gone on."""
+    whole, broken = (copy.deepcopy(tiny_config) for _ in range(2))
+    whole["output"], broken["output"] = str(tmp_path / "whole"), str(tmp_path / "broken")
+    path = tmp_path / "whole.yaml"
+    path.write_text(yaml.safe_dump(whole))
+    launcher = ROOT / "launch" / "accelerate" / "deepspeed_zero2.yaml"
+    done = subprocess.run(
+        [
+            *(str(Path(sys.executable).with_name("accelerate")), "launch"),
+            *("--config_file", str(launcher), "--num_processes", "2"),
+            *(str(ROOT / "train" / "main.py"), "--config", str(path)),
+        ],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads((tmp_path / "whole" / "results.json").read_text())
+    assert results["engine"] == "DeepSpeed, ZeRO stage 2" and results["ranks"] == 2
+    assert results["stages"]["prune"]["removed_magnitude"] == 0
+
+    zero2 = f"training.deepspeed={CONFIGS / 'zero2.json'}"
+    checkpoint = tmp_path / "broken" / "regularize" / "checkpoints" / "step-00000005"
+    run_main(broken, zero2, ranks=2, kill_when=checkpoint)
+    gone_on = run_main(broken, zero2, ranks=2)
+    assert "regularize: resumed after" in gone_on.stdout
+    one, other = (
+        load_file(tmp_path / name / "finetune" / "model.safetensors")
+        for name in ("whole", "broken")
+    )
+    assert all(one[key].equal(other[key]) for key in one)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ({"zero_optimization": {"stage": 3}}, "splits every layer's weights over the ranks"),
+        ({"zero_optimization": {"stage": "1"}}, 'must be 0, 1 or 2, not "1"'),
+        ({"zero_optimization": [1]}, "must be 0, 1 or 2, not null"),
+        (
+            {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}},
+            "offload_optimizer is not supported",
+        ),
+        ({"bf16": {"enabled": True}}, "bf16: training.precision says so"),
+        ({"train_batch_size": 64}, "train_batch_size: training.batch_size says so"),
+        ([], "an object of keys and values"),
+    ],
+)
+def test_what_deepspeed_may_not_be_told(tmp_path, content: Any, says: str):
+    path = tmp_path / "deepspeed.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError) as caught:
+        deepspeed_plugin(TrainingSection(deepspeed=str(path)))
+    message = str(caught.value)
+    assert message.startswith(f"{path}: ") and says in message and "\n" not in message
+
+
+def test_what_does_not_go_with_deepspeed(tmp_path):
+    zero1 = str(CONFIGS / "zero1.json")
+    with pytest.raises(UserError, match=r"training.on_bad_step: skip is not possible with DeepS"):
+        deepspeed_plugin(TrainingSection(deepspeed=zero1, on_bad_step="skip"))
+    with pytest.raises(UserError, match=r"nowhere.json"):
+        deepspeed_plugin(TrainingSection(deepspeed=str(tmp_path / "nowhere.json")))
+    with pytest.raises(UserError, match=r"fp16 needs a GPU"):
+        make_accelerator("fp16")
+    assert deepspeed_plugin(TrainingSection()) is None
+
+
+def test_the_shipped_configurations(monkeypatch):
+    """Stages 0 to 2 are taken; 3 is refused, and says why."""
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "false")
+    for stage in range(3):
+        training = TrainingSection(deepspeed=str(CONFIGS / f"zero{stage}.json"))
+        plugin = deepspeed_plugin(training)
+        assert plugin is not None and plugin.zero_stage == stage
+        assert plugin.deepspeed_config["gradient_clipping"] == 0.0
+    with pytest.raises(UserError, match="use stage 0, 1 or 2"):
+        deepspeed_plugin(TrainingSection(deepspeed=str(CONFIGS / "zero3.json")))
