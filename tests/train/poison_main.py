@@ -1,4 +1,4 @@
-"""train/main.py with a method that ruins steps, as bad images or hardware would, or is signalled."""
+"""train/main.py with a method that ruins steps, as bad images would, or is sent signals."""
 
 import os
 import signal
