@@ -7,7 +7,7 @@ import signal
 import threading
 from collections.abc import Generator, Iterator
 from functools import partial
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import BaseContext
 from typing import Any, NamedTuple
 
@@ -185,9 +185,15 @@ def _end_with(owner: int, worker: int) -> None:
         os._exit(1)
 
     threading.Thread(target=wait, name="end-with-owner", daemon=True).start()
-    # DataLoader ends a worker that does not answer with two SIGTERMs, SLURM sends one.
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM,))
+
+    # SLURM and torchrun send SIGTERM to every process, once or several times, while the rank needs
+    # its workers for a last step. It is blocked here; only the owner's own, DataLoader's, counts.
+    def obey_owner() -> None:
+        while signal.sigwaitinfo((signal.SIGTERM,)).si_pid != owner:
+            pass
+        os._exit(128 + signal.SIGTERM)
+
+    threading.Thread(target=obey_owner, name="obey-owner", daemon=True).start()
 
 
 def _worker_context() -> BaseContext:
@@ -200,8 +206,11 @@ def _worker_context() -> BaseContext:
     context.set_forkserver_preload([__name__])
     # SLURM sends its signals to every process of a step. A rank stops at its next step, which it
     # still needs its workers for; what is blocked here is blocked in all that is started here.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGUSR1, signal.SIGTERM))
+    both = (signal.SIGUSR1, signal.SIGTERM)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, both)
     try:
+        resource_tracker.ensure_running()  # which lets SIGTERM through again
+        signal.pthread_sigmask(signal.SIG_BLOCK, both)
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

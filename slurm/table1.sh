@@ -14,6 +14,8 @@
 #   LAUNCHER  what starts train/main.py in a task, such as "torchrun --nproc_per_node 4"
 #   PYTHON    the interpreter               default: .venv/bin/python, or else python3
 #
+# launch/site.sh may set PYTHON and what sbatch is asked for (SBATCH_PARTITION and the like).
+#
 #SBATCH --job-name=table1
 #SBATCH --nodes=1
 #SBATCH --ntasks=1
@@ -30,6 +32,8 @@ if [[ -n "${SLURM_ARRAY_TASK_ID:-}" ]]; then
 fi
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=launch/site.sh
+source "${TPP_SITE:-launch/site.sh}"
 if [[ -z "${PYTHON:-}" ]]; then
   PYTHON=python3
   if [[ -x .venv/bin/python ]]; then PYTHON=.venv/bin/python; fi

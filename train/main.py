@@ -115,7 +115,6 @@ def run(
     from train.distributed import EveryRankError, from_main_rank
     from train.lock import RunLock
     from train.preflight import preflight
-    from train.report import show_end
     from train.stages import open_run, stages_until
     from train.watchdog import Watchdog, ranks_named
 
@@ -131,6 +130,8 @@ def run(
             opened = open_run(config, accelerator, found, watchdog, stop)
             stopped = _stopped(opened, until)
             if opened.is_main and stopped is None:
+                from train.report import show_end  # half a second that the other ranks save
+
                 show_end(opened.folder)
     except OSError as error:
         place = error.filename or config.output

@@ -6,9 +6,11 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 import pytest
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "squeue", "sinfo")
@@ -35,18 +37,29 @@ AccountingStorageType=accounting_storage/none
 MpiDefault=none
 SwitchType=switch/none
 ReturnToService=2
-KillWait=2
+KillWait=15
+MinJobAge=3600
+SlurmdTimeout=25
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 SchedulerParameters=sched_interval=1,bf_interval=1
 GresTypes=gpu
 NodeName=node1 NodeHostname=localhost Port={node1} CPUs=4 Gres=gpu:1
-NodeName=node2 NodeHostname=localhost Port={node2} CPUs=4 Gres=gpu:1
-PartitionName=all Nodes=node[1-2] Default=YES MaxTime=INFINITE State=UP
+NodeName=node2 NodeHostname=localhost Port={node2} CPUs=4 Gres=gpu:2
+PartitionName=all Nodes=node[1-2] Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
+PartitionName=urgent Nodes=node[1-2] MaxTime=INFINITE State=UP PriorityTier=9
+"""
+# GPUs only by name; one node has one, the other two.
+GPUS = """\
+NodeName=node1 Name=gpu File=/dev/null
+NodeName=node2 Name=gpu File=/dev/null
+NodeName=node2 Name=gpu File=/dev/zero
 """
 
 
 @dataclass
 class Cluster:
-    """Two nodes of 4 cores and one GPU each, as far as SLURM knows.
+    """Two nodes of 4 cores, with one GPU and two, as far as SLURM knows.
 
     Attributes:
         folder: configuration, state and logs of the daemons.
@@ -63,6 +76,40 @@ class Cluster:
             self.daemons.append(
                 subprocess.Popen(command, env=self.environment, stdout=out, stderr=out)
             )
+
+    def start_node(self, name: str) -> None:
+        """Start a node's daemon."""
+        self.start("slurmd", "-D", "-N", name)
+
+    def kill_node(self, name: str) -> None:
+        """Kill a node's daemon and all that runs on the node, as when its power fails."""
+        daemon = next(d for d in self.daemons if d.args == ("slurmd", "-D", "-N", name))
+        self.daemons.remove(daemon)  # its end is no surprise
+        doomed = [process for process in psutil.process_iter() if _node_of(process) == name]
+        # Children of init, named alike on all nodes: told apart by what they have started.
+        keepers = [parent for process in doomed if (parent := process.parent()) is not None]
+        daemon.kill()
+        for process in (*(k for k in keepers if k.name().startswith("slurmstepd")), *doomed):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        daemon.wait()
+
+    def submit(self, *arguments: str | Path, cwd: Path, **variables: str) -> str:
+        """Submit a batch job; returns its id."""
+        done = subprocess.run(
+            ["sbatch", "--parsable", *map(str, arguments)],
+            cwd=cwd,
+            env={**self.environment, **variables},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    def release(self, job: str) -> None:
+        """Let a requeued job start at once; SLURM puts it off for two minutes."""
+        self.command("scontrol", "update", f"JobId={job}", "StartTime=now")
 
     def command(self, *command: str, **variables: str) -> str:
         """Run a command, which has to succeed; returns what it prints."""
@@ -110,6 +157,14 @@ class Cluster:
                 daemon.wait()
 
 
+def _node_of(process: psutil.Process) -> str:
+    """The node that a process runs on, as SLURM has told it."""
+    try:
+        return process.environ().get("SLURMD_NODENAME", "")
+    except psutil.Error:
+        return ""
+
+
 def free_ports(count: int) -> list[int]:
     """Ports that nobody listens on; all are held open until the last one is found."""
     sockets = [socket.socket() for _ in range(count)]
@@ -142,7 +197,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     controller, node1, node2 = free_ports(3)
     text = CONFIGURATION.format(folder=folder, controller=controller, node1=node1, node2=node2)
     (folder / "slurm.conf").write_text(text)
-    (folder / "gres.conf").write_text("Name=gpu File=/dev/null\n")  # a GPU only by name
+    (folder / "gres.conf").write_text(GPUS)
     (folder / "state").mkdir()
     (folder / "munge.key").write_bytes(os.urandom(1024))
     (folder / "munge.key").chmod(0o600)
@@ -161,7 +216,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         cluster.wait_until("socket of munge", (folder / "munge.socket").exists, 20)
         cluster.start("slurmctld", "-D", "-c")
         for node in ("node1", "node2"):
-            cluster.start("slurmd", "-D", "-N", node)
+            cluster.start_node(node)
         cluster.wait_until("idle nodes", lambda: idle_nodes(cluster) == 2, 40)
         yield cluster
     finally:
@@ -176,4 +231,5 @@ def idle_nodes(cluster: Cluster) -> int:
         capture_output=True,
         text=True,
     )
-    return len(done.stdout.split()) if done.returncode == 0 else 0
+    # Each partition has a line of its own for a node.
+    return len(set(done.stdout.split())) if done.returncode == 0 else 0

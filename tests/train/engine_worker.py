@@ -63,7 +63,7 @@ def batches(accumulation: int, first: int) -> Any:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     for step in range(first, STEPS):
         numbers = torch.Generator().manual_seed(step)
-        images = torch.randn(BATCH, 3, 8, 8, generator=numbers)
+        images = torch.randn(BATCH, 3, 16, 16, generator=numbers)
         labels = torch.randint(0, 4, (BATCH,), generator=numbers)
         mine = slice(rank, None, ranks)
         parts = zip(images[mine].chunk(accumulation), labels[mine].chunk(accumulation), strict=True)
@@ -90,7 +90,7 @@ def run(
         selection=selection,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
-        example_input=torch.zeros(1, 3, 8, 8),
+        example_input=torch.zeros(1, 3, 16, 16),
     )
     if taken_up is not None:
         network.load_state_dict(taken_up["model"])

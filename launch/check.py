@@ -1,0 +1,222 @@
+"""What can be known to go wrong with a job before it waits in the queue.
+
+    python -m launch.check --config FILE [key.sub=value ...] [-- option of sbatch ...]
+
+Prints nothing if nothing is wrong. `bash slurm/NAME.sh` and launch/submit_chain call it.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from tpp.errors import UserError, run_command
+from tpp.models import Architecture
+from train.config import Config, load_config
+from train.data import image_place
+from train.distributed import check_batch_size
+from train.lock import LOCK_FILE, Holder
+from train.preflight import check_plans
+from train.stages import stages_until
+from train.weights import starting_weights_exist
+
+_SHORT = {
+    "-N": "--nodes",
+    "-G": "--gpus",
+    "-p": "--partition",
+    "-n": "--ntasks",
+    "-M": "--clusters",
+}
+_OF_ENVIRONMENT = {
+    "SBATCH_PARTITION": "--partition",
+    "SBATCH_GPUS": "--gpus",
+    "SBATCH_GPUS_PER_NODE": "--gpus-per-node",
+    "SBATCH_GRES": "--gres",
+    "SBATCH_CLUSTERS": "--clusters",
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What sbatch is asked for, as far as it matters here.
+
+    Attributes:
+        partitions: names; empty: the site's default.
+        nodes: how many; None for a range of them.
+        ranks: one per GPU; None where only the allocation will tell.
+        elsewhere: the job goes to another cluster, of which nothing is known.
+    """
+
+    partitions: tuple[str, ...] = ()
+    nodes: int | None = 1
+    ranks: int | None = None
+    elsewhere: bool = False
+
+    @classmethod
+    def of(cls, options: Sequence[str], script: str, environment: Mapping[str, str]) -> "Request":
+        """Read what sbatch would read: a script's #SBATCH lines, the environment, its options.
+
+        Args:
+            options: of the command line, which wins.
+            script: the text of the batch script.
+            environment: of sbatch.
+        """
+        in_script = re.findall(r"^#SBATCH\s+(.*?)\s*$", script, re.MULTILINE)
+        asked = _options([word for line in in_script for word in line.split()])
+        asked |= {
+            option: environment[key]
+            for key, option in _OF_ENVIRONMENT.items()
+            if environment.get(key)
+        }
+        asked |= _options(options)
+        partitions = tuple(filter(None, asked.get("--partition", "").split(",")))
+        nodes = _count(asked.get("--nodes", "1"))
+        return cls(partitions, nodes, _ranks(asked, nodes), "--clusters" in asked)
+
+
+def _options(words: Sequence[str]) -> dict[str, str]:
+    """The long names of options, and their values."""
+    found: dict[str, str] = {}
+    for word, following in zip_longest(words, words[1:], fillvalue="-"):
+        if not word.startswith("-"):
+            continue
+        name, equals, value = word.partition("=")
+        if not name.startswith("--") and len(name) > 2:  # -N4
+            name, equals, value = name[:2], "=", name[2:]
+        if not equals:
+            value = "" if following.startswith("-") else following
+        found[_SHORT.get(name, name)] = value
+    return found
+
+
+def _ranks(asked: Mapping[str, str], nodes: int | None) -> int | None:
+    gpus = _count(asked.get("--gpus", ""))
+    if gpus is not None:
+        return gpus
+    in_gres = re.search(r"(?:^|,)(gpu(?::[^,]*)?)", asked.get("--gres", ""))
+    per_node = _count(asked.get("--gpus-per-node", in_gres[1] if in_gres else ""))
+    return None if per_node is None or nodes is None else nodes * per_node
+
+
+def _count(text: str) -> int | None:
+    """Of "4", "a100:4" or "gpu:a100:4" the 4; "gpu" is one."""
+    if text == "gpu":
+        return 1
+    match = re.fullmatch(r"(?:[\w.-]+:){0,2}([0-9]{1,6})", text)
+    return int(match[1]) if match else None
+
+
+def check(config: Config, request: Request, *, data_on_nodes: bool = False) -> None:
+    """Find mistakes in a configuration and in what sbatch is asked for.
+
+    Args:
+        config: what the job is to run.
+        request: what sbatch is asked for.
+        data_on_nodes: the images need not be found on this machine.
+
+    Raises:
+        UserError: names what to change.
+    """
+    if request.ranks is not None:
+        check_batch_size(config.training, request.ranks)
+    starting_weights_exist(config.model)
+    if config.model.num_classes is not None:
+        check_plans(
+            config, Architecture(config.model.name, config.model.num_classes, config.model.args)
+        )
+    if not data_on_nodes and config.data.demo is None:
+        check_data(config)
+    if not request.elsewhere:
+        check_partitions(request.partitions, request.nodes)
+    check_free(Path(config.output))
+
+
+def check_data(config: Config) -> None:
+    """Check that the folders of images are there."""
+    for name in (config.data.train, config.data.val):
+        folder, _ = image_place(config, name)
+        if not folder.is_dir():
+            raise UserError(
+                f"data.root: there is no folder {folder} on this machine; give another data.root, "
+                "or set TPP_DATA_ON_NODES=1 if it is on the compute nodes only"
+            )
+
+
+def check_partitions(names: Sequence[str], nodes: int | None) -> None:
+    """Check that SLURM has the partitions, and one of them as many nodes as the job wants."""
+    sizes: dict[str, int] = {}
+    default = []
+    for line in _lines("sinfo", "-h", "-a", "-o", "%P %D"):
+        name, _, size = line.partition(" ")
+        if name.endswith("*"):
+            default.append(name := name[:-1])
+        if size.isdigit():
+            sizes[name] = sizes.get(name, 0) + int(size)
+    for name in names:
+        if sizes and name not in sizes:
+            there = ", ".join(sorted(sizes))
+            raise UserError(f"--partition: there is no partition {name!r} here; there are {there}")
+    asked = [name for name in names or default if name in sizes]
+    if asked and nodes is not None and nodes > max(sizes[name] for name in asked):
+        largest = max(asked, key=lambda name: sizes[name])
+        raise UserError(
+            f"--nodes: {nodes} nodes are asked for, partition {largest!r} has {sizes[largest]}"
+        )
+
+
+def check_free(folder: Path) -> None:
+    """Check that no other job has the run folder."""
+    try:
+        with (folder / LOCK_FILE).open("rb") as file:
+            holder = Holder.model_validate_json(file.read(4096))
+    except (OSError, ValidationError):
+        return
+    if holder.job and not holder.released and _lines("squeue", "-h", "-j", holder.job, "-o", "%T"):
+        raise UserError(
+            f"{folder}: another run has this folder: {holder}; wait for it, cancel it, or choose "
+            "another folder with output=..."
+        )
+
+
+def _lines(*command: str) -> list[str]:
+    """What a command prints; nothing where it does not work."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return done.stdout.splitlines() if done.returncode == 0 else []
+
+
+def main() -> None:
+    """Check, from the command line."""
+    parser = argparse.ArgumentParser(prog="python -m launch.check", description=__doc__)
+    parser.add_argument("--config", required=True, metavar="FILE")
+    parser.add_argument("--until", metavar="STAGE", help="the last stage that is to run")
+    parser.add_argument("--script", metavar="FILE", help="whose #SBATCH lines count")
+    parser.add_argument("--data-on-nodes", action="store_true", help="do not look for the images")
+    parser.add_argument("--stages", action="store_true", help="print names and kinds of the stages")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    own, options = sys.argv[1:], list[str]()
+    if "--" in own:
+        place = own.index("--")
+        own, options = own[:place], own[place + 1 :]
+    arguments = parser.parse_intermixed_args(own)
+    config = load_config(arguments.config, arguments.overrides)
+    stages_until(config, arguments.until)
+    script = Path(arguments.script).read_text() if arguments.script else ""
+    request = Request.of(options, script, os.environ)
+    check(config, request, data_on_nodes=arguments.data_on_nodes)
+    if arguments.stages:
+        for name, stage in config.stages.items():
+            print(name, stage.kind)
+
+
+if __name__ == "__main__":
+    run_command(main)

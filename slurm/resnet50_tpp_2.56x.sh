@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# ResNet-50 on ImageNet, pruned by TPP to 2.56x fewer multiply-accumulates (Table 2, row 2.56x).
+#
+#   sbatch --nodes=4 slurm/resnet50_tpp_2.56x.sh data.root=/data/imagenet
+#   bash slurm/resnet50_tpp_2.56x.sh --nodes=4 data.root=/data/imagenet     (the same, checked first)
+#
+# Expect: top-1 75.12 (published; dense: 76.13), from configs/imagenet/resnet50_tpp_2.56x.yaml.
+# Takes: 90,000 regularised iterations and 90 epochs of finetuning; see the configuration's head.
+# Whole nodes with all their GPUs, unless options of sbatch say otherwise, such as
+# --oversubscribe --gpus-per-node=4 --cpus-per-gpu=8. launch/site.sh holds what your site needs.
+#
+#SBATCH --job-name=resnet50_tpp_2.56x
+#SBATCH --nodes=1
+#SBATCH --exclusive
+#SBATCH --mem=0
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=B:USR1@180
+#SBATCH --output=%x-%j.log
+set -euo pipefail
+
+# sbatch runs a copy of this file in another folder.
+job="${SLURM_JOB_ID:+$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=\(/.*\)/slurm/.*|\1|p')}"
+for root in "${TPP_ROOT:-}" "$(dirname "${BASH_SOURCE[0]}")/.." "${job%%$'\n'*}" "${SLURM_SUBMIT_DIR:-}"; do
+  if [[ -n "$root" && -f "$root/launch/job.sh" ]]; then
+    exec bash "$root/launch/job.sh" --script "${BASH_SOURCE[0]}" --config configs/imagenet/resnet50_tpp_2.56x.yaml "$@"
+  fi
+done
+echo "error: the repository is not found; submit from inside of it, or set TPP_ROOT to it" >&2
+exit 2
