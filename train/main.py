@@ -92,7 +92,8 @@ def main() -> None:
         _leave_it_to_one_rank()
         raise
     except Stopped as request:
-        accelerator.print(f"{config.output}: {request}", flush=True)
+        if accelerator.is_main_process:  # of all nodes
+            print(f"{config.output}: {request}", flush=True)
         sys.exit(EXIT_LOST)
 
 

@@ -108,8 +108,12 @@ class Cluster:
         return done.stdout.strip()
 
     def release(self, job: str) -> None:
-        """Let a requeued job start at once; SLURM puts it off for two minutes."""
-        self.command("scontrol", "update", f"JobId={job}", "StartTime=now")
+        """Let a requeued job start soon; SLURM puts it off for two minutes.
+
+        Not at once: within the second of its end a node takes it for the job that it has just
+        ended, and refuses it ("Job credential revoked").
+        """
+        self.command("scontrol", "update", f"JobId={job}", "StartTime=now+3")
 
     def command(self, *command: str, **variables: str) -> str:
         """Run a command, which has to succeed; returns what it prints."""

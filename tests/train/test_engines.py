@@ -104,7 +104,7 @@ def test_a_killed_run_goes_on_and_is_pruned_like_any_other(tiny_config, tmp_path
     whole, broken = (copy.deepcopy(tiny_config) for _ in range(2))
     whole["output"], broken["output"] = str(tmp_path / "whole"), str(tmp_path / "broken")
     path = tmp_path / "whole.yaml"
-    path.write_text(yaml.safe_dump(whole))
+    path.write_text(yaml.safe_dump(whole, sort_keys=False))
     launcher = ROOT / "launch" / "accelerate" / "deepspeed_zero2.yaml"
     done = subprocess.run(
         [

@@ -125,7 +125,7 @@ def test_a_loaders_processes_outlive_the_signal(tiny_config, tmp_path, name):
     tiny_config["training"]["evaluate_every"] = 100
     config = stopping(tiny_config, tmp_path / "run", 8, signal=name, group=True, steps=[20])
     path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(config))
+    path.write_text(yaml.safe_dump(config, sort_keys=False))
     for expect, said in ((EXIT, f"stopped by {name} after step 21 of"), (0, "after 21 steps")):
         done = subprocess.run(
             [sys.executable, str(WORKER), "--config", str(path)],
