@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 from tiny_run import make_tiny_data, tiny_run
@@ -63,7 +64,9 @@ def run_main(tmp_path: Path) -> RunMain:
                 assert process.poll() is None, f"ended before {kill_when} was there"
                 time.sleep(0.005)
             if kill_when is not None:
-                process.kill()
+                ranks = psutil.Process(process.pid).children(recursive=True)
+                for victim in (process, *ranks):  # torchrun's ranks would live on for a while
+                    victim.kill()
                 expect = -signal.SIGKILL
             out, err = process.communicate(timeout=300)
         if expect is not None:
