@@ -85,7 +85,9 @@ class Cluster:
         """Kill a node's daemon and all that runs on the node, as when its power fails."""
         daemon = next(d for d in self.daemons if d.args == ("slurmd", "-D", "-N", name))
         self.daemons.remove(daemon)  # its end is no surprise
-        doomed = [process for process in psutil.process_iter() if _node_of(process) == name]
+        # Another test's cluster may have nodes of the same names.
+        place = (self.environment["SLURM_CONF"], name)
+        doomed = [process for process in psutil.process_iter() if _place_of(process) == place]
         # Children of init, named alike on all nodes: told apart by what they have started.
         keepers = [parent for process in doomed if (parent := process.parent()) is not None]
         daemon.kill()
@@ -161,12 +163,13 @@ class Cluster:
                 daemon.wait()
 
 
-def _node_of(process: psutil.Process) -> str:
-    """The node that a process runs on, as SLURM has told it."""
+def _place_of(process: psutil.Process) -> tuple[str, str]:
+    """The cluster and the node that a process runs on, as SLURM has told it."""
     try:
-        return process.environ().get("SLURMD_NODENAME", "")
+        environment = process.environ()
     except psutil.Error:
-        return ""
+        return "", ""
+    return environment.get("SLURM_CONF", ""), environment.get("SLURMD_NODENAME", "")
 
 
 def free_ports(count: int) -> list[int]:
