@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from poison_main import Poison
 from safetensors.torch import load_file
 
@@ -15,6 +16,7 @@ from data_pipelines.order import permutation
 from tpp.methods import available_methods
 from tpp.training_state import read_state, state_folders
 from train.bad_steps import StepCheck
+from train.engine import make_engine
 
 BATCH = 16
 WORKER = Path(__file__).parent / "poison_main.py"
@@ -154,23 +156,30 @@ def test_two_ranks_leave_out_the_same_step(tiny_config, run_main):
     assert finite(load_file(stage / "model.safetensors"))
 
 
-def test_the_gradient_norm_is_that_of_all_parameters():
+@pytest.mark.parametrize("clip", [None, 0.5, 1e6])
+def test_the_gradient_norm_is_that_of_all_parameters(clip):
+    """Before clipping, which makes the step's gradient as long as asked where it is longer."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(5, 3), torch.nn.Linear(3, 2))
-    check = StepCheck(model, max_norm=None, at_once=False)
-    loss = model(torch.randn(4, 5)).square().sum()
-    loss.backward()
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    engine = make_engine(Accelerator(cpu=True), model, optimizer, clip=clip)
+    engine.backward(engine.model(torch.randn(4, 5)).square().sum(), last=True)
     every = torch.cat([p.grad.flatten() for p in model.parameters()]).double()
-    assert check(0, loss).item() == pytest.approx(every.square().sum().sqrt().item(), rel=1e-6)
-    assert check.first_bad() is None and not check.seen_here()
+    length = every.square().sum().sqrt().item()
+    assert 0.5 < length < 1e6
+    assert engine.gradient_norm().item() == pytest.approx(length, rel=1e-6)
+    engine.step()
+    moved = torch.cat([(b - p).flatten() for b, p in zip(before, model.parameters(), strict=True)])
+    assert moved.norm().item() == pytest.approx(min(length, clip or length), rel=1e-4)
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_the_first_bad_step_is_the_one_that_is_told():
     model = torch.nn.Linear(2, 1)
     check = StepCheck(model, max_norm=10.0, at_once=False)
     for step, size in enumerate([1.0, 2.0, 50.0, torch.nan, 60.0]):
-        model.weight.grad = torch.tensor([[size, 0.0]])
-        check(step, torch.tensor(size))
+        check(step, torch.tensor(size), torch.tensor(size))
     bad = check.first_bad()
     assert (bad.step, bad.loss, bad.gradient_norm) == (3, 50, 50)
     assert bad.reason(10.0) == "the gradient's norm is 50, above 10"
@@ -180,8 +189,8 @@ def test_a_loss_scaler_may_meet_infinite_gradients():
     """It leaves such steps out by itself; a loss that is not finite is still bad."""
     model = torch.nn.Linear(2, 1)
     check = StepCheck(model, max_norm=None, at_once=False, scaled=True)
-    model.weight.grad = torch.full((1, 2), torch.inf)
-    check(0, torch.tensor(1.0))
+    infinite = torch.tensor(torch.inf)
+    check(0, torch.tensor(1.0), infinite)
     assert check.first_bad() is None
-    check(1, torch.tensor(torch.inf))
+    check(1, infinite, infinite)
     assert check.first_bad().step == 2
