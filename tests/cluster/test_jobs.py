@@ -31,9 +31,11 @@ class Site:
     def config(self) -> dict[str, Any]:
         return yaml.safe_load((self.folder / "tiny.yaml").read_text())
 
-    def submit(self, run: str, *options: str, **variables: str) -> str:
+    def submit(
+        self, run: str, *options: str, settings: tuple[str, ...] = (), **variables: str
+    ) -> str:
         """Submit the shipped script for tiny data; ``run`` is the folder of the run."""
-        overrides = ("--config", "tiny.yaml", f"output={self.folder / run}")
+        overrides = ("--config", "tiny.yaml", f"output={self.folder / run}", *settings)
         return self.slurm.submit(
             *options, SCRIPT, *overrides, cwd=self.folder, **{**VARIABLES, **variables}
         )
@@ -200,9 +202,11 @@ def test_a_disturbed_run_ends_with_the_same_weights(
 def test_a_second_job_on_the_same_folder_is_refused(site: Site) -> None:
     # Without exclusive nodes both run at once.
     sizes = ("--nodes=1", "--gpus-per-node=1", "--oversubscribe", "--cpus-per-task=1")
-    first = site.submit("contested", *sizes)
+    # Long enough to be there still when the second one comes; it is cancelled in the end.
+    endless = ("method.stabilize_steps=100000",)
+    first = site.submit("contested", *sizes, settings=endless)
     site.wait_for_checkpoint("contested")
-    second = site.submit("contested", *sizes)
+    second = site.submit("contested", *sizes, settings=endless)
     early = site.bash(SCRIPT, "--config", "tiny.yaml", f"output={site.folder / 'contested'}")
     assert early.returncode == 2 and f"SLURM job {first}, since" in early.stderr
     site.wait_for(second, "FAILED", "COMPLETED")

@@ -41,6 +41,8 @@ CASES: dict[str, dict[str, Any]] = {
     "clipping": {"clip_gradient_norm": 0.5},
     "bf16": {"precision": "bf16"},
 }
+# On four ranks all at once, on two each by itself.
+ALL = {key: value for case in CASES.values() for key, value in case.items()}
 # Broken off after half of the steps under the one and taken up under the other.
 RESUMED = [
     ("zero1", "zero1"),
@@ -149,11 +151,11 @@ def main() -> None:
                 {k: v.contiguous() for k, v in tensors.items()}, folder / f"{name}.safetensors"
             )
 
-    for case, settings in CASES.items():
+    on_two = dist.get_world_size() == 2
+    for case, settings in (CASES if on_two else {"all": ALL}).items():
         for engine in ENGINES:
             keep(f"{engine}-{case}", run(engine, settings, STEPS))
-    # What is gathered and shared out again for two ranks is so for four.
-    for first, second in RESUMED if dist.get_world_size() == 2 else ():
+    for first, second in RESUMED if on_two else ():
         keep(f"{first}-{second}-resumed", run(second, {}, STEPS, run(first, {}, HALF)))
     if dist.get_rank() == 0:
         (folder / "ranks.json").write_text(json.dumps(int(os.environ["WORLD_SIZE"])))
