@@ -7,6 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from train.distributed import world_size
+
 _NONE = torch.iinfo(torch.int64).max
 
 
@@ -83,7 +85,7 @@ class StepCheck:
     def first_bad(self) -> BadStep | None:
         """The first bad step on any rank since the start; all ranks have to ask together."""
         first, values = self._first.clone(), self._values
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        if world_size() > 1:
             dist.all_reduce(first, op=dist.ReduceOp.MIN)
         if first == _NONE:
             return None

@@ -202,16 +202,21 @@ def _attempt(do: Callable[[], T]) -> tuple[T | None, str | None]:
         return None, str(error)
 
 
+def world_size() -> int:
+    """How many ranks there are; one where there is no process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
 def sum_over_ranks(values: Tensor) -> Tensor:
     """Sum of a tensor over all ranks, in place where there are several."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if world_size() > 1:
         dist.all_reduce(values)
     return values
 
 
 def broadcast_buffers(model: nn.Module) -> None:
     """Give every rank the main rank's buffers: the BatchNorm statistics that are saved."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if world_size() > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, src=0)
 
@@ -222,7 +227,7 @@ def convert_sync_batchnorm(model: nn.Module) -> nn.Module:
     PyTorch's SyncBatchNorm on GPUs, where it is fused; it refuses CPU tensors, so there a plain
     equivalent with the same parameters and buffers. One rank needs no synchronisation.
     """
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if world_size() == 1:
         return model
     if next(model.parameters()).is_cuda:
         return cast(nn.Module, nn.SyncBatchNorm.convert_sync_batchnorm(model))
@@ -242,16 +247,16 @@ class _CpuSyncBatchNorm(nn.BatchNorm2d):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return super().forward(input)
-        world_size = dist.get_world_size()
+        ranks = world_size()
         axes = [axis for axis in range(input.dim()) if axis != 1]
         shape = [1, -1] + [1] * (input.dim() - 2)
         x = input.float()
-        mean = all_reduce(x.mean(axes)) / world_size
+        mean = all_reduce(x.mean(axes)) / ranks
         centred = x - mean.view(shape)
-        var = all_reduce(centred.square().mean(axes)) / world_size
+        var = all_reduce(centred.square().mean(axes)) / ranks
         if self.track_running_stats and self.running_mean is not None:
             with torch.no_grad():
-                count = world_size * x.numel() / x.shape[1]
+                count = ranks * x.numel() / x.shape[1]
                 assert self.num_batches_tracked is not None and self.running_var is not None
                 self.num_batches_tracked += 1
                 momentum = self.momentum or 1.0 / float(self.num_batches_tracked)

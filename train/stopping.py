@@ -11,6 +11,8 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
+from train.distributed import world_size
+
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 # How often the ranks ask each other, in seconds and at most so many steps.
 _ASK_EVERY = 1.0
@@ -46,7 +48,7 @@ class StopRequest:
         Returns:
             The signal's name; None to go on.
         """
-        if _ranks() == 1:
+        if world_size() == 1:
             return _name(self._signal)
         if self._asked[0] <= step < self._next_ask:
             return None
@@ -63,7 +65,7 @@ class StopRequest:
         """Whether all ranks are to stop where no steps are counted; all have to ask together."""
         self._next_ask = 0
         self._asked = (0, 0.0)
-        return _name(self._signal if _ranks() == 1 else self._ask(0.0)[0])
+        return _name(self._signal if world_size() == 1 else self._ask(0.0)[0])
 
     def _ask(self, seconds: float) -> tuple[int, float]:
         device = "cuda" if dist.get_backend() == "nccl" else "cpu"
@@ -83,7 +85,3 @@ def message_of(name: str, where: str) -> str:
 
 def _name(number: int) -> str | None:
     return signal.Signals(number).name if number else None
-
-
-def _ranks() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
