@@ -15,14 +15,12 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from tpp.errors import UserError, run_command
 from tpp.models import Architecture
 from train.config import Config, load_config
 from train.data import image_place
 from train.distributed import check_batch_size
-from train.lock import LOCK_FILE, Holder
+from train.lock import holder_of, refusal
 from train.preflight import check_plans
 from train.stages import stages_until
 from train.weights import starting_weights_exist
@@ -173,16 +171,11 @@ def check_partitions(names: Sequence[str], nodes: int | None) -> None:
 
 def check_free(folder: Path) -> None:
     """Check that no other job has the run folder."""
-    try:
-        with (folder / LOCK_FILE).open("rb") as file:
-            holder = Holder.model_validate_json(file.read(4096))
-    except (OSError, ValidationError):
+    holder = holder_of(folder)
+    if holder is None or not holder.job or holder.released:
         return
-    if holder.job and not holder.released and _lines("squeue", "-h", "-j", holder.job, "-o", "%T"):
-        raise UserError(
-            f"{folder}: another run has this folder: {holder}; wait for it, cancel it, or choose "
-            "another folder with output=..."
-        )
+    if _lines("squeue", "-h", "-j", holder.job, "-o", "%T"):
+        raise refusal(folder, holder)
 
 
 def _lines(*command: str) -> list[str]:

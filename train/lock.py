@@ -212,10 +212,7 @@ class RunLock:
         )
 
     def _refusal(self, holder: Holder | None) -> UserError:
-        return UserError(
-            f"{self._folder}: another run has this folder: {holder or 'a process without a name'}; "
-            "wait for it, end it, or choose another folder with output=..."
-        )
+        return refusal(self._folder, holder)
 
     def _write(self, descriptor: int) -> None:
         # Always of one size, so that a reader never sees the end of a longer entry before it.
@@ -252,6 +249,26 @@ class RunLock:
         """End the process: two runs began at once where no lock kept them apart."""
         os.write(2, f"error: {self._refusal(other)}\n".encode())
         os._exit(2)
+
+
+def holder_of(folder: Path) -> Holder | None:
+    """What a run folder's lock file says; None where there is none, or a damaged one.
+
+    Not for a process that holds the lock itself: it would lose it.
+    """
+    try:
+        with (folder / LOCK_FILE).open("rb") as file:
+            return _read(file.fileno())
+    except OSError:
+        return None
+
+
+def refusal(folder: Path, holder: Holder | None) -> UserError:
+    """Why a run cannot have a folder."""
+    return UserError(
+        f"{folder}: another run has this folder: {holder or 'a process without a name'}; "
+        "wait for it, end it, or choose another folder with output=..."
+    )
 
 
 def _lock(descriptor: int) -> bool | None:
