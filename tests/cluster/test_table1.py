@@ -136,7 +136,7 @@ def test_a_sweep_as_an_array_with_a_task_requeued(slurm, tiny_sweep: Path) -> No
 
 
 def test_runs_are_cancelled_where_the_dense_network_fails(slurm, tiny_sweep: Path) -> None:
-    mistaken = submit(slurm, tiny_sweep, "training.batch=8")
+    mistaken = submit(slurm, tiny_sweep, "training.batch_siz=8")
     assert mistaken.returncode == 2 and mistaken.stdout == ""
     assert "did you mean 'batch_size'?" in mistaken.stderr
     done = submit(slurm, tiny_sweep, f"data.root={tiny_sweep.parent / 'nowhere'}")

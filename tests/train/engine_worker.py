@@ -151,7 +151,8 @@ def main() -> None:
                 {k: v.contiguous() for k, v in tensors.items()}, folder / f"{name}.safetensors"
             )
 
-    on_two = dist.get_world_size() == 2
+    # The process group is made, and reset, by each run.
+    on_two = int(os.environ["WORLD_SIZE"]) == 2
     for case, settings in (CASES if on_two else {"all": ALL}).items():
         for engine in ENGINES:
             keep(f"{engine}-{case}", run(engine, settings, STEPS))

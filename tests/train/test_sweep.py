@@ -300,7 +300,7 @@ def test_numbers_as_slurm_writes_them(numbers: set[int]) -> None:
         ("pruning.ratios={}", "override 'pruning.ratios={}': the sweep itself says what pruning"),
         ("stages.nosuch.epochs=1", "no run of the sweep trains in that stage"),
         ("stages.finetune.epochs=-1", "l1.yaml: stages.finetune.epochs: input should be greater"),
-        ("training.batch=1", "unknown key; did you mean 'batch_size'?"),
+        ("training.batch_siz=1", "unknown key; did you mean 'batch_size'?"),
         ("data", "override 'data': expected key.sub=value"),
     ],
 )
