@@ -9,7 +9,9 @@ on from the very step.
 
 import argparse
 import os
+import signal
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:] = [str(ROOT), *(p for p in sys.path if Path(p or ".").resolve() != ROOT / "train")]
 
 from tpp.errors import UserError, run_command  # noqa: E402
+
+_FIRST_TO_SPEAK = 10.0  # seconds
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -163,8 +167,14 @@ def _stopped(opened: "Run", until: str | None) -> "Stopped | None":
 
 
 def _leave_it_to_one_rank() -> None:
-    """End quietly on all ranks but one: all of them met the same mistake."""
+    """End quietly on all ranks but one: all of them met the same mistake.
+
+    The launcher ends the others when the first one is gone, and that one might still be at its
+    imports. So they wait a while for the launcher to end them.
+    """
     if os.environ.get("RANK", "0") != "0":
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(_FIRST_TO_SPEAK)
         sys.exit(2)
 
 

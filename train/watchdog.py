@@ -5,6 +5,7 @@ timeout, tens of minutes later, and the error then names nobody. The signs of li
 store at which the ranks met, over a connection of their own.
 """
 
+import atexit
 import ipaddress
 import json
 import os
@@ -27,6 +28,8 @@ EXIT_LOST = 75
 EXIT_FAILED = 1
 # How often each rank gives a sign of life within the timeout.
 _BEATS = 8
+# How often a rank that has ended looks whether the others have, in seconds.
+_GOODBYE = 0.1
 _STALL_TIMEOUTS = 10
 _GROUP_TIMEOUT = 1800.0
 _END = "the run ends here and resumes from its newest checkpoint when started again"
@@ -207,7 +210,7 @@ class Watchdog:
         self._position: tuple[tuple[int, int, int], str] = ((0, 0, 0), "start")
         self._state, self._rounds = "runs", 0
         self._watched = [_Watched(r) for r in (range(world_size) if rank == 0 else range(1))]
-        self._closing, self._over = threading.Event(), threading.Event()
+        self._closing, self._told, self._over = (threading.Event() for _ in range(3))
         self._ending = threading.Lock()
         self._is_on = world_size > 1
         if self._is_on:
@@ -241,7 +244,8 @@ class Watchdog:
         """Say goodbye: this rank is not missed from now on.
 
         The main rank waits until the others have said so too: it watches them, and may host the
-        store that they need.
+        store that they need. One that fails has something to tell first, and waits at the end of
+        its process.
 
         Args:
             failed: this rank ends with an error; the others then end too.
@@ -250,7 +254,12 @@ class Watchdog:
             return
         self._state = "failed" if failed else "done"
         self._closing.set()
-        self._over.wait(self._timeout if failed else None)
+        if not failed:
+            self._over.wait()
+            return
+        self._told.wait(self._timeout)
+        if self._hosts_store:
+            atexit.register(self._over.wait, self._timeout)
 
     def wait_for_verdict(self) -> None:
         """After a collective failed: wait until the lost rank is known, which ends this process.
@@ -291,15 +300,17 @@ class Watchdog:
                 self._judge()
                 self._closing.wait(self._interval)
             self._give_sign()
-            # Whoever fails has something to say first, and leaves the judgement to others.
+            self._told.set()
+            # Whoever fails leaves the judgement to others.
             done = self._state == "done"
             while (self._hosts_store or (done and self._rank == 0)) and self._others_run():
-                self._over.wait(self._interval)
+                self._await_goodbyes()
                 self._look_round()
                 if done:
                     self._judge()
         except RuntimeError:  # what the store raises
             self._end_without_store()
+        self._told.set()
         self._over.set()
 
     def _watch_store(self) -> None:
@@ -317,13 +328,27 @@ class Watchdog:
         self._store.set(str(self._rank), self._me.to_json())
 
     def _look_round(self) -> None:
-        """Read the newest signs of the ranks that this one watches."""
-        there = [w for w in self._watched if w.sign or self._store.check([str(w.rank)])]
-        contents = self._store.multi_get([str(w.rank) for w in there]) if there else []
-        found = {w.rank: _Sign.from_json(text) for w, text in zip(there, contents, strict=True)}
+        """Note the newest signs of the ranks that this one watches, as one more round."""
+        found = self._signs()
         for watched in self._watched:
             watched.note(found.get(watched.rank))
         self._rounds += 1
+
+    def _signs(self) -> dict[int, _Sign]:
+        """Read the newest signs of the ranks that this one watches, as far as there are any."""
+        there = [w for w in self._watched if w.sign or self._store.check([str(w.rank)])]
+        contents = self._store.multi_get([str(w.rank) for w in there]) if there else []
+        return {w.rank: _Sign.from_json(text) for w, text in zip(there, contents, strict=True)}
+
+    def _await_goodbyes(self) -> None:
+        """Wait until the next round, or until all others have said goodbye."""
+        until = time.monotonic() + self._interval
+        others = {w.rank for w in self._watched} - {self._rank}
+        while time.monotonic() < until and not self._over.is_set():
+            signs = self._signs()
+            if all(rank in signs and signs[rank].state != "runs" for rank in others):
+                return
+            self._over.wait(min(self._interval, _GOODBYE))
 
     def _others_run(self) -> bool:
         return any(w.state == "runs" for w in self._watched if w.rank != self._rank)
@@ -376,7 +401,7 @@ class Watchdog:
             for _ in range(3 if self._hosts_store else 0):
                 self._look_round()
                 if self._others_run():
-                    time.sleep(self._interval)
+                    self._await_goodbyes()
         os._exit(verdict["code"])
 
     def _kill_here(self, sign: _Sign) -> None:

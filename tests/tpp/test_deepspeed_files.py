@@ -1,6 +1,6 @@
 """Folders that DeepSpeed itself wrote, on one rank and on two, read without it.
 
-torchrun starts tests/tpp/deepspeed_worker.py once for each number of ranks. Weights are compared
+tests/tpp/deepspeed_worker.py runs once for each number of ranks. Weights are compared
 with DeepSpeed's zero_to_fp32.py, weights and the optimiser's states with what DeepSpeed gathered
 from its ranks, and in float32 with the same training in plain torch.
 """
@@ -18,6 +18,7 @@ from typing import Any
 import deepspeed_worker as worker
 import pytest
 import torch
+from fork_server import Forks
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -37,22 +38,12 @@ Edit = Callable[[dict[str, Any]], None]
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+def folders(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     """Where the worker wrote its cases, for each number of ranks."""
     found = {}
     for world_size in WORLD_SIZES:
         folder = tmp_path_factory.mktemp(f"ranks{world_size}")
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += [f"--nproc_per_node={world_size}", worker.__file__, str(folder)]
-        environment = {
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-            "PYTHONPATH": str(ROOT),
-        }
-        result = subprocess.run(
-            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300
-        )
+        result = forks.run(world_size, Path(worker.__file__), [str(folder)], folder, 300)
         assert result.returncode == 0, result.stdout + result.stderr
         found[world_size] = folder
     return found

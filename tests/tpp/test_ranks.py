@@ -1,15 +1,12 @@
 """The sharded penalty under real ranks: DDP, DeepSpeed, Accelerate, over gloo on the CPU.
 
-torchrun starts tests/tpp/rank_worker.py once per number of ranks; what the ranks wrote is compared
+tests/tpp/rank_worker.py runs once per number of ranks; what the ranks wrote is compared
 here with METHOD's equations in float64, on one process, by plain autograd over full gram matrices.
 """
 
 import inspect
 import json
-import os
 import re
-import subprocess
-import sys
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +17,7 @@ import pytest
 import rank_worker as worker
 import torch
 import torch.nn.functional as F
+from fork_server import Forks
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -60,7 +58,7 @@ class Ranks:
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Ranks]:
+def ranks(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Ranks]:
     """Run the worker on so many ranks, once."""
     done: dict[int, Ranks] = {}
     failed: dict[int, str] = {}
@@ -71,17 +69,8 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Ranks]:
             sections = ["gradients", "shares"]
             if world_size == 2:
                 sections += ["trajectory", "precision", "collectives", "refusals"]
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-            command += [f"--nproc_per_node={world_size}", worker.__file__, str(folder), *sections]
-            environment = {
-                **os.environ,
-                "OMP_NUM_THREADS": "1",
-                "CUDA_VISIBLE_DEVICES": "",
-                "PYTHONPATH": str(ROOT),
-            }
-            result = subprocess.run(
-                command, cwd=folder, env=environment, capture_output=True, text=True, timeout=540
-            )
+            script = Path(worker.__file__)
+            result = forks.run(world_size, script, [str(folder), *sections], folder, 540)
             if result.returncode:
                 failed[world_size] = result.stdout + result.stderr
             else:

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import yaml
+from fork_server import BARE, Forks, wait_for_all
 from tiny_run import make_tiny_data, tiny_run
 
 from tpp.errors import run_command
@@ -36,7 +36,7 @@ RunMain = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture
-def run_main(tmp_path: Path) -> RunMain:
+def run_main(tmp_path: Path, forks: Forks) -> RunMain:
     """Run train/main.py in processes of its own; ``kill_when`` a path exists, with SIGKILL."""
 
     def run(
@@ -45,33 +45,29 @@ def run_main(tmp_path: Path) -> RunMain:
         ranks: int = 1,
         expect: int | None = 0,
         kill_when: Path | None = None,
-        script: Path = ROOT / "train" / "main.py",
+        script: Path | str = ROOT / "train" / "main.py",
     ) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable]
-        if ranks > 1:
-            command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        command += [str(script)]
+        command = list(arguments)
         if config is not None:
             path = tmp_path / "config.yaml"
             path.write_text(yaml.safe_dump(config, sort_keys=False))
-            command += ["--config", str(path)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        environment["PYTHONPATH"] = str(ROOT)  # for scripts elsewhere
-        options: dict[str, Any] = {"cwd": tmp_path, "env": environment, "text": True}
-        options |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        with subprocess.Popen([*command, *arguments], **options) as process:
-            while kill_when is not None and not kill_when.exists():
-                assert process.poll() is None, f"ended before {kill_when} was there"
+            command = ["--config", str(path), *command]
+        environment = {**os.environ, **BARE}
+        if ranks > 1:
+            started = forks.start_ranks(ranks, script, command, tmp_path, environment)
+        else:
+            started = [forks.start(script, command, tmp_path, environment)]
+        if kill_when is not None:
+            while not kill_when.exists():
+                assert started[0].poll() is None, f"ended before {kill_when} was there"
                 time.sleep(0.005)
-            if kill_when is not None:
-                ranks = psutil.Process(process.pid).children(recursive=True)
-                for victim in (process, *ranks):  # torchrun's ranks would live on for a while
-                    victim.kill()
-                expect = -signal.SIGKILL
-            out, err = process.communicate(timeout=300)
+            for victim in started:
+                victim.kill()
+            expect = -signal.SIGKILL
+        done = wait_for_all(started, 300)
         if expect is not None:
-            assert process.returncode == expect, out + err
-        return subprocess.CompletedProcess(command, process.returncode, out, err)
+            assert done.returncode == expect, done.stdout + done.stderr
+        return done
 
     return run
 

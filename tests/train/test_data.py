@@ -2,7 +2,6 @@
 
 import copy
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -136,7 +135,7 @@ accelerator.end_training()
 
 
 @pytest.mark.parametrize("way", ["indexed", "listed"])
-def test_what_one_node_lacks_is_told_by_all(tiny_data, tmp_path, way):
+def test_what_one_node_lacks_is_told_by_all(tiny_data, tmp_path, run_main, way):
     script = tmp_path / "node.py"
     script.write_text(NODE)
     for node in ("node0", "node1"):
@@ -145,12 +144,7 @@ def test_what_one_node_lacks_is_told_by_all(tiny_data, tmp_path, way):
             next((tmp_path / node / "images").glob("*/*.jpg")).unlink()
         _make_index(tmp_path / node / "images", "--out", str(tmp_path / node))
         (tmp_path / node / "images.safetensors").rename(tmp_path / node / "index.safetensors")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    subprocess.run(
-        [*command, str(script), way],
-        cwd=tmp_path, env=environment, check=True, capture_output=True, timeout=300,
-    )  # fmt: skip
+    run_main(None, way, ranks=2, script=script)
     said = [(tmp_path / node / "said").read_text() for node in ("node0", "node1")]
     assert said[0] == said[1]
     if way == "indexed":
@@ -249,20 +243,15 @@ def test_a_resumed_run_must_have_the_same_images(dense, run_main):
     assert "dense: resumed after" in run_main(dense).stdout
 
 
-def test_evaluation_is_the_same_on_one_two_and_three_ranks(dense, run_main, tmp_path):
+def test_evaluation_is_the_same_on_one_two_and_three_ranks(dense, run_main):
     run_main(dense)
     checkpoint = str(Path(dense["output"]) / "dense" / "model.safetensors")
     data = str(Path(dense["data"]["root"]) / "train")  # 96 images: 32 on each of three ranks
     (Path(data) / scan_class_folders(data).files[0]).unlink()  # and now one less
     said = set()
     for ranks, batch in ((1, 32), (1, 7), (2, 10), (3, 96)):
-        command = [sys.executable]
-        if ranks > 1:
-            command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        command += ["-m", "train.evaluate"] if ranks == 1 else ["--module", "train.evaluate"]
-        command += ["--checkpoint", checkpoint, "--data", data, "--batch-size", str(batch)]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
-        assert done.returncode == 0, done.stderr
+        command = ["--checkpoint", checkpoint, "--data", data, "--batch-size", str(batch)]
+        done = run_main(None, *command, ranks=ranks, script="train.evaluate")
         said.add(done.stdout.split(": ", 1)[1])
     (line,) = said
     assert line.endswith("over 95 images\n")
@@ -272,13 +261,10 @@ def test_evaluation_leaves_out_what_cannot_be_read_if_told_to(dense, run_main):
     run_main(dense)
     root = Path(dense["data"]["root"]) / "val"
     (root / scan_class_folders(root).files[7]).write_bytes(b"\xff\xd8\xff")
-    command = [sys.executable, "-m", "train.evaluate", "--data", str(root), "--checkpoint"]
+    command = ["--data", str(root), "--checkpoint"]
     command += [str(Path(dense["output"]) / "dense" / "model.safetensors")]
-    failed = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
-    assert failed.returncode == 2 and failed.stderr.count("\n") == 1
+    failed = run_main(None, *command, script="train.evaluate", expect=2)
+    assert failed.stderr.count("\n") == 1
     options = ["--on-error", "skip", "--max-skipped", "0.05"]
-    done = subprocess.run(
-        [*command, *options], capture_output=True, text=True, cwd=ROOT, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
+    done = run_main(None, *command, *options, script="train.evaluate")
     assert done.stdout.startswith(f"skipped: {root}/") and "over 39 of 40 images" in done.stdout

@@ -25,17 +25,10 @@ WORKER = Path(__file__).parent / "engine_worker.py"
 
 
 @pytest.fixture(scope="module")
-def trained(request, tmp_path_factory) -> Path:
+def trained(request, forks, tmp_path_factory) -> Path:
     """What all engines trained on so many ranks."""
     folder = tmp_path_factory.mktemp("engines")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    done = subprocess.run(
-        [*launch, f"--nproc_per_node={request.param}", str(WORKER), str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
+    done = forks.run(request.param, WORKER, [str(folder)], folder, 900)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert json.loads((folder / "ranks.json").read_text()) == request.param
     return folder

@@ -1,7 +1,6 @@
 """Ranks that are stopped or killed in the middle of a step: real processes, real collectives."""
 
 import contextlib
-import multiprocessing
 import os
 import re
 import shutil
@@ -14,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import watchdog_worker
+from fork_server import Fork, Forks
 
 from train.watchdog import EXIT_FAILED, EXIT_LOST, Watchdog
 
@@ -29,48 +28,38 @@ LOST = re.compile(
 )
 
 
-# Processes that have torch already: importing it takes longer than all else here.
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["torch.distributed", "train.watchdog"])
-
-
 class Ranks:
     """Ranks of the worker on one node, under torchrun or as plain processes that meet by env://.
 
     Args:
         way: "torchrun" or "plain".
-        folder: where the ranks write their pids and what they say.
+        folder: where the ranks write their pids.
         options: of the worker; those of torchrun begin with "--".
     """
 
-    def __init__(self, way: str, folder: Path, *options: str, ranks: int = 2) -> None:
+    def __init__(self, way: str, forks: Forks, folder: Path, *options: str, ranks: int) -> None:
         self.folder, self._files = folder, (folder / "stdout", folder / "stderr")
         words = [option for option in options if not option.startswith("--")]
+        self.processes: list[Fork] | list[subprocess.Popen[str]]
         if way == "torchrun":
             launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
             launcher += [f"--nproc_per_node={ranks}", *(o for o in options if o.startswith("--"))]
-            self.processes = [self.run([*launcher, str(WORKER), str(folder), *words])]
+            self.processes = [self._run([*launcher, str(WORKER), str(folder), *words])]
         else:
-            self.processes = [
-                FORKS.Process(
-                    target=watchdog_worker.forked, args=(environment, folder, words, self._files)
-                )
-                for environment in env(ranks)
-            ]
-            for process in self.processes:
-                process.start()
+            arguments = [str(folder), *words]
+            self.processes = forks.start_ranks(ranks, WORKER, arguments, folder, ENVIRONMENT)
 
-    def run(self, command: list[str]) -> "Command":
-        """Begin a command whose output goes where the ranks' goes."""
+    def _run(self, command: list[str]) -> "subprocess.Popen[str]":
+        """Begin a command whose ranks say where it says."""
         with self._files[0].open("a") as out, self._files[1].open("a") as err:
             environment = {**ENVIRONMENT, "PYTHONUNBUFFERED": "1"}
-            return Command(command, stdout=out, stderr=err, env=environment)
+            return subprocess.Popen(command, stdout=out, stderr=err, env=environment, text=True)
 
     def pid(self, rank: int, attempt: int = 0) -> int:
         """Wait until a rank is in its stride; its process id."""
         path = self.folder / f"attempt-{attempt}" / f"rank-{rank}"
         while not path.exists():
-            assert any(process.exitcode is None for process in self.processes), self.said()
+            assert any(process.poll() is None for process in self.processes), self.said()
             time.sleep(0.02)
         return int(path.read_text())
 
@@ -82,25 +71,15 @@ class Ranks:
 
     def said(self) -> tuple[str, str]:
         """Standard output and error of all together."""
-        out, err = (file.read_text() if file.exists() else "" for file in self._files)
-        return out, err
+        if isinstance(self.processes[0], subprocess.Popen):
+            out, err = (file.read_text() for file in self._files)
+            return out, err
+        texts = [process.output() for process in self.processes]
+        return "".join(out for out, _ in texts), "".join(err for _, err in texts)
 
     def end(self) -> tuple[list[int], str, str]:
         """Wait for the end; exit codes, standard output and error of all together."""
-        for process in self.processes:
-            process.join(60)
-        return [process.exitcode for process in self.processes], *self.said()
-
-
-class Command(subprocess.Popen[str]):
-    """A command with the methods of a forked process."""
-
-    @property
-    def exitcode(self) -> int | None:
-        return self.poll()
-
-    def join(self, timeout: float) -> None:
-        self.wait(timeout)
+        return [process.wait(60) for process in self.processes], *self.said()
 
 
 def env(ranks: int) -> list[dict[str, str]]:
@@ -116,21 +95,21 @@ Start = Callable[..., Ranks]
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
+def start(forks: Forks, tmp_path: Path) -> Iterator[Start]:
     begun: list[Ranks] = []
 
     def begin(way: str, *options: str, ranks: int = 2) -> Ranks:
-        begun.append(Ranks(way, tmp_path, *options, ranks=ranks))
+        begun.append(Ranks(way, forks, tmp_path, *options, ranks=ranks))
         return begun[-1]
 
     yield begin
     for process in (process for ranks in begun for process in ranks.processes):
-        if process.exitcode is None:  # a test that failed
+        if process.poll() is None:  # a test that failed
             for path in tmp_path.glob("attempt-*/rank-?"):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(int(path.read_text()), signal.SIGKILL)
             process.kill()
-            process.join(60)
+            process.wait(60)
 
 
 def _check_lost(rank: int, pid: int, said: str) -> None:
@@ -235,6 +214,26 @@ def test_nobody_is_accused_after_all_were_stopped(start):
     ranks.signal(1, signal.SIGCONT)
     ranks.signal(0, signal.SIGCONT)
     assert ranks.end() == ([0, 0], "", "")
+
+
+def test_nobody_waits_for_a_round_at_the_end(start):
+    """A round lasts longer here than `end` waits."""
+    ranks = start("plain", "timeout=1000", "steps=20", "linger=1")
+    assert ranks.end() == ([0, 0], "", "")
+
+
+def test_the_main_ranks_error_is_told_while_the_others_still_wait_for_it(start):
+    """The store is the main rank's, so it stays; whoever looks at its words has them by then."""
+    ranks = start("plain", "timeout=8", "fail=of my own", "failing=0")
+    main, other = ranks.processes
+    while "ValueError: of my own" not in ranks.said()[1]:
+        assert other.poll() is None, "ended before the main rank said anything"
+        time.sleep(0.02)
+    assert main.poll() is other.poll() is None
+    codes, _, said = ranks.end()
+    assert codes == [1, EXIT_FAILED]
+    named = f"rank 0 (host {socket.gethostname()}, pid {ranks.pid(0)})"
+    assert said.count(f"{named} ended with an error; the run ends here\n") == 1
 
 
 def test_a_rank_with_an_error_of_its_own_ends_the_others(start):

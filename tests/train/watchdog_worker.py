@@ -2,9 +2,9 @@
 
 Each rank leaves its pid in FOLDER/attempt-A/rank-R once it is in its stride. Options: ``timeout``
 and ``stall`` of the watchdog; ``steps`` until the end, ``last_attempt`` in which alone there is
-one; ``sleep`` and ``fail``, at step 10 of rank 1: seconds to sleep, an error to raise; ``linger``:
-seconds that rank 1 takes over its end; ``ports`` prints the addresses at which a rank listens,
-``store`` the port of the store at which the ranks meet.
+one; ``sleep`` and ``fail``, at step 10 of rank 1 or ``failing``: seconds to sleep, an error to
+raise; ``linger``: seconds that rank 1 takes over its end; ``ports`` prints the addresses at which a
+rank listens, ``store`` the port of the store at which the ranks meet.
 """
 
 import itertools
@@ -46,7 +46,7 @@ def _steps(watchdog: Watchdog, folder: Path, options: dict[str, str]) -> None:
     ends = options.get("last_attempt", attempt) == attempt and "steps" in options
     for step in range(int(options["steps"])) if ends else itertools.count():
         watchdog.at(step, "data")
-        if rank == 1 and step == 10:
+        if rank == int(options.get("failing", 1)) and step == 10:
             time.sleep(float(options.get("sleep", 0)))
             if "fail" in options:
                 raise ValueError(options["fail"])
@@ -84,16 +84,6 @@ def main(folder: Path, words: Sequence[str]) -> None:
         if options.get("linger") and os.environ["RANK"] == "1":
             time.sleep(float(options["linger"]))
     dist.destroy_process_group()
-
-
-def forked(
-    environment: dict[str, str], folder: Path, words: Sequence[str], files: tuple[Path, Path]
-) -> None:
-    """One rank in a process that was forked with torch in it; what it says goes into files."""
-    os.environ |= environment
-    for file, stream in zip(files, (1, 2), strict=True):
-        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
-    main(folder, words)
 
 
 if __name__ == "__main__":
