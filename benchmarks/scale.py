@@ -67,8 +67,6 @@ TRAIN_IMAGES, VAL_IMAGES = 1_281_167, 50_000
 # Bytes of a mean training image: of 500 photos, as they are and scaled to 400 pixels
 # (docs/data.md).
 JPEG_BYTES, JPEG_400_BYTES = 55.0e6 / 500, 48.2e6 / 500
-# Bytes of a shard by default, and shards that a process keeps open (data_pipelines/source.py).
-SHARD_BYTES, OPEN_SHARDS = 256e6, 256
 GPUS_PER_NODE = 8
 # Images per GPU in weak scaling: the paper's 256 over 4 GPUs.
 BATCH_PER_GPU = 64
@@ -686,7 +684,6 @@ def loader_part(rows: dict[str, TableRow], gpus: dict[str, Gpu]) -> list[Row]:
     arrive.
     """
     per_core = _images_per_core()
-    shards = TRAIN_IMAGES * JPEG_BYTES / SHARD_BYTES
     most = max(row.speedup for row in rows.values())
     found = []
     for title, gpu in gpus.items():
@@ -701,7 +698,6 @@ def loader_part(rows: dict[str, TableRow], gpus: dict[str, Gpu]) -> list[Row]:
                     "mb_per_second": [rate * JPEG_BYTES / 1e6 for rate in rates],
                     "mb_per_second_400": [rate * JPEG_400_BYTES / 1e6 for rate in rates],
                     "cores": [rate / per_core for rate in rates],
-                    "opens_of_shards": [rate * max(0, 1 - OPEN_SHARDS / shards) for rate in rates],
                 }
             )
     return found
@@ -818,9 +814,9 @@ def _traffic_table(lines: list[Row]) -> Table:
 
 
 def _loader_table(lines: list[Row]) -> Table:
-    names = ("images/s", "MB/s", "MB/s at 400 px", "cores", "opens/s of shards")
+    names = ("images/s", "MB/s", "MB/s at 400 px", "cores")
     table = _table("What a node of eight GPUs asks for, dense - pruned network", "", *names)
-    keys = ("images_per_second", "mb_per_second", "mb_per_second_400", "cores", "opens_of_shards")
+    keys = ("images_per_second", "mb_per_second", "mb_per_second_400", "cores")
     for line in lines:
         table.add_row(f"{line['gpu']} {line['precision']}", *[_range(line[key]) for key in keys])
     return table

@@ -641,7 +641,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     add("--out", metavar="DIR", type=Path, required=True, help="folder to make")
     add("--threads", type=int, help="classes, or shards, that are written at once")
     add("--shards", action="store_true", help="write tar shards instead of class folders")
-    add("--shard-size", help="of a tar file (default 256MB)")
+    add("--shard-size", help="of a tar file (default 1GB)")
     add("--resize", metavar="N", type=int, help="scale larger images to a shorter side of N pixels")
     add("--quality", type=int, help=f"of scaled JPEGs (default {QUALITY})")
 

@@ -52,7 +52,8 @@ from tpp.reading import read_json
 
 SETTINGS_FILE = ".shards.json"
 SKIPPED_FILE = ".skipped.tsv"
-SHARD_BYTES = 256_000_000
+# ImageNet's training images are 141 such shards, and a process keeps all of them open (`source`).
+SHARD_BYTES = 1_000_000_000
 QUALITY = 90
 # Part of the settings: to be raised with every change of what is written.
 _VERSION = 1
@@ -842,7 +843,7 @@ def main() -> None:
         help="folder with one folder of images per class, or with such folders train and val",
     )
     add("--out", metavar="DIR", type=Path, required=True, help="folder to write")
-    add("--shard-size", default="256MB", help="of a tar file (default 256MB)")
+    add("--shard-size", default="1GB", help="of a tar file (default 1GB)")
     add("--seed", type=int, default=0, help="of the samples' order in the shards (default 0)")
     add("--resize", metavar="N", type=int, help="scale larger images to a shorter side of N pixels")
     add("--quality", type=int, default=QUALITY, help=f"of scaled JPEGs (default {QUALITY})")

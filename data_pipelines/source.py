@@ -25,6 +25,8 @@ T = TypeVar("T")
 ON_ERROR = ("fail", "skip")
 # What a network file system says while it is coming back; everything else is said for good.
 _PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ENOTCONN}
+# Shards of which a process keeps the files open.
+SHARDS_OPEN = 256
 _PAUSES = (0.1, 1.0, 5.0)
 
 
@@ -242,7 +244,7 @@ class _OpenFile:
             os.close(self.descriptor)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=SHARDS_OPEN)
 def _container(path: str) -> _OpenFile:
     """A shard, kept open: opening files is what a parallel file system is slow at.
 

@@ -33,6 +33,9 @@ from data_pipelines.source import Bytes, ImageSource
 from data_pipelines.torch_augment import color_jitter, erase, rand_augment
 from tpp.errors import UserError
 
+# What SLURM and torchrun send to every process of a rank: the rank ends at its next step.
+_NOT_FOR_WORKERS = (signal.SIGUSR1, signal.SIGTERM)
+
 
 class _Made(NamedTuple):
     """A batch from a worker.
@@ -178,6 +181,8 @@ def _end_with(owner: int, worker: int) -> None:
     DataLoader's own watchdog looks at the parent, which is the server process, and that one waits
     for its workers: without this, a killed run would leave both behind for good.
     """
+    # Inherited, unless the server process was there before `_worker_context` was called.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_FOR_WORKERS)
     descriptor = os.pidfd_open(owner)
 
     def wait() -> None:
@@ -206,11 +211,10 @@ def _worker_context() -> BaseContext:
     context.set_forkserver_preload([__name__])
     # SLURM sends its signals to every process of a step. A rank stops at its next step, which it
     # still needs its workers for; what is blocked here is blocked in all that is started here.
-    both = (signal.SIGUSR1, signal.SIGTERM)
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, both)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_FOR_WORKERS)
     try:
         resource_tracker.ensure_running()  # which lets SIGTERM through again
-        signal.pthread_sigmask(signal.SIG_BLOCK, both)
+        signal.pthread_sigmask(signal.SIG_BLOCK, _NOT_FOR_WORKERS)
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

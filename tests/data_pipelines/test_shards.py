@@ -33,6 +33,7 @@ from data_pipelines.image_index import (
 )
 from data_pipelines.shards import (
     SETTINGS_FILE,
+    SHARD_BYTES,
     SKIPPED_FILE,
     byte_count,
     main,
@@ -40,6 +41,7 @@ from data_pipelines.shards import (
     verify_shards,
     write_shards,
 )
+from data_pipelines.source import SHARDS_OPEN
 from tpp.errors import UserError, run_command
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -567,7 +569,7 @@ def test_one_folder_is_for_one_source_and_its_settings(tmp_path: Path) -> None:
     before = _contents(out)
     others: list[tuple[dict[str, Any], str]] = [
         ({"seed": 1}, "seed is 0, now 1"),
-        ({"shard_bytes": 5000}, "shard bytes is 256000000, now 5000"),
+        ({"shard_bytes": 5000}, "shard bytes is 1000000000, now 5000"),
         ({"resize": 50}, "resize is None, now 50"),
     ]
     for changes, said in others:
@@ -728,6 +730,13 @@ def test_verify_wants_finished_shards_of_this_source(
     (out / INDEX_FILE).unlink()
     with pytest.raises(UserError, match="no finished shards"):
         verify_shards(photos, out)
+
+
+def test_all_shards_of_imagenet_stay_open() -> None:
+    """In a shuffle of the whole each image would otherwise open its shard anew."""
+    images, mean_bytes = 1_281_167, 110_000
+    sizes = np.full(images, mean_bytes)
+    assert 100 < len(shard_starts(sizes, SHARD_BYTES)) < SHARDS_OPEN
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def folders(forks: Forks, tmp_path_factory: pytest.TempPathFactory) -> dict[int,
     found = {}
     for world_size in WORLD_SIZES:
         folder = tmp_path_factory.mktemp(f"ranks{world_size}")
-        result = forks.run(world_size, Path(worker.__file__), [str(folder)], folder, 300)
+        result = forks.run(world_size, Path(worker.__file__), [str(folder)], folder, 540)
         assert result.returncode == 0, result.stdout + result.stderr
         found[world_size] = folder
     return found
