@@ -6,6 +6,7 @@ runs in a fork of it, as `python SCRIPT ARGUMENTS` would. How real launchers sta
 tested in tests/cluster, tests/chaos.py and wherever a test has a command line of its own.
 """
 
+import atexit
 import gc
 import importlib
 import json
@@ -247,7 +248,10 @@ def main() -> None:
     for name in PRELOADED:
         importlib.import_module(name)
     assert len(list(Path("/proc/self/task").iterdir())) == 1, "an import has begun a thread"
-    gc.freeze()  # what is imported stays: no collection has to look at it, or to copy its pages
+    # What is imported stays: no collection has to look at it, or to copy its pages. At the end of a
+    # process Python does, or extension modules would report leaks.
+    gc.freeze()
+    atexit.register(gc.unfreeze)
     _become(_serve(open(0, "rb", buffering=0, closefd=False), answers))  # noqa: SIM115
 
 

@@ -2,12 +2,16 @@
 
 import copy
 import json
+import os
+import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from fork_server import BARE
 from safetensors.torch import load_file
 
 import tpp
@@ -15,6 +19,8 @@ from tpp.errors import run_command
 from tpp.models import build_model
 from tpp.plan import PruningPlan
 from train.main import main
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def weights(config: dict, stage: str) -> dict[str, torch.Tensor]:
@@ -271,3 +277,16 @@ def test_a_mistake_on_two_ranks_is_told_once(tiny_config, run_main):
     result = run_main(tiny_config, "training.batch_size=15", ranks=2, expect=None)
     assert result.returncode != 0
     assert result.stderr.count("error: training.batch_size: 15 is not divisible by 2") == 1
+
+
+def test_a_rank_does_not_end_before_the_one_that_speaks(tiny_config, forks, tmp_path):
+    """Launchers end all ranks with the first, and rank 0 may still be at its imports."""
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({**tiny_config, "seed": "x"}, sort_keys=False))
+    environment = {**os.environ, **BARE, "RANK": "1", "WORLD_SIZE": "2"}
+    rank = forks.start(ROOT / "train" / "main.py", ["--config", str(path)], tmp_path, environment)
+    time.sleep(5)
+    assert rank.poll() is None
+    os.kill(rank.pid, signal.SIGTERM)
+    assert rank.wait(60) == -signal.SIGTERM
+    assert rank.output() == ("", "")
