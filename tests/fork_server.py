@@ -38,6 +38,15 @@ PRELOADED = (
 )
 
 
+def rank_environments(ranks: int) -> list[dict[str, str]]:
+    """What a launcher tells each of so many ranks on one node."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = str(listener.getsockname()[1])
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    common |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+
+
 class Fork:
     """One process; like subprocess.Popen as far as it goes."""
 
@@ -106,15 +115,8 @@ class Forks:
         self, ranks: int, script: Path | str, arguments: list[str], cwd: Path, env: dict[str, str]
     ) -> list[Fork]:
         """Start the ranks of one run, each told who it is as torchrun tells it."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        env = {**env, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks)}
-        env["LOCAL_WORLD_SIZE"] = str(ranks)
-        return [
-            self.start(script, arguments, cwd, {**env, "RANK": str(rank), "LOCAL_RANK": str(rank)})
-            for rank in range(ranks)
-        ]
+        told = rank_environments(ranks)
+        return [self.start(script, arguments, cwd, {**env, **mine}) for mine in told]
 
     def run(
         self, ranks: int, script: Path | str, arguments: list[str], cwd: Path, timeout: float

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from fork_server import Fork, Forks
+from fork_server import Fork, Forks, rank_environments
 
 from train.watchdog import EXIT_FAILED, EXIT_LOST, Watchdog
 
@@ -80,15 +80,6 @@ class Ranks:
     def end(self) -> tuple[list[int], str, str]:
         """Wait for the end; exit codes, standard output and error of all together."""
         return [process.wait(60) for process in self.processes], *self.said()
-
-
-def env(ranks: int) -> list[dict[str, str]]:
-    """The environments of so many ranks on one node."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = str(listener.getsockname()[1])
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    common |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-    return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
 
 
 Start = Callable[..., Ranks]
@@ -258,7 +249,7 @@ def test_on_one_node_the_ranks_listen_on_loopback_alone(tmp_path):
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     both = [
         subprocess.Popen(command, env=ENVIRONMENT | environment, **options)
-        for environment in env(2)
+        for environment in rank_environments(2)
     ]
     for process in both:
         printed, said = process.communicate(timeout=60)
