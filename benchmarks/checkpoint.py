@@ -30,13 +30,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from tpp.errors import UserError, run_command
-from tpp.files import in_bytes, write_whole
-from tpp.latency import LatencySettings, machine_of
-from tpp.models import build_model
-from tpp.training_state import TrainingState, state_folders
-from train.checkpoint import CheckpointWriter, newest_state
-from train.config import CheckpointsSection
+from tpp.checkpoints.training_state import TrainingState, state_folders
+from tpp.common.errors import UserError, run_command
+from tpp.common.files import in_bytes, write_whole
+from tpp.measure.timing import LatencySettings, machine_of
+from tpp.models.architecture import build_model
+from train.config.sections import CheckpointsSection
+from train.run_folder.checkpoints import CheckpointWriter, newest_state
 
 RESULTS = Path(__file__).parent / "results" / "checkpoint.json"
 

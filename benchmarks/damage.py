@@ -21,10 +21,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from tpp.errors import UserError, run_command
-from tpp.files import in_bytes, write_whole
-from tpp.models import build_model
-from tpp.training_state import DamagedState, TrainingState, read_state, state_folder, write_state
+from tpp.checkpoints.training_state import (
+    DamagedState,
+    TrainingState,
+    read_state,
+    state_folder,
+    write_state,
+)
+from tpp.common.errors import UserError, run_command
+from tpp.common.files import in_bytes, write_whole
+from tpp.models.architecture import build_model
 
 RESULTS = Path(__file__).parent / "results" / "damage.json"
 _EDGE = 64

@@ -36,15 +36,16 @@ from torch import Tensor, nn
 
 from benchmarks import resnet56
 from benchmarks.penalty import textbook_penalty
-from tpp.describe import count
-from tpp.errors import UserError, run_command
-from tpp.latency import LatencySettings, arriving_share, measure
-from tpp.models import build_model, example_input_for
+from tpp.channels.removal import prune_model
+from tpp.common.errors import UserError, run_command
+from tpp.latency import arriving_share
+from tpp.measure.counts import count
+from tpp.measure.timing import LatencySettings, measure
+from tpp.models.architecture import build_model, example_input_for
 from tpp.plan import PruningPlan
-from tpp.prune import prune_model
-from tpp.regularizer import Regularizer
-from tpp.schedule import GrowthSchedule
-from tpp.selection import select_filters
+from tpp.regularization.regularizer import Regularizer
+from tpp.regularization.schedule import GrowthSchedule
+from tpp.selection.selection import select_filters
 
 RESULTS = Path(__file__).parent / "results" / "gpu.json"
 RATIOS_2_31X = {"layer[1-3]*conv[1-2]": 0.60, "layer4*conv[1-2]": 0.21}

@@ -29,13 +29,14 @@ from rich.table import Table
 from torch import nn
 
 from benchmarks.penalty import CONFIGS, RUNS
-from tpp.describe import count
-from tpp.errors import UserError, run_command
-from tpp.latency import LatencySettings, arriving_share, machine_of, measure
-from tpp.models import build_model
-from tpp.prune import prune_model
-from tpp.selection import select_filters
-from train.config import load_config
+from tpp.channels.removal import prune_model
+from tpp.common.errors import UserError, run_command
+from tpp.latency import arriving_share
+from tpp.measure.counts import count
+from tpp.measure.timing import LatencySettings, machine_of, measure
+from tpp.models.architecture import build_model
+from tpp.selection.selection import select_filters
+from train.config.config import load_config
 
 RESULTS = Path(__file__).parent / "results" / "latency.json"
 MULTIPLES = (1, 8, 16, 32)

@@ -53,20 +53,20 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from data_pipelines.augment import ImageTransform
-from data_pipelines.batch import Batch
-from data_pipelines.image_index import (
+from data_pipelines.images.batch import Batch
+from data_pipelines.images.folders import folder_mark
+from data_pipelines.images.image_index import (
     ImageIndex,
     check_fits,
-    folder_mark,
     load_index,
     open_images,
     save_index,
     scan_class_folders,
 )
 from data_pipelines.loaders import eval_batches, train_batches
-from tpp.errors import UserError, run_command
-from tpp.files import write_whole
+from data_pipelines.loading.augment import ImageTransform
+from tpp.common.errors import UserError, run_command
+from tpp.common.files import write_whole
 
 RESULTS = Path(__file__).parent / "results" / "loader.json"
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -481,7 +481,7 @@ def prepare(folder: Path, names: Iterable[str], work: Path, options: argparse.Na
         "small_shards": {"resize": SHORTER_SIDE},
     }
     for kind in sorted({CONTESTANTS[name].reads for name in names} - {"folder"}):
-        from data_pipelines.shards import write_shards
+        from data_pipelines.sets.shard_writer import write_shards
 
         write_shards(
             scan_class_folders(folder),

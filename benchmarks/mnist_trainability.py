@@ -24,8 +24,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from tpp.errors import UserError, run_command
-from tpp.files import write_whole
+from tpp.common.errors import UserError, run_command
+from tpp.common.files import write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "mnist_trainability.json"

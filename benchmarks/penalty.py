@@ -37,12 +37,12 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from tpp.errors import UserError, run_command
-from tpp.models import build_model
+from tpp.common.errors import UserError, run_command
+from tpp.models.architecture import build_model
 from tpp.plan import PruningPlan
-from tpp.regularizer import Regularizer
-from tpp.selection import select_filters
-from train.config import load_config
+from tpp.regularization.regularizer import Regularizer
+from tpp.selection.selection import select_filters
+from train.config.config import load_config
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "imagenet"
 RESULTS = Path(__file__).parent / "results" / "penalty.json"

@@ -40,9 +40,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from tpp.checkpoint import save_model
-from tpp.errors import UserError, run_command
-from tpp.models import Architecture, build_model, build_on_meta
+from tpp.checkpoints.model_file import save_model
+from tpp.common.errors import UserError, run_command
+from tpp.models.architecture import Architecture, build_model, build_on_meta
 from tpp.plan import PruningPlan
 
 RESULTS = Path(__file__).parent / "results" / "pruner.json"
@@ -124,7 +124,7 @@ def run_torch_pruning(source: Path, target: Path, ratios: dict[str, float]) -> R
     """
     import torch_pruning
 
-    from tpp.selection import l1_scores, layer_ratios, pruned_count
+    from tpp.selection.criteria import l1_scores, layer_ratios, pruned_count
 
     before = memory_mark()
     model = build_model("resnet50", 1000).eval()
@@ -234,8 +234,8 @@ def _judge(prune: Callable[[], nn.Module], images: Tensor, expected: Tensor) -> 
 
 def measure_cases(layers: int) -> Result:
     """For some layers of every architecture, what either side makes of half of the filters."""
-    from tpp.channels import survey_channels
-    from tpp.prune import prune_model
+    from tpp.channels.channel_map import survey_channels
+    from tpp.channels.removal import prune_model
 
     zeroing: Any = importlib.import_module("tests.tpp.zeroing")
     result: Result = {}
@@ -282,7 +282,7 @@ def measure_cases(layers: int) -> Result:
 
 def measure_refused(_: int) -> Result:
     """Filters that cannot go: what either side makes of half of a layer's."""
-    from tpp.prune import prune_model
+    from tpp.channels.removal import prune_model
 
     zeroing: Any = importlib.import_module("tests.tpp.zeroing")
     result: Result = {}

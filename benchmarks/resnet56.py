@@ -22,16 +22,17 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from data_pipelines.image_index import ImageIndex, scan_class_folders
-from tpp.errors import UserError
-from tpp.models import build_model
+from data_pipelines.images.image_index import ImageIndex, scan_class_folders
+from tpp.channels.removal import prune_model
+from tpp.common.errors import UserError
+from tpp.models.architecture import build_model
 from tpp.plan import PruningPlan
-from tpp.prune import prune_model
-from tpp.regularizer import Regularizer
-from tpp.schedule import GrowthSchedule
-from tpp.selection import select_filters
-from train.config import Config, OptimizerSection, load_config
-from train.optim import learning_rate, make_optimizer
+from tpp.regularization.regularizer import Regularizer
+from tpp.regularization.schedule import GrowthSchedule
+from tpp.selection.selection import select_filters
+from train.config.config import Config, load_config
+from train.config.sections import OptimizerSection
+from train.loop.optim import learning_rate, make_optimizer
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "cifar10"
 METHODS = ("tpp", "l1", "greg1")

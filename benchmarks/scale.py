@@ -40,11 +40,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from tpp.describe import count
-from tpp.errors import UserError, run_command
-from tpp.models import Architecture, build_on_meta
-from tpp.prune import prune_model
-from train.config import Config, load_config, steps_for
+from tpp.channels.removal import prune_model
+from tpp.common.errors import UserError, run_command
+from tpp.measure.counts import count
+from tpp.models.architecture import Architecture, build_on_meta
+from train.config.config import Config, load_config, steps_for
 from train.preflight import check_plans
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "imagenet"

@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from data_pipelines.order import uniforms
-from tpp.errors import UserError, run_command
-from tpp.reading import read_json
+from data_pipelines.images.order import uniforms
+from tpp.common.errors import UserError, run_command
+from tpp.common.reading import read_json
 
 Field = NDArray[np.floating]
 """One number per pixel: shape (images, image_size, image_size)."""

@@ -23,7 +23,8 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from rich.markup import escape
 
-from data_pipelines.header import (
+from data_pipelines.images.folders import SCAN_THREADS, folder_mark, visible
+from data_pipelines.images.header import (
     TAIL,
     Header,
     find_damage,
@@ -32,26 +33,22 @@ from data_pipelines.header import (
     looks_whole,
     read_header,
 )
-from data_pipelines.image_index import (
+from data_pipelines.images.image_index import (
     INDEX_FILE,
-    SCAN_THREADS,
     ImageIndex,
     Location,
-    folder_mark,
-    image_names,
     load_index,
+    parts_of,
     save_index,
     scan_class_folders,
-    visible,
 )
-from data_pipelines.making import progress_bar
-from data_pipelines.order import Int64s
-from data_pipelines.plain_file import NOT_PLAIN, open_plain
-from data_pipelines.source import read_bytes
-from tpp.errors import UserError, run_command
-from tpp.files import in_bytes, write_whole
+from data_pipelines.images.order import Int64s
+from data_pipelines.images.plain_file import NOT_PLAIN, open_plain
+from data_pipelines.images.source import read_bytes
+from data_pipelines.sets.claim import progress_bar
+from tpp.common.errors import UserError, run_command
+from tpp.common.files import in_bytes, write_whole
 
-PARTS = ("train", "val", "test")
 """Names of the folders of class folders that a data set's folder may hold."""
 
 REPORT_FILE = ".index-report.tsv"
@@ -138,19 +135,6 @@ def main() -> None:
         broken += len(survey.damages)
     if broken and options.strict:
         sys.exit(1)
-
-
-def parts_of(folder: Path) -> list[Path]:
-    """The folders to index: the one given, or those in it that are a data set's parts."""
-    found = visible(folder, folders=True)
-    named = [folder / name for name in PARTS if name in found]
-    # A class may be named 'train' as well.
-    parts = [
-        part
-        for part in named
-        if (part / INDEX_FILE).exists() or (visible(part, folders=True) and not image_names(part))
-    ]
-    return parts or [folder]
 
 
 def _check(folder: Path, out: Path | None) -> None:
@@ -276,7 +260,7 @@ def _decode(index: ImageIndex, places: list[int], processes: int) -> dict[int, s
     paths = [[index.location(place).path for place in stretch] for stretch in stretches]
     # Each process would import PyTorch for itself otherwise.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["data_pipelines.image_index"])
+    context.set_forkserver_preload(["data_pipelines.images.image_index"])
     pool = ProcessPoolExecutor(processes, context, initializer=_begin_decoding)
     try:
         found = _in_pool(pool, _decode_files, paths, f"{index.root.name}: decoding")

@@ -11,13 +11,19 @@ from collections.abc import Callable, Generator, Iterator
 import numpy as np
 import torch
 
-from data_pipelines.augment import UNIFORMS, ImageTransform
-from data_pipelines.batch import Batch, Output, Request
-from data_pipelines.image_index import ImageIndex
-from data_pipelines.mixing import MIXING_UNIFORMS, Mixing, mix
-from data_pipelines.order import Int64s, SampleOrder, mixing_uniforms, rank_samples, uniforms
-from data_pipelines.source import BadImages, ImageSource
-from tpp.errors import UserError
+from data_pipelines.images.batch import Batch, Output, Request
+from data_pipelines.images.image_index import ImageIndex
+from data_pipelines.images.order import (
+    Int64s,
+    SampleOrder,
+    mixing_uniforms,
+    rank_samples,
+    uniforms,
+)
+from data_pipelines.images.source import BadImages, ImageSource
+from data_pipelines.loading.augment import UNIFORMS, ImageTransform
+from data_pipelines.loading.mixing import MIXING_UNIFORMS, Mixing, mix
+from tpp.common.errors import UserError
 
 LOADERS = ("auto", "dali", "torchvision")
 
@@ -187,10 +193,10 @@ def _batches(
 ) -> Generator[Batch, None, None]:
     # Only the loader that is asked for is imported: DALI is not installed everywhere.
     if resolve_loader(loader) == "dali":
-        from data_pipelines.dali import dali_batches
+        from data_pipelines.loading.dali import dali_batches
 
         return dali_batches(source, requests, transform, batch_size, threads, output, prefetch)
-    from data_pipelines.torch_loader import torch_batches
+    from data_pipelines.loading.torch_loader import torch_batches
 
     return torch_batches(source, requests, transform, threads, output, prefetch)
 

@@ -15,14 +15,13 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
-from tpp.errors import UserError, run_command
-from tpp.models import Architecture
-from train.config import Config, load_config
+from tpp.common.errors import UserError, run_command
+from tpp.models.architecture import Architecture
+from train.config.config import Config, load_config, stages_until
 from train.data import image_place
-from train.distributed import check_batch_size
-from train.lock import holder_of, refusal
+from train.distributed.accelerator import check_batch_size
 from train.preflight import check_plans
-from train.stages import stages_until
+from train.run_folder.lock import holder_of, refusal
 from train.weights import starting_weights_exist
 
 _SHORT = {

@@ -57,7 +57,7 @@ sys.path.insert(0, str(ROOT))
 
 from tiny_run import make_tiny_data, tiny_run  # noqa: E402
 
-from train.checkpoint import newest_state  # noqa: E402
+from train.run_folder.checkpoints import newest_state  # noqa: E402
 
 # Seconds after which a run is taken to hang, and one that has lost a rank to go on without it.
 LIMIT = 300.0

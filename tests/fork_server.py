@@ -34,7 +34,13 @@ PRELOADED = (
         "torch.utils.tensorboard",
     ),
     "torch._dynamo",  # the optimizers import it when the first one is made
-    *("train.dry_run", "train.evaluate", "train.report", "train.stages", "train.watchdog"),
+    *(
+        "train.dry_run",
+        "train.evaluate",
+        "train.report",
+        "train.stages.sequence",
+        "train.distributed.watchdog",
+    ),
 )
 
 

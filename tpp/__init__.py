@@ -8,18 +8,23 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tpp.budget import Budget
-    from tpp.channels import survey_channels
-    from tpp.checkpoint import load_model, load_optimizer_state, save_model
-    from tpp.errors import UserError
+    from tpp.channels.channel_map import survey_channels
+    from tpp.channels.removal import prune_model
+    from tpp.checkpoints.model_file import load_model, load_optimizer_state, save_model
+    from tpp.checkpoints.prune_file import prune_checkpoint
+    from tpp.common.errors import UserError
     from tpp.export import export_model
-    from tpp.penalty import gram_penalty
+    from tpp.measure.trainability import (
+        Trainability,
+        jacobian_singular_values,
+        measure_trainability,
+    )
     from tpp.plan import PruningPlan
-    from tpp.prune import prune_checkpoint, prune_model
-    from tpp.regularizer import Regularizer
-    from tpp.schedule import GrowthSchedule
-    from tpp.selection import Selection, select_filters
-    from tpp.trainability import Trainability, jacobian_singular_values, measure_trainability
+    from tpp.regularization.gram import gram_penalty
+    from tpp.regularization.regularizer import Regularizer
+    from tpp.regularization.schedule import GrowthSchedule
+    from tpp.selection.budget import Budget
+    from tpp.selection.selection import Selection, select_filters
 
 __all__ = [
     "Budget",
@@ -45,24 +50,24 @@ __all__ = [
 # Imported when first asked for: `python -m tpp.prune` must not find itself imported already, and
 # a loader that wants nothing but UserError need not wait for torchvision.
 _HOME = {
-    "Budget": "tpp.budget",
-    "GrowthSchedule": "tpp.schedule",
+    "Budget": "tpp.selection.budget",
+    "GrowthSchedule": "tpp.regularization.schedule",
     "PruningPlan": "tpp.plan",
-    "Regularizer": "tpp.regularizer",
-    "Selection": "tpp.selection",
-    "Trainability": "tpp.trainability",
-    "UserError": "tpp.errors",
+    "Regularizer": "tpp.regularization.regularizer",
+    "Selection": "tpp.selection.selection",
+    "Trainability": "tpp.measure.trainability",
+    "UserError": "tpp.common.errors",
     "export_model": "tpp.export",
-    "gram_penalty": "tpp.penalty",
-    "jacobian_singular_values": "tpp.trainability",
-    "load_model": "tpp.checkpoint",
-    "load_optimizer_state": "tpp.checkpoint",
-    "measure_trainability": "tpp.trainability",
+    "gram_penalty": "tpp.regularization.gram",
+    "jacobian_singular_values": "tpp.measure.trainability",
+    "load_model": "tpp.checkpoints.model_file",
+    "load_optimizer_state": "tpp.checkpoints.model_file",
+    "measure_trainability": "tpp.measure.trainability",
     "prune_checkpoint": "tpp.prune",
     "prune_model": "tpp.prune",
-    "save_model": "tpp.checkpoint",
-    "select_filters": "tpp.selection",
-    "survey_channels": "tpp.channels",
+    "save_model": "tpp.checkpoints.model_file",
+    "select_filters": "tpp.selection.selection",
+    "survey_channels": "tpp.channels.channel_map",
 }
 
 

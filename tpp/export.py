@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from tpp.checkpoint import PathLike, load_model, read_metadata
-from tpp.errors import UserError, run_command
-from tpp.files import aside_of, sync
-from tpp.models import architecture_of, example_input_for
+from tpp.checkpoints.model_file import load_model, read_metadata
+from tpp.checkpoints.safetensors_files import PathLike
+from tpp.common.errors import UserError, run_command
+from tpp.common.files import aside_of, sync
+from tpp.models.architecture import architecture_of, example_input_for
 
 INPUT, OUTPUT = "images", "logits"
 TOLERANCE = 1e-4

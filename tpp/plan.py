@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tpp.errors import UserError
-from tpp.files import write_whole
-from tpp.reading import read_json
+from tpp.common.errors import UserError
+from tpp.common.files import write_whole
+from tpp.common.reading import read_json
 
 FORMAT = "tpp-pruning-plan"
 VERSION = 1

@@ -11,11 +11,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter, PercentFormatter
 
-from tpp.errors import UserError
-from tpp.files import write_whole
+from tpp.common.errors import UserError
+from tpp.common.files import write_whole
 
 if TYPE_CHECKING:
-    from tpp.describe import Counts
+    from tpp.measure.counts import Counts
 
 # Every ending, and what keeps the date out of the file: the same network, the same bytes.
 ENDINGS: dict[str, dict[str, Any]] = {

@@ -10,27 +10,22 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 
-from data_pipelines.augment import (
-    ColorJitter,
-    ImageTransform,
-    ProgressiveResizing,
-    RandAugment,
-    training_size,
-)
-from data_pipelines.batch import Batch
-from data_pipelines.image_index import ImageIndex, load_index, open_images
+from data_pipelines.images.batch import Batch
+from data_pipelines.images.image_index import ImageIndex, load_index, open_images
+from data_pipelines.images.order import SampleOrder
+from data_pipelines.images.source import BadImages
 from data_pipelines.loaders import (
     eval_batches,
     resolve_loader,
     train_batches,
     training_order,
 )
-from data_pipelines.mixing import Mixing
-from data_pipelines.order import SampleOrder
-from data_pipelines.source import BadImages
-from tpp.errors import UserError
-from train.config import Config
-from train.distributed import led_by_main_rank
+from data_pipelines.loading.augment import ImageTransform, training_size
+from data_pipelines.loading.mixing import Mixing
+from data_pipelines.settings import ColorJitter, ProgressiveResizing, RandAugment
+from tpp.common.errors import UserError
+from train.config.config import Config
+from train.distributed.collectives import led_by_main_rank
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,14 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from data_pipelines.image_index import open_images
-from tpp.describe import count
-from tpp.errors import UserError
-from tpp.models import Architecture, build_on_meta
+from data_pipelines.images.image_index import open_images
+from tpp.channels.removal import prune_model
+from tpp.common.errors import UserError
+from tpp.measure.counts import count
+from tpp.models.architecture import Architecture, build_on_meta
 from tpp.plan import PruningPlan
-from tpp.prune import prune_model
-from train.batch_rule import describe
-from train.config import Config
+from train.config.batch_rule import describe
+from train.config.config import Config
 from train.data import image_place
 from train.preflight import check_plans
 

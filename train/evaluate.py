@@ -2,75 +2,23 @@
 
 import argparse
 import os
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
 
-from data_pipelines.image_index import ImageIndex
-from data_pipelines.loaders import ImageTransform, eval_batches, resolve_loader
-from data_pipelines.source import ON_ERROR, BadImages
-from launch.ranks import settle_ranks
-from tpp.checkpoint import find_metadata, load_model
-from tpp.errors import UserError, run_command
-from tpp.models import build_model, input_shape
-from tpp.sources import load_weights
+from data_pipelines.images.image_index import ImageIndex
+from data_pipelines.images.source import ON_ERROR, BadImages
+from data_pipelines.loaders import eval_batches, resolve_loader
+from data_pipelines.loading.augment import ImageTransform
+from tpp.checkpoints.model_file import find_metadata, load_model
+from tpp.checkpoints.sources import load_weights
+from tpp.common.errors import UserError, run_command
+from tpp.models.architecture import build_model, input_shape
 from train.data import open_for_all_ranks
-from train.distributed import make_accelerator, sum_over_ranks
-from train.monitor import say
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """What an evaluation found.
-
-    Attributes:
-        top1, top5: per cent of the images.
-        loss: mean cross entropy per image.
-        images: how many were counted, over all ranks.
-    """
-
-    top1: float
-    top5: float
-    loss: float
-    images: int
-
-    def to_dict(self) -> dict[str, float]:
-        """As plain data."""
-        return asdict(self)
-
-
-@torch.no_grad()
-def evaluate(
-    model: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    accelerator: Accelerator,
-) -> Accuracy:
-    """Evaluate ``model`` on the batches of all ranks.
-
-    Args:
-        model: the unwrapped network; ranks may hold different numbers of batches, so nothing in
-            its forward pass may communicate. Left in evaluation mode.
-        batches: this rank's images (b, c, h, w) and labels (b,), on its device.
-        accelerator: for autocast and the sum over ranks.
-    """
-    model.eval()
-    sums = torch.zeros(4, dtype=torch.float64, device=accelerator.device)
-    for images, labels in batches:
-        with accelerator.autocast():
-            logits = model(images)
-        logits = logits.float()
-        best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-        sums[0] += best[:, 0].sum()
-        sums[1] += best.sum()
-        sums[2] += F.cross_entropy(logits, labels, reduction="sum").double()
-        sums[3] += len(labels)
-    top1, top5, loss, count = sum_over_ranks(sums).tolist()
-    return Accuracy(100 * top1 / count, 100 * top5 / count, loss / count, int(count))
+from train.distributed.accelerator import make_accelerator
+from train.distributed.ranks import settle_ranks
+from train.run_folder.log import say
+from train.tasks.classification import evaluate
 
 
 def main() -> None:

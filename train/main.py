@@ -19,16 +19,16 @@ from typing import TYPE_CHECKING
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:] = [str(ROOT), *(p for p in sys.path if Path(p or ".").resolve() != ROOT / "train")]
 
-from tpp.errors import UserError, run_command  # noqa: E402
+from tpp.common.errors import UserError, run_command  # noqa: E402
 
 _FIRST_TO_SPEAK = 10.0  # seconds
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from train.config import Config
+    from train.config.config import Config
+    from train.distributed.stopping import Stopped, StopRequest
     from train.run import Run
-    from train.stopping import Stopped, StopRequest
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -63,9 +63,8 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Run or dry-run the configuration."""
     arguments = parse_arguments()
-    from launch.ranks import settle_ranks
-    from train.config import load_config
-    from train.stages import stages_until
+    from train.config.config import load_config, stages_until
+    from train.distributed.ranks import settle_ranks
 
     try:
         settle_ranks(os.environ)
@@ -76,12 +75,13 @@ def main() -> None:
 
             dry_run(config, ranks=arguments.ranks)
             return
-        from train.distributed import EveryRankError, make_accelerator
+        from train.distributed.accelerator import make_accelerator
+        from train.distributed.collectives import EveryRankError
 
         training = config.training
-        from train.engine import deepspeed_plugin
-        from train.stopping import Stopped, StopRequest
-        from train.watchdog import EXIT_LOST
+        from train.distributed.deepspeed_engine import deepspeed_plugin
+        from train.distributed.stopping import Stopped, StopRequest
+        from train.distributed.watchdog import EXIT_LOST
 
         stop = StopRequest()
         stop.listen()
@@ -117,11 +117,12 @@ def run(
         UserError: a mistake in the configuration, data that cannot be read, a run folder that
             another run holds, a full disk.
     """
-    from train.distributed import EveryRankError, from_main_rank
-    from train.lock import RunLock
+    from train.config.config import stages_until
+    from train.distributed.collectives import EveryRankError, from_main_rank
+    from train.distributed.watchdog import Watchdog, ranks_named
     from train.preflight import preflight
-    from train.stages import open_run, stages_until
-    from train.watchdog import Watchdog, ranks_named
+    from train.run_folder.lock import RunLock
+    from train.stages.sequence import open_run
 
     watchdog = Watchdog.from_environment(config.training.rank_timeout)
     lock = RunLock(Path(config.output))
@@ -153,9 +154,9 @@ def run(
 
 def _stopped(opened: "Run", until: str | None) -> "Stopped | None":
     """Run the stages; what stopped them is no failure that the watchdog should tell others of."""
-    from train.run import write_results
-    from train.stages import run_stages
-    from train.stopping import Stopped
+    from train.distributed.stopping import Stopped
+    from train.run_folder.record import write_results
+    from train.stages.sequence import run_stages
 
     try:
         run_stages(opened, until)

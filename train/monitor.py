@@ -4,7 +4,6 @@ import errno
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,11 +22,10 @@ from rich.progress import (
 )
 from torch.utils.tensorboard import SummaryWriter
 
-from tpp.errors import UserError
-from tpp.files import write_whole
-from tpp.reading import parse_json
-from tpp.regularizer import LayerStatistics
-from tpp.trainability import Trainability
+from tpp.common.errors import UserError
+from tpp.measure.trainability import Trainability
+from tpp.regularization.regularizer import LayerStatistics
+from train.run_folder.log import drop_later_entries, say
 
 
 class Monitor:
@@ -64,7 +62,7 @@ class Monitor:
         self._log = run / "log.jsonl"
         if self._log.is_symlink():
             raise UserError(f"{self._log}: a symbolic link, which a log is not written through")
-        _drop_later_entries(self._log, stage, start_step)
+        drop_later_entries(self._log, stage, start_step)
         # TensorBoard forgets what it has seen from this step on; those of the checkpoint stay.
         self._events = run / stage
         self._writer: SummaryWriter | None = SummaryWriter(
@@ -176,26 +174,3 @@ class Monitor:
             with self._writing(self._events):
                 if self._writer is not None:
                     self._writer.close()
-
-
-def say(message: str) -> None:
-    """Print a line on standard output at once, so that a job's log can be followed."""
-    print(message, file=sys.stdout, flush=True)
-
-
-def _drop_later_entries(log: Path, stage: str, start_step: int) -> None:
-    """Remove what a killed process logged of steps that are now done again."""
-    # What is logged before the first step is logged again as well.
-    last = start_step or -1
-    if not log.exists():
-        return
-    kept = []
-    for line in log.read_text().splitlines():
-        try:
-            entry = parse_json(line, str(log))
-            later = entry["stage"] == stage and entry.get("step", 0) > last
-        except (UserError, KeyError, TypeError, AttributeError):
-            continue  # the line that was being written at the kill
-        if not later:
-            kept.append(line)
-    write_whole(log, "".join(f"{line}\n" for line in kept))

@@ -9,14 +9,16 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from data_pipelines.demo import generate_demo
-from tpp.errors import UserError
-from tpp.models import Architecture, build_on_meta
+from tpp.common.errors import UserError
+from tpp.models.architecture import Architecture, build_on_meta
+from tpp.models.layers import prunable_layers
 from tpp.plan import PruningPlan
-from tpp.selection import Selection, prunable_layers
-from train.batch_rule import describe_method
-from train.config import Config
+from tpp.selection.selection import Selection
+from train.config.batch_rule import describe_method
+from train.config.config import Config
 from train.data import RunData
-from train.distributed import check_batch_size, from_main_rank
+from train.distributed.accelerator import check_batch_size
+from train.distributed.collectives import from_main_rank
 from train.weights import starting_weights_exist
 
 

@@ -7,11 +7,11 @@ from urllib.parse import parse_qs, urlparse
 import torch
 from torch import nn
 
-from tpp.checkpoint import find_metadata, load_model
-from tpp.errors import UserError
-from tpp.models import Architecture, build_model
-from tpp.sources import load_weights
-from train.config import ModelSection
+from tpp.checkpoints.model_file import find_metadata, load_model
+from tpp.checkpoints.sources import load_weights
+from tpp.common.errors import UserError
+from tpp.models.architecture import Architecture, build_model
+from tpp.models.settings import ModelSection
 
 TORCHVISION = "torchvision:"
 # Names of a URL's parameters that grant access, those of signed links among them.

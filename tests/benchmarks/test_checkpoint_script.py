@@ -6,10 +6,10 @@ import threading
 import pytest
 
 from benchmarks.checkpoint import Training, main, measure
-from tpp.errors import run_command
-from tpp.training_state import write_state
-from train import checkpoint
-from train.checkpoint import newest_state
+from tpp.checkpoints.training_state import write_state
+from tpp.common.errors import run_command
+from train.run_folder import checkpoints as checkpoint
+from train.run_folder.checkpoints import newest_state
 
 
 def test_both_ways_write_checkpoints_that_can_be_resumed_from(tmp_path, monkeypatch):

@@ -6,8 +6,8 @@ from random import Random
 import pytest
 
 from benchmarks import damage
-from tpp import training_state
-from tpp.errors import run_command
+from tpp.checkpoints import training_state
+from tpp.common.errors import run_command
 
 TINY = ("--model=cifar_resnet8", "--damages=20")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.latency import networks_of
-from tpp.describe import count
+from tpp.measure.counts import count
 
 ROOT = Path(__file__).resolve().parents[2]
 

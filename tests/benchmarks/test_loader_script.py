@@ -34,8 +34,8 @@ from benchmarks.loader import (
     unpack,
     waiting,
 )
-from data_pipelines.image_index import check_fits, load_index, save_index
-from tpp.errors import UserError
+from data_pipelines.images.image_index import check_fits, load_index, save_index
+from tpp.common.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 PHOTOS = 48

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from benchmarks.penalty import STEP, textbook_penalty
-from tpp.models import build_model
-from tpp.regularizer import Regularizer
-from tpp.selection import select_filters
+from tpp.models.architecture import build_model
+from tpp.regularization.regularizer import Regularizer
+from tpp.selection.selection import select_filters
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -21,10 +21,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks import scale
 from benchmarks.scale import Cluster, Job, Options, Workload, ring_bytes, simulate
-from tpp.models import build_model
-from tpp.prune import prune_model
-from tpp.selection import select_filters
-from train.config import load_config
+from tpp.channels.removal import prune_model
+from tpp.models.architecture import build_model
+from tpp.selection.selection import select_filters
+from train.config.config import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 MB = 10**6

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipelines.image_index import ImageIndex, scan_class_folders
+from data_pipelines.images.image_index import ImageIndex, scan_class_folders
 
 
 @pytest.fixture(scope="session")

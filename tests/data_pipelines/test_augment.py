@@ -12,13 +12,11 @@ from PIL import Image
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from data_pipelines.augment import (
+from data_pipelines.images.order import uniforms
+from data_pipelines.loading.augment import (
     RAND_AUGMENT_OPERATIONS,
     UNIFORMS,
-    ColorJitter,
     ImageTransform,
-    ProgressiveResizing,
-    RandAugment,
     color_jitter_factors,
     erasing_boxes,
     flips,
@@ -27,8 +25,8 @@ from data_pipelines.augment import (
     random_resized_windows,
     training_size,
 )
-from data_pipelines.order import uniforms
-from tpp.errors import UserError
+from data_pipelines.settings import ColorJitter, ProgressiveResizing, RandAugment
+from tpp.common.errors import UserError
 
 SIDES = st.integers(1, 900)
 SIZES = st.lists(st.tuples(SIDES, SIDES), min_size=1, max_size=8).map(

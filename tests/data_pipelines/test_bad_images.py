@@ -12,13 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
-from data_pipelines import source
-from data_pipelines.image_index import ImageIndex, Location, load_index, save_index
-from data_pipelines.image_index import scan_class_folders as scan
-from data_pipelines.loaders import ImageTransform, eval_batches, train_batches
-from data_pipelines.order import permutation
-from data_pipelines.source import BadImages, read_bytes
-from tpp.errors import UserError
+from data_pipelines.images import source
+from data_pipelines.images.image_index import ImageIndex, Location, load_index, save_index
+from data_pipelines.images.image_index import scan_class_folders as scan
+from data_pipelines.images.order import permutation
+from data_pipelines.images.source import BadImages, read_bytes
+from data_pipelines.loaders import eval_batches, train_batches
+from data_pipelines.loading.augment import ImageTransform
+from tpp.common.errors import UserError
 
 CPU = torch.device("cpu")
 LOADERS = ["dali", "torchvision"]

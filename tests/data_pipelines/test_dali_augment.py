@@ -16,17 +16,16 @@ from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from data_pipelines import dali_augment, torch_augment
-from data_pipelines.augment import (
+from data_pipelines.images.order import uniforms
+from data_pipelines.loading import dali_augment, torch_augment
+from data_pipelines.loading.augment import (
     RAND_AUGMENT_OPERATIONS,
     UNIFORMS,
-    ColorJitter,
-    RandAugment,
     color_jitter_factors,
     erasing_boxes,
     rand_augment_choices,
 )
-from data_pipelines.order import uniforms
+from data_pipelines.settings import ColorJitter, RandAugment
 
 PHOTOS, SIDE = 24, 96
 Samples = list[NDArray[Any]]

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from data_pipelines.demo import CLASSES, SHAPES, TEXTURES, generate_demo, main
-from data_pipelines.image_index import scan_class_folders
-from tpp.errors import UserError, run_command
+from data_pipelines.images.image_index import scan_class_folders
+from tpp.common.errors import UserError, run_command
 
 SMALL = {"classes": 3, "train_per_class": 4, "val_per_class": 2}
 

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_pipelines.header import MOST_PIXELS, Header, find_damage, is_turned, read_header
+from data_pipelines.images.header import MOST_PIXELS, Header, find_damage, is_turned, read_header
 
 RNG = np.random.default_rng(0)
 

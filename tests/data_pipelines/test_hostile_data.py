@@ -21,13 +21,12 @@ import pytest
 import torch
 from PIL import Image
 
-from data_pipelines import archives, header
-from data_pipelines.archives import archive_files
-from data_pipelines.batch import decode_with_pil
 from data_pipelines.demo import SETTINGS_FILE as DEMO_SETTINGS
 from data_pipelines.demo import generate_demo
-from data_pipelines.header import MOST_PIXELS, find_damage
-from data_pipelines.image_index import (
+from data_pipelines.images import header
+from data_pipelines.images.batch import decode_with_pil
+from data_pipelines.images.header import MOST_PIXELS, find_damage
+from data_pipelines.images.image_index import (
     INDEX_FILE,
     ImageIndex,
     Location,
@@ -37,16 +36,22 @@ from data_pipelines.image_index import (
     save_index,
     scan_class_folders,
 )
-from data_pipelines.imagenet import read_devkit
+from data_pipelines.images.plain_file import NOT_PLAIN
+from data_pipelines.images.source import BadImages, read_bytes
 from data_pipelines.index import _look
-from data_pipelines.loaders import LOADERS, ImageTransform, eval_batches
-from data_pipelines.plain_file import NOT_PLAIN
-from data_pipelines.prepare import STATE_FILE, prepare_small
-from data_pipelines.shards import SETTINGS_FILE, verify_shards, write_shards
-from data_pipelines.small_sets import images_in
-from data_pipelines.source import BadImages, read_bytes
+from data_pipelines.loaders import LOADERS, eval_batches
+from data_pipelines.loading.augment import ImageTransform
+from data_pipelines.prepare import prepare_small
+from data_pipelines.sets import archives
+from data_pipelines.sets.archives import archive_files
+from data_pipelines.sets.imagenet import read_devkit
+from data_pipelines.sets.preparation import STATE_FILE
+from data_pipelines.sets.shard_check import verify_shards
+from data_pipelines.sets.shard_format import SETTINGS_FILE
+from data_pipelines.sets.shard_writer import write_shards
+from data_pipelines.sets.small_sets import images_in
 from tests.data_pipelines.archives_for_tests import member, write_tar, write_zip
-from tpp.errors import UserError
+from tpp.common.errors import UserError
 
 MOST = 10**12
 

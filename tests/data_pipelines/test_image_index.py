@@ -20,19 +20,19 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 from torchvision.datasets import ImageFolder
 
-from data_pipelines.image_index import (
+from data_pipelines.images.folders import folder_mark
+from data_pipelines.images.image_index import (
     INDEX_FILE,
     ImageIndex,
     Location,
     Names,
     check_fits,
-    folder_mark,
     load_index,
     open_images,
     save_index,
     scan_class_folders,
 )
-from tpp.errors import UserError
+from tpp.common.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 ARRAYS = ("labels", "byte_sizes", "sizes", "broken", "container", "offsets", "marks")

@@ -19,7 +19,7 @@ from PIL import Image
 from rich.progress import Progress
 
 from data_pipelines import index as command
-from data_pipelines.image_index import (
+from data_pipelines.images.image_index import (
     INDEX_FILE,
     ImageIndex,
     check_fits,
@@ -29,7 +29,7 @@ from data_pipelines.image_index import (
     scan_class_folders,
 )
 from data_pipelines.index import REPORT_FILE, main
-from tpp.errors import UserError, run_command
+from tpp.common.errors import UserError, run_command
 
 ROOT = Path(__file__).resolve().parents[2]
 FACTS = 13

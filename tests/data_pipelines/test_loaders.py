@@ -16,26 +16,20 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from data_pipelines.augment import (
+from data_pipelines.images.batch import Batch
+from data_pipelines.images.image_index import ImageIndex, scan_class_folders
+from data_pipelines.images.order import mixing_uniforms, permutation, uniforms
+from data_pipelines.loaders import eval_batches, resolve_loader, train_batches, training_order
+from data_pipelines.loading.augment import (
     UNIFORMS,
-    ColorJitter,
-    RandAugment,
+    ImageTransform,
     erasing_boxes,
     flips,
     random_resized_windows,
 )
-from data_pipelines.batch import Batch
-from data_pipelines.image_index import ImageIndex, scan_class_folders
-from data_pipelines.loaders import (
-    ImageTransform,
-    eval_batches,
-    resolve_loader,
-    train_batches,
-    training_order,
-)
-from data_pipelines.mixing import MIXING_UNIFORMS, Mixing, mix
-from data_pipelines.order import mixing_uniforms, permutation, uniforms
-from tpp.errors import UserError
+from data_pipelines.loading.mixing import MIXING_UNIFORMS, Mixing, mix
+from data_pipelines.settings import ColorJitter, RandAugment
+from tpp.common.errors import UserError
 
 CPU = torch.device("cpu")
 LOADERS = ["dali", "torchvision"]

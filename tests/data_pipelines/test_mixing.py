@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
 
-from data_pipelines.mixing import MIXING_UNIFORMS, Mixing, mix
-from data_pipelines.order import uniforms
-from tpp.errors import UserError
+from data_pipelines.images.order import uniforms
+from data_pipelines.loading.mixing import MIXING_UNIFORMS, Mixing, mix
+from tpp.common.errors import UserError
 
 # What order.uniforms can draw.
 UNIT = st.integers(0, 2**53 - 1).map(lambda bits: bits * 2.0**-53)

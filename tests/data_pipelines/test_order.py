@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipelines import order
-from data_pipelines.order import SampleOrder
+from data_pipelines.images import order
+from data_pipelines.images.order import SampleOrder
 
 GOLDEN_ORDER = [6, 3, 1, 5, 4, 0, 2, 7]
 GOLDEN_UNIFORMS = [

@@ -38,12 +38,14 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from data_pipelines import imagenet
-from data_pipelines.archives import LARGEST_MEMBER, archive_files, safe_parts, tar_members
-from data_pipelines.image_index import open_images, scan_class_folders
-from data_pipelines.prepare import STATE_FILE, WORK_FOLDER, main, prepare_imagenet, prepare_small
-from data_pipelines.small_sets import SETS, Download
-from tpp.errors import UserError, run_command
+from data_pipelines.images.image_index import open_images, scan_class_folders
+from data_pipelines.images.plain_file import LARGEST_MEMBER
+from data_pipelines.prepare import main, prepare_imagenet, prepare_small
+from data_pipelines.sets import imagenet
+from data_pipelines.sets.archives import archive_files, safe_parts, tar_members
+from data_pipelines.sets.preparation import STATE_FILE, WORK_FOLDER
+from data_pipelines.sets.small_sets import SETS, Download
+from tpp.common.errors import UserError, run_command
 
 ROOT = Path(__file__).resolve().parents[2]
 CLASSES, PER_CLASS, VAL = 4, 6, 8

@@ -24,25 +24,19 @@ from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 from wds2idx import IndexCreator
 
-from data_pipelines.image_index import (
+from data_pipelines.images.image_index import (
     INDEX_FILE,
     ImageIndex,
     open_images,
     save_index,
     scan_class_folders,
 )
-from data_pipelines.shards import (
-    SETTINGS_FILE,
-    SHARD_BYTES,
-    SKIPPED_FILE,
-    byte_count,
-    main,
-    shard_starts,
-    verify_shards,
-    write_shards,
-)
-from data_pipelines.source import SHARDS_OPEN
-from tpp.errors import UserError, run_command
+from data_pipelines.images.source import SHARDS_OPEN
+from data_pipelines.sets.shard_check import verify_shards
+from data_pipelines.sets.shard_format import SETTINGS_FILE, SHARD_BYTES, SKIPPED_FILE
+from data_pipelines.sets.shard_writer import shard_starts, write_shards
+from data_pipelines.shards import byte_count, main
+from tpp.common.errors import UserError, run_command
 
 ROOT = Path(__file__).resolve().parents[2]
 PHOTOS = 60

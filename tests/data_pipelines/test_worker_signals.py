@@ -8,7 +8,7 @@ from functools import partial
 
 from torch.utils.data import DataLoader
 
-from data_pipelines.torch_loader import _end_with, _worker_context
+from data_pipelines.loading.torch_loader import _end_with, _worker_context
 
 
 def test_only_the_owner_ends_a_worker() -> None:

@@ -1,6 +1,6 @@
 """What a parser is fuzzed with: targets, mutations of valid inputs, and what counts as a failure.
 
-A parser that is handed anything at all must return or raise :class:`tpp.errors.UserError`, within
+A parser that is handed anything at all must return or raise :class:`tpp.common.errors.UserError`, within
 bounds of memory and time, and its message must be fit for a terminal: a few lines of printable
 text that name the file.
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from tpp.errors import UserError
+from tpp.common.errors import UserError
 
 CORPUS = Path(__file__).with_name("corpus")
 # A message names every mistake of a configuration, one a line; nobody reads more.

@@ -11,9 +11,10 @@ from random import Random
 
 import torch
 
-from data_pipelines.image_index import scan_class_folders
-from data_pipelines.loaders import LOADERS, ImageTransform, eval_batches, train_batches
-from data_pipelines.source import BadImages
+from data_pipelines.images.image_index import scan_class_folders
+from data_pipelines.images.source import BadImages
+from data_pipelines.loaders import LOADERS, eval_batches, train_batches
+from data_pipelines.loading.augment import ImageTransform
 from tests.fuzz.harness import fresh, mutate
 from tests.fuzz.targets_data import TARGETS, image
 

@@ -21,10 +21,10 @@ from zlib import crc32
 import numpy as np
 from PIL import Image
 
-from data_pipelines.batch import decode_with_pil
 from data_pipelines.demo import generate_demo
-from data_pipelines.header import find_damage, is_turned, read_header
-from data_pipelines.image_index import (
+from data_pipelines.images.batch import decode_with_pil
+from data_pipelines.images.header import find_damage, is_turned, read_header
+from data_pipelines.images.image_index import (
     INDEX_FILE,
     ImageIndex,
     check_fits,
@@ -32,12 +32,15 @@ from data_pipelines.image_index import (
     save_index,
     scan_class_folders,
 )
-from data_pipelines.imagenet import Devkit, read_devkit, train_index, val_index
+from data_pipelines.images.source import _container, read_bytes
 from data_pipelines.index import _look
-from data_pipelines.prepare import STATE_FILE, prepare_small, unpack
-from data_pipelines.shards import SETTINGS_FILE, verify_shards, write_shards
-from data_pipelines.small_sets import _CIFARS, _MNIST_FILES, SETS, images_in
-from data_pipelines.source import _container, read_bytes
+from data_pipelines.prepare import prepare_small, unpack
+from data_pipelines.sets.imagenet import Devkit, read_devkit, train_index, val_index
+from data_pipelines.sets.preparation import STATE_FILE
+from data_pipelines.sets.shard_check import verify_shards
+from data_pipelines.sets.shard_format import SETTINGS_FILE
+from data_pipelines.sets.shard_writer import write_shards
+from data_pipelines.sets.small_sets import _CIFARS, _MNIST_FILES, SETS, images_in
 from tests.data_pipelines.archives_for_tests import (
     cifar_records,
     idx_bytes,
@@ -46,7 +49,7 @@ from tests.data_pipelines.archives_for_tests import (
     write_zip,
 )
 from tests.fuzz.harness import Target, whole
-from tpp.errors import UserError
+from tpp.common.errors import UserError
 
 _MOST = 2**30
 _CLASSES = {"n01440764": 2, "n01443537": 1}

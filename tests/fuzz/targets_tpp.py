@@ -19,14 +19,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tests.fuzz.harness import Target, whole
-from tpp.checkpoint import save_model
+from tpp.channels.removal import prune_model
+from tpp.checkpoints.model_file import save_model
+from tpp.checkpoints.sources import load_weights, name_optimizer_state, read_source
+from tpp.checkpoints.training_state import TrainingState, write_state
 from tpp.describe import print_description
-from tpp.models import build_model
+from tpp.models.architecture import build_model
 from tpp.plan import PruningPlan
-from tpp.prune import prune_model
-from tpp.selection import select_filters
-from tpp.sources import load_weights, name_optimizer_state, read_source
-from tpp.training_state import TrainingState, write_state
+from tpp.selection.selection import select_filters
 
 
 def tiny_network() -> nn.Module:
@@ -122,7 +122,7 @@ def _parse_checkpoint(folder: Path, data: bytes) -> None:
     if source.info is None:
         load_weights(tiny_network(), path)
         return
-    from tpp.checkpoint import load_model
+    from tpp.checkpoints.model_file import load_model
 
     load_model(path)
     output = io.StringIO()

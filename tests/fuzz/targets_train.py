@@ -11,11 +11,11 @@ import yaml
 from rich.console import Console
 
 from tests.fuzz.harness import Target, whole
-from tpp.errors import UserError
+from tpp.common.errors import UserError
 from train import report, sweep
-from train.config import load_config, save_config
-from train.report import load_run
-from train.table import collect, to_csv, to_markdown, to_rich
+from train.config.config import load_config, save_config
+from train.reporting.paper_table import collect, to_csv, to_markdown, to_rich
+from train.reporting.rows import load_run
 
 ROOT = Path(__file__).resolve().parents[2]
 YAML_TOKENS = (

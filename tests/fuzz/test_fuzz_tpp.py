@@ -20,8 +20,8 @@ from tests.fuzz.harness import (
     whole,
 )
 from tests.fuzz.run import all_targets
-from tpp.errors import UserError
-from tpp.reading import parse_json
+from tpp.common.errors import UserError
+from tpp.common.reading import parse_json
 
 TARGETS = [*targets_tpp.TARGETS, *targets_train.TARGETS]
 # How many inputs; reading YAML and drawing take their time. python -m tests.fuzz.run goes on.

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.ranks import (
+from tpp.common.errors import UserError
+from train.distributed.ranks import (
     asked_of_accelerate,
     expand_counts,
     first_node,
@@ -15,7 +16,6 @@ from launch.ranks import (
     port_of_step,
     settle_ranks,
 )
-from tpp.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 RANKS = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}

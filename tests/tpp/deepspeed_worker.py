@@ -19,7 +19,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tpp.models import build_model
+from tpp.models.architecture import build_model
 
 STEPS = 3
 SAMPLES = 4  # for each rank and step

@@ -30,10 +30,12 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import tpp
-from tpp import GrowthSchedule, PruningPlan, Regularizer
-from tpp.models import build_model
-from tpp.selection import prunable_layers
-from tpp.sharding import work_units
+from tpp.models.architecture import build_model
+from tpp.models.layers import prunable_layers
+from tpp.plan import PruningPlan
+from tpp.regularization.regularizer import Regularizer
+from tpp.regularization.schedule import GrowthSchedule
+from tpp.regularization.sharding import work_units
 
 SAMPLES = 48  # divisible by every number of ranks times micro-batches
 GRAM_WEIGHT = 2.0

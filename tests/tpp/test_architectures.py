@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from zeroing import randomised, relative_difference, zeroed
 
-from tpp.channels import survey_channels
-from tpp.checkpoint import load_model, save_model
+from tpp.channels.channel_map import survey_channels
+from tpp.channels.removal import prune_model
+from tpp.checkpoints.model_file import load_model, save_model
 from tpp.plan import PruningPlan
-from tpp.prune import prune_model
 
 # Per network: how many layers' filters can go alone, and how many with those tied to them, without
 # changing what is left; counted from the block diagrams. Then sizes of images.

@@ -10,14 +10,16 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import tpp
-from tpp.budget import Budget, WidthCost, Widths, meet, parse_count
-from tpp.channels import survey_channels
-from tpp.describe import Counts, count
-from tpp.latency import LatencySettings
-from tpp.models import build_model, meta_copy
+from tpp.channels.channel_map import survey_channels
+from tpp.channels.removal import prune_model
+from tpp.measure.counts import Counts, count
+from tpp.measure.timing import LatencySettings
+from tpp.models.architecture import build_model, meta_copy
+from tpp.models.layers import prunable_layers
 from tpp.plan import PruningPlan
-from tpp.prune import prune_model
-from tpp.selection import Selection, l1_scores, prunable_layers
+from tpp.selection.budget import Budget, WidthCost, Widths, meet, parse_count
+from tpp.selection.criteria import l1_scores
+from tpp.selection.selection import Selection
 
 EXAMPLE = torch.zeros(1, 3, 8, 8)
 
@@ -174,7 +176,9 @@ def taken_by_hand(kind: str, limit: int) -> dict[str, list[int]]:
 )
 def test_the_lowest_of_all_layers_go_as_in_a_loop(budget, kind, limit, monkeypatch):
     # The step that a tiny network is refined by afterwards has a test of its own.
-    monkeypatch.setattr("tpp.budget._come_closer", lambda cost, widths, removed, limit: removed)
+    monkeypatch.setattr(
+        "tpp.selection.budget._come_closer", lambda cost, widths, removed, limit: removed
+    )
     assert select(budget=budget, coupled=True).pruned == taken_by_hand(kind, limit)
 
 
@@ -223,7 +227,7 @@ def test_a_budget_met_with_rounded_widths(round_to):
 @pytest.mark.parametrize("round_to", [1, 4, 6, 8])
 def test_where_steps_are_coarse_against_all_widths_that_there_are(round_to, try_all, monkeypatch):
     if not try_all:
-        monkeypatch.setattr("tpp.budget._MOST_TRIED", 0)
+        monkeypatch.setattr("tpp.selection.budget._MOST_TRIED", 0)
     selection = Selection(coupled=True, round_to=round_to, budget=Budget("macs", 1))
     units = selection._candidates(NET, EXAMPLE).units
     widths, cost = Widths(units), WidthCost.of_macs(NET, DENSE, units)

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 from zeroing import randomised, reached, relative_difference, zeroed
 
-from tpp.channels import check_plan, find_channels, survey_channels
-from tpp.errors import UserError
-from tpp.models import build_model
+from tpp.channels.channel_map import check_plan, find_channels, survey_channels
+from tpp.channels.removal import prune_model
+from tpp.common.errors import UserError
+from tpp.models.architecture import build_model
 from tpp.plan import PruningPlan
-from tpp.prune import prune_model
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from tpp import checkpoint
-from tpp.checkpoint import (
+from tpp.channels.removal import prune_model
+from tpp.checkpoints import model_file as checkpoint
+from tpp.checkpoints.model_file import (
     FORMAT,
     load_model,
     load_optimizer_state,
@@ -18,11 +19,10 @@ from tpp.checkpoint import (
     read_metadata,
     save_model,
 )
-from tpp.errors import UserError
-from tpp.fitting import fit_to_shapes
-from tpp.models import Architecture, build_model, build_on_meta
+from tpp.common.errors import UserError
+from tpp.models.architecture import Architecture, build_model, build_on_meta
+from tpp.models.fitting import fit_to_shapes
 from tpp.plan import PruningPlan
-from tpp.prune import prune_model
 
 PREPROCESSING = {"image_size": 32, "resize": 32, "mean": [0.5], "std": [0.25], "channels": 3}
 

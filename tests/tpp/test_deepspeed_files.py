@@ -23,9 +23,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tpp import prune
-from tpp.checkpoint import read_checkpoint
-from tpp.deepspeed_files import DeepSpeedState, is_deepspeed_folder, read_deepspeed
-from tpp.errors import UserError
+from tpp.checkpoints.deepspeed_files import DeepSpeedState, is_deepspeed_folder, read_deepspeed
+from tpp.checkpoints.model_file import read_checkpoint
+from tpp.common.errors import UserError
 from tpp.plan import PruningPlan
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -8,14 +8,16 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from tpp.checkpoint import load_model, save_model
-from tpp.describe import _kept_bar, count, main, plot_description, print_description
-from tpp.errors import UserError
-from tpp.models import Architecture, build_model, build_on_meta
+from tpp.channels.removal import prune_model
+from tpp.checkpoints.model_file import load_model, save_model
+from tpp.common.errors import UserError
+from tpp.describe import _kept_bar, main, plot_description, print_description
+from tpp.measure.counts import count
+from tpp.models.architecture import Architecture, build_model, build_on_meta
+from tpp.models.layers import prunable_layers
 from tpp.plan import PruningPlan
 from tpp.plot import draw_layers
-from tpp.prune import prune_model
-from tpp.selection import prunable_layers, pruned_count
+from tpp.selection.criteria import pruned_count
 
 RESNET34 = {
     "layer1.[12].conv1": 0.5,

@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import nn
 
-from tpp.checkpoint import load_model, save_model
-from tpp.errors import UserError
+from tpp.channels.removal import prune_model
+from tpp.checkpoints.model_file import load_model, save_model
+from tpp.common.errors import UserError
 from tpp.export import Exported, export_model, main
-from tpp.models import Architecture, build_model, build_on_meta
+from tpp.models.architecture import Architecture, build_model, build_on_meta
+from tpp.models.layers import prunable_layers
 from tpp.plan import PruningPlan
-from tpp.prune import prune_model
-from tpp.selection import prunable_layers
 
 REPOSITORY = Path(__file__).parents[2]
 CLASSES = [f"class {i}" for i in range(10)]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tpp import files
+from tpp.common import files
 
 
 def test_a_file_is_replaced_whole(tmp_path):

@@ -14,13 +14,13 @@ import pytest
 import torch
 from torch import nn
 
-from tpp.checkpoint import load_model, save_model
-from tpp.errors import UserError, printable, run_command
-from tpp.models import Architecture, build_model, build_on_meta, input_shape
+from tpp.checkpoints.model_file import load_model, save_model
+from tpp.checkpoints.sources import read_source
+from tpp.checkpoints.torch_files import NeedsPickleError, load_torch
+from tpp.common.errors import UserError, printable, run_command
+from tpp.common.reading import DEEPEST, LARGEST, parse_json, read_json, read_text
+from tpp.models.architecture import Architecture, build_model, build_on_meta, input_shape
 from tpp.plan import PruningPlan
-from tpp.reading import DEEPEST, LARGEST, parse_json, read_json, read_text
-from tpp.sources import read_source
-from tpp.torch_files import NeedsPickleError, load_torch
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -191,7 +191,7 @@ def test_what_a_network_computes_for_itself_is_bounded(tmp_path, monkeypatch):
     assert computed
     for key in computed:
         assert torch.equal(loaded.get_buffer(key), buffers[key]), key
-    monkeypatch.setattr("tpp.checkpoint._SMALL", -1000 * path.stat().st_size)
+    monkeypatch.setattr("tpp.checkpoints.model_file._SMALL", -1000 * path.stat().st_size)
     with pytest.raises(UserError, match="too small for what could be left of it"):
         load_model(path)
 

@@ -11,13 +11,14 @@ import torch
 from torch import nn
 from torch._dynamo.comptime import comptime
 
-from tpp.checkpoint import save_model
-from tpp.describe import count
-from tpp.errors import UserError
-from tpp.latency import LatencySettings, Timing, arriving_share, main, measure
-from tpp.models import build_model
-from tpp.prune import prune_model
-from tpp.selection import select_filters
+from tpp.channels.removal import prune_model
+from tpp.checkpoints.model_file import save_model
+from tpp.common.errors import UserError
+from tpp.latency import arriving_share, main
+from tpp.measure.counts import count
+from tpp.measure.timing import LatencySettings, Timing, measure
+from tpp.models.architecture import build_model
+from tpp.selection.selection import select_filters
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = LatencySettings(repeats=2, warmup=1)

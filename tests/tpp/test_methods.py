@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tpp.errors import UserError
+from tpp.channels.removal import prune_model
+from tpp.common.errors import UserError
 from tpp.methods import available_methods, base, method_class
-from tpp.models import build_model, example_input_for
-from tpp.orthogonality import OrthogonalityPenalty
-from tpp.prune import prune_model
-from tpp.selection import Selection, prunable_layers, select_filters
+from tpp.models.architecture import build_model, example_input_for
+from tpp.models.layers import prunable_layers
+from tpp.regularization.orthogonality import OrthogonalityPenalty
+from tpp.selection.selection import Selection, select_filters
 
 RATIOS = {"layer*.conv1": 0.5}
 PRUNED = ["layer1.0.conv1", "layer2.0.conv1", "layer3.0.conv1"]

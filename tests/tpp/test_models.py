@@ -5,8 +5,8 @@ import torch
 import torchvision
 from torch import nn
 
-from tpp.errors import UserError
-from tpp.models import (
+from tpp.common.errors import UserError
+from tpp.models.architecture import (
     Architecture,
     build_model,
     build_on_meta,

@@ -10,15 +10,15 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from torch import nn
 
-from tpp.models import build_model
-from tpp.orthogonality import (
+from tpp.models.architecture import build_model
+from tpp.models.layers import prunable_layers
+from tpp.regularization.orthogonality import (
     OrthogonalityPenalty,
     convolution_residual,
     kernel_residual,
     orthogonalize,
-    share_of,
 )
-from tpp.selection import prunable_layers
+from tpp.regularization.sharding import share_of
 
 SHAPES = [(4, 9), (9, 4), (5, 5), (6, 3, 3, 3), (30, 2, 3, 3), (8, 3, 1, 1)]
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import tpp
-from tpp.penalty import entry_decay, layer_blocks, make_batches
+from tpp.regularization.gram import entry_decay, layer_blocks, make_batches
 
 
 def definition(weight: torch.Tensor, pruned: list[int], groups: int = 1) -> torch.Tensor:

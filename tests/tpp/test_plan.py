@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import tpp
-from tpp.models import build_model
+from tpp.models.architecture import build_model
 from tpp.plan import PruningPlan
-from tpp.selection import layer_ratios, pruned_count
+from tpp.selection.criteria import layer_ratios, pruned_count
 
 
 @st.composite

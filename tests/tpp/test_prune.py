@@ -9,14 +9,16 @@ import torch
 from torch import nn
 from zeroing import randomised, zeroed
 
-from tpp.channels import find_channels
-from tpp.checkpoint import load_model, read_metadata, save_model
-from tpp.errors import UserError
-from tpp.models import Architecture, build_model
+from tpp.channels.channel_map import find_channels
+from tpp.channels.removal import prune_model, prune_tensors
+from tpp.checkpoints.model_file import load_model, read_metadata, save_model
+from tpp.checkpoints.prune_file import prune_checkpoint
+from tpp.checkpoints.sources import load_weights
+from tpp.common.errors import UserError
+from tpp.models.architecture import Architecture, build_model
 from tpp.plan import PruningPlan
-from tpp.prune import main, prune_checkpoint, prune_model, prune_tensors
-from tpp.selection import select_filters
-from tpp.sources import load_weights
+from tpp.prune import main
+from tpp.selection.selection import select_filters
 
 ROOT = Path(__file__).resolve().parents[2]
 

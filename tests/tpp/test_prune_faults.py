@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tpp.checkpoint import load_model, save_model
-from tpp.models import build_model
+from tpp.checkpoints.model_file import load_model, save_model
+from tpp.models.architecture import build_model
 
 ROOT = Path(__file__).resolve().parents[2]
 RATIO = "--ratio=layer*.conv1=0.5"
@@ -74,7 +74,7 @@ def test_a_full_disk_leaves_the_older_output(source, small_disk):
 )
 def test_a_bad_plan_leaves_everything(source, tmp_path, monkeypatch, capsys, plan, message):
     from tpp import prune
-    from tpp.errors import run_command
+    from tpp.common.errors import run_command
 
     output = tmp_path / "pruned.safetensors"
     output.write_bytes(b"an older file")

@@ -11,8 +11,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tpp
-from tpp import GrowthSchedule, PruningPlan, Regularizer
-from tpp.models import build_model
+from tpp.models.architecture import build_model
+from tpp.plan import PruningPlan
+from tpp.regularization.regularizer import Regularizer
+from tpp.regularization.schedule import GrowthSchedule
 
 
 class Net(nn.Module):

@@ -2,7 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tpp import GrowthSchedule, UserError
+from tpp.common.errors import UserError
+from tpp.regularization.schedule import GrowthSchedule
 
 
 def test_published_lengths():

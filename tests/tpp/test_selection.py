@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import tpp
-from tpp.budget import Budget
 from tpp.methods import method_class
 from tpp.methods.base import TrainingContext
-from tpp.models import build_model
+from tpp.models.architecture import build_model
 from tpp.plan import PruningPlan
-from tpp.selection import CRITERIA, Selection, pruned_count, random_scores, same_on_all_ranks
+from tpp.selection.budget import Budget
+from tpp.selection.criteria import CRITERIA, pruned_count, random_scores
+from tpp.selection.selection import Selection, same_on_all_ranks
 
 EXAMPLE = torch.zeros(1, 3, 8, 8)
 

@@ -4,10 +4,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tpp.models import Architecture, build_on_meta
+from tpp.models.architecture import Architecture, build_on_meta
+from tpp.models.layers import prunable_layers
 from tpp.plan import PruningPlan
-from tpp.selection import Selection, prunable_layers
-from tpp.sharding import rank_costs, row_cost, work_units
+from tpp.regularization.sharding import rank_costs, row_cost, work_units
+from tpp.selection.selection import Selection
 from train.preflight import stand_in_plan
 
 

@@ -7,14 +7,20 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from tpp import sources
-from tpp.checkpoint import load_model, load_optimizer_state, read_checkpoint, save_model
-from tpp.errors import UserError
-from tpp.models import Architecture, build_model, meta_copy
+from tpp.channels.removal import prune_model
+from tpp.checkpoints import sources
+from tpp.checkpoints.model_file import (
+    load_model,
+    load_optimizer_state,
+    read_checkpoint,
+    save_model,
+)
+from tpp.checkpoints.prune_file import prune_checkpoint
+from tpp.checkpoints.sources import load_weights, name_optimizer_state, read_source
+from tpp.checkpoints.training_state import TrainingState, state_folder, write_state
+from tpp.common.errors import UserError
+from tpp.models.architecture import Architecture, build_model, meta_copy
 from tpp.plan import PruningPlan
-from tpp.prune import prune_checkpoint, prune_model
-from tpp.sources import load_weights, name_optimizer_state, read_source
-from tpp.training_state import TrainingState, state_folder, write_state
 
 LAYER = "layer2.0.conv1"
 PLAN = PruningPlan({LAYER: 32}, {LAYER: list(range(3, 20))})

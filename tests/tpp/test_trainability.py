@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import tpp
-from tpp.errors import UserError
-from tpp.models import build_model
-from tpp.trainability import jacobian_singular_values, measure_trainability
+from tpp.common.errors import UserError
+from tpp.measure.trainability import jacobian_singular_values, measure_trainability
+from tpp.models.architecture import build_model
 
 
 def conv_net(classes: int = 5) -> nn.Module:

@@ -19,9 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from tpp import files, training_state
-from tpp.errors import UserError
-from tpp.training_state import (
+from tpp.checkpoints import training_state
+from tpp.checkpoints.training_state import (
     DamagedState,
     TrainingState,
     check_state,
@@ -31,6 +30,8 @@ from tpp.training_state import (
     state_folders,
     write_state,
 )
+from tpp.common import files
+from tpp.common.errors import UserError
 
 JSON_FILES = ("manifest.json", "state.json")
 TENSOR_FILES = ("model.safetensors", "optimizer.safetensors")

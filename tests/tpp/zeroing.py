@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from tpp.models import build_model
+from tpp.models.architecture import build_model
 
 
 def randomised(name, dtype=torch.float64, classes=10, **args):

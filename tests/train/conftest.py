@@ -14,7 +14,7 @@ import yaml
 from fork_server import BARE, Forks, wait_for_all
 from tiny_run import make_tiny_data, tiny_run
 
-from tpp.errors import run_command
+from tpp.common.errors import run_command
 from train.main import main
 
 ROOT = Path(__file__).resolve().parents[2]

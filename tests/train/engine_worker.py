@@ -20,14 +20,15 @@ from torch import Tensor
 
 from tpp.methods import method_class
 from tpp.methods.base import Method, TrainingContext
-from tpp.models import build_model
-from tpp.selection import Selection
-from train.bad_steps import StepCheck
-from train.config import OptimizerSection, TrainingSection
-from train.distributed import broadcast_buffers, make_accelerator
-from train.engine import deepspeed_plugin, make_engine
-from train.loop import LoopSettings, train
-from train.optim import make_optimizer
+from tpp.models.architecture import build_model
+from tpp.selection.selection import Selection
+from train.config.sections import OptimizerSection, TrainingSection
+from train.distributed.accelerator import make_accelerator, make_engine
+from train.distributed.collectives import broadcast_buffers
+from train.distributed.deepspeed_engine import deepspeed_plugin
+from train.loop.bad_steps import StepCheck
+from train.loop.loop import LoopSettings, train
+from train.loop.optim import make_optimizer
 
 STEPS, HALF, BATCH, LR = 50, 25, 32, 0.001
 CONFIGS = Path(__file__).resolve().parents[2] / "launch" / "deepspeed"

@@ -16,8 +16,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from tpp.errors import run_command  # noqa: E402
-from train.lock import RunLock  # noqa: E402
+from tpp.common.errors import run_command  # noqa: E402
+from train.run_folder.lock import RunLock  # noqa: E402
 
 
 def _no_locks(descriptor: int, command: int) -> None:

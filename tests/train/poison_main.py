@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tpp import methods
-from tpp.errors import run_command
+from tpp.common.errors import run_command
 from tpp.methods import base, l1
 from train.main import main
 

@@ -11,12 +11,12 @@ from accelerate import Accelerator
 from poison_main import Poison
 from safetensors.torch import load_file
 
-from data_pipelines.image_index import open_images
-from data_pipelines.order import permutation
+from data_pipelines.images.image_index import open_images
+from data_pipelines.images.order import permutation
+from tpp.checkpoints.training_state import read_state, state_folders
 from tpp.methods import available_methods
-from tpp.training_state import read_state, state_folders
-from train.bad_steps import StepCheck
-from train.engine import make_engine
+from train.distributed.accelerator import make_engine
+from train.loop.bad_steps import StepCheck
 
 BATCH = 16
 WORKER = Path(__file__).parent / "poison_main.py"

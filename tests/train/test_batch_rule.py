@@ -16,15 +16,16 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from tiny_run import tiny_run
 
-from tpp.errors import UserError, run_command
+from tpp.common.errors import UserError, run_command
 from tpp.methods import available_methods, method_class
-from tpp.schedule import GrowthSchedule
-from train.batch_rule import describe
-from train.config import Config, OptimizerSection, TrainingSection, load_config, save_config
-from train.distributed import check_batch_size
+from tpp.regularization.schedule import GrowthSchedule
+from train.config.batch_rule import describe
+from train.config.config import Config, load_config, save_config
+from train.config.sections import OptimizerSection, TrainingSection
+from train.distributed.accelerator import check_batch_size
+from train.loop.optim import learning_rate
 from train.main import main
-from train.optim import learning_rate
-from train.run import stage_settings
+from train.run_folder.same_run import stage_settings
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 GROWING = ["greg1", "greg2", "tpp"]

@@ -18,9 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tpp.errors import UserError
-from tpp.files import aside_of
-from tpp.training_state import (
+from tpp.checkpoints.training_state import (
     TrainingState,
     check_state,
     read_notes,
@@ -29,9 +27,11 @@ from tpp.training_state import (
     state_folders,
     write_state,
 )
-from train import checkpoint
-from train.checkpoint import CheckpointWriter, newest_state, remove_leftovers
-from train.config import CheckpointsSection
+from tpp.common.errors import UserError
+from tpp.common.files import aside_of
+from train.config.sections import CheckpointsSection
+from train.run_folder import checkpoints as checkpoint
+from train.run_folder.checkpoints import CheckpointWriter, newest_state, remove_leftovers
 
 MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None
 
@@ -618,7 +618,7 @@ def test_a_whole_one_is_put_in_its_place(folder):
 def processes():
     """Processes of their own, forked from one that has imported everything already."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "train.checkpoint", "hypothesis"])
+    context.set_forkserver_preload(["torch", "train.run_folder.checkpoints", "hypothesis"])
     return context
 
 

@@ -8,12 +8,13 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tpp.budget import BUDGET_KINDS, Budget
-from tpp.errors import UserError
-from tpp.latency import LatencySettings
-from tpp.selection import Selection
-from train.config import BudgetSection, Config, load_config, save_config, steps_for
-from train.run import stage_settings
+from tpp.common.errors import UserError
+from tpp.measure.timing import LatencySettings
+from tpp.selection.budget import BUDGET_KINDS, Budget
+from tpp.selection.selection import Selection
+from tpp.selection.settings import BudgetSection
+from train.config.config import Config, load_config, save_config, steps_for
+from train.run_folder.same_run import stage_settings
 
 VALID: dict[str, Any] = {
     "name": "run",

@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from tpp.describe import count
-from tpp.errors import UserError
-from tpp.models import Architecture, build_model, build_on_meta
-from tpp.prune import prune_model
-from tpp.selection import prunable_layers, pruned_count, select_filters
-from train.config import Config, load_config, steps_for
+from tpp.channels.removal import prune_model
+from tpp.common.errors import UserError
+from tpp.measure.counts import count
+from tpp.models.architecture import Architecture, build_model, build_on_meta
+from tpp.models.layers import prunable_layers
+from tpp.selection.criteria import pruned_count
+from tpp.selection.selection import select_filters
+from train.config.config import Config, load_config, steps_for
 from train.preflight import check_plans
 
 ROOT = Path(__file__).resolve().parents[2]

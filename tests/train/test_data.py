@@ -15,13 +15,13 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from data_pipelines.augment import ColorJitter, RandAugment
-from data_pipelines.image_index import scan_class_folders
-from data_pipelines.order import permutation
-from data_pipelines.shards import write_shards
-from train.config import Config
+from data_pipelines.images.image_index import scan_class_folders
+from data_pipelines.images.order import permutation
+from data_pipelines.sets.shard_writer import write_shards
+from data_pipelines.settings import ColorJitter, RandAugment
+from train.config.config import Config
 from train.data import RunData, image_transform, stage_transform
-from train.run import stage_settings
+from train.run_folder.same_run import stage_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 ALL = {

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from data_pipelines.image_index import scan_class_folders
-from data_pipelines.shards import write_shards
-from tpp.errors import run_command
+from data_pipelines.images.image_index import scan_class_folders
+from data_pipelines.sets.shard_writer import write_shards
+from tpp.common.errors import run_command
 from train.main import main
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"

@@ -16,10 +16,10 @@ from engine_worker import CASES, CONFIGS, ENGINES, RESUMED
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tpp.errors import UserError
-from train.config import TrainingSection
-from train.distributed import make_accelerator
-from train.engine import deepspeed_plugin
+from tpp.common.errors import UserError
+from train.config.sections import TrainingSection
+from train.distributed.accelerator import make_accelerator
+from train.distributed.deepspeed_engine import deepspeed_plugin
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKER = Path(__file__).parent / "engine_worker.py"

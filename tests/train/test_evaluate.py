@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from PIL import Image
 
-from data_pipelines.image_index import scan_class_folders
-from data_pipelines.loaders import ImageTransform, eval_batches
-from tpp.models import build_model
-from train.evaluate import evaluate
+from data_pipelines.images.image_index import scan_class_folders
+from data_pipelines.loaders import eval_batches
+from data_pipelines.loading.augment import ImageTransform
+from tpp.models.architecture import build_model
+from train.tasks.classification import evaluate
 
 
 def test_evaluation_equals_a_loop_over_single_images(tiny_data):

@@ -21,9 +21,9 @@ from poison_main import Poison
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tpp.errors import UserError
+from tpp.checkpoints.training_state import read_state, state_folders, write_state
+from tpp.common.errors import UserError
 from tpp.methods import available_methods
-from tpp.training_state import read_state, state_folders, write_state
 from train.monitor import Monitor
 
 ROOT = Path(__file__).resolve().parents[2]

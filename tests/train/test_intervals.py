@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tpp.errors import UserError
-from train.intervals import Interval
+from tpp.common.errors import UserError
+from train.config.intervals import Interval
 
 
 @pytest.mark.parametrize(

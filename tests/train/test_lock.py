@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from tpp.errors import UserError
-from train.lock import LOCK_FILE, RunLock
+from tpp.common.errors import UserError
+from train.run_folder.lock import LOCK_FILE, RunLock
 
 WORKER = Path(__file__).with_name("lock_worker.py")
 ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith("SLURM")}

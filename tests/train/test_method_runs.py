@@ -11,11 +11,11 @@ import yaml
 from safetensors.torch import load_file
 
 import tpp
-from tpp.errors import UserError
+from tpp.common.errors import UserError
 from tpp.methods import available_methods
 from tpp.plan import PruningPlan
-from tpp.selection import select_filters
-from train.config import load_config
+from tpp.selection.selection import select_filters
+from train.config.config import load_config
 from train.dry_run import dry_run
 
 REGULARIZED: dict[str, dict[str, Any]] = {  # settings for a dozen steps, and the stage's epochs

@@ -5,8 +5,9 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, MultiStepLR
 
-from train.config import OptimizerSection, steps_for
-from train.optim import learning_rate, make_optimizer
+from train.config.config import steps_for
+from train.config.sections import OptimizerSection
+from train.loop.optim import learning_rate, make_optimizer
 
 STEPS_PER_EPOCH = 10
 

@@ -17,17 +17,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from rich.console import Console
 
-from tpp.errors import UserError
-from train.report import (
-    SummaryRow,
-    draw,
-    load_run,
-    main,
-    show_end,
-    summary_rows,
-    summary_table,
-    write_report,
-)
+from tpp.common.errors import UserError
+from train.report import main, show_end, write_report
+from train.reporting.grids import summary_table
+from train.reporting.picture import draw
+from train.reporting.rows import SummaryRow, load_run, summary_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 DENSE = {"parameters": 855_770, "macs": 125_485_696}

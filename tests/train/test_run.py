@@ -15,8 +15,8 @@ from fork_server import BARE
 from safetensors.torch import load_file
 
 import tpp
-from tpp.errors import run_command
-from tpp.models import build_model
+from tpp.common.errors import run_command
+from tpp.models.architecture import build_model
 from tpp.plan import PruningPlan
 from train.main import main
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tpp.errors import UserError
-from train.config import ModelSection
+from tpp.common.errors import UserError
+from tpp.models.settings import ModelSection
 from train.weights import starting_weights_exist
 
 SECRETS = {

@@ -10,9 +10,9 @@ import pytest
 from poison_main import Poison
 from safetensors.torch import load_file
 
+from tpp.checkpoints.training_state import read_state, state_folders
 from tpp.methods import available_methods
-from tpp.training_state import read_state, state_folders
-from train.stopping import SIGNALS
+from train.distributed.stopping import SIGNALS
 
 WORKER = Path(__file__).parent / "poison_main.py"
 EXIT = 75

@@ -18,9 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from tpp.errors import UserError, run_command
-from train.config import Config, load_config
-from train.sweep import SweepRun, _as_ranges, _chosen, _launcher, expand, load_sweep, main, state_of
+from tpp.common.errors import UserError, run_command
+from train.config.config import Config, load_config
+from train.grid import SweepRun, expand, load_sweep, state_of
+from train.sweep import _as_ranges, _chosen, _launcher, main
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLE1 = ROOT / "configs" / "cifar10" / "table1.yaml"

@@ -12,10 +12,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tpp.errors import UserError, run_command
+from tpp.common.errors import UserError, run_command
+from train.grid import expand, load_sweep
 from train.report import main
-from train.sweep import expand, load_sweep
-from train.table import Cell, collect, to_markdown
+from train.reporting.paper_table import Cell, collect, to_markdown
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLE1 = ROOT / "configs" / "cifar10" / "table1.yaml"

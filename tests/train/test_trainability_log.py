@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import tpp
-from data_pipelines.image_index import ImageIndex, scan_class_folders
-from data_pipelines.loaders import ImageTransform
-from train.trainability_log import TrainabilityProbe, probe_images
+from data_pipelines.images.image_index import ImageIndex, scan_class_folders
+from data_pipelines.loading.augment import ImageTransform
+from train.stages.trainability import TrainabilityProbe, probe_images
 
 
 @given(

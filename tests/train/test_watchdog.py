@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from fork_server import Fork, Forks, rank_environments
 
-from train.watchdog import EXIT_FAILED, EXIT_LOST, Watchdog
+from train.distributed.watchdog import EXIT_FAILED, EXIT_LOST, Watchdog
 
 WORKER = Path(__file__).with_name("watchdog_worker.py")
 ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.endswith("_SOCKET_IFNAME")}

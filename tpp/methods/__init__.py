@@ -8,7 +8,7 @@ import difflib
 import importlib
 import pkgutil
 
-from tpp.errors import UserError
+from tpp.common.errors import UserError
 from tpp.methods.base import Method
 
 _METHODS: dict[str, type[Method]] = {}

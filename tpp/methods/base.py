@@ -9,8 +9,8 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from tpp.plan import PruningPlan
-from tpp.regularizer import LayerStatistics
-from tpp.selection import Selection
+from tpp.regularization.regularizer import LayerStatistics
+from tpp.selection.selection import Selection
 
 
 class Settings(BaseModel):

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from tpp.methods import base, greg1
 from tpp.methods.tpp import growth_per_update
+from tpp.models.layers import prunable_layers
 from tpp.plan import PruningPlan
-from tpp.regularizer import LayerStatistics, Regularizer
-from tpp.schedule import GrowthSchedule
-from tpp.selection import prunable_layers, same_on_all_ranks
+from tpp.regularization.regularizer import LayerStatistics, Regularizer
+from tpp.regularization.schedule import GrowthSchedule
+from tpp.selection.selection import same_on_all_ranks
 
 
 class Settings(greg1.Settings):

@@ -6,7 +6,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from tpp.methods import base
-from tpp.orthogonality import Form, OrthogonalityPenalty
+from tpp.regularization.orthogonality import Form, OrthogonalityPenalty
 
 
 class Settings(base.Settings):
@@ -28,7 +28,7 @@ class OrthogonalTraining(base.Method):
     """L1 pruning with an orthogonality term in one of its training stages.
 
     Attributes:
-        form: the measure, see :class:`tpp.orthogonality.OrthogonalityPenalty`.
+        form: the measure, see :class:`tpp.regularization.orthogonality.OrthogonalityPenalty`.
         stage: kind of the stage that has the term: ``finetune``, or ``regularize`` for training
             of the dense network, after which filters are picked from the weights as they are then.
     """

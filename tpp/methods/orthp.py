@@ -7,8 +7,8 @@ from pydantic import Field
 from torch import nn
 
 from tpp.methods import base
-from tpp.orthogonality import orthogonalize
-from tpp.selection import prunable_layers
+from tpp.models.layers import prunable_layers
+from tpp.regularization.orthogonality import orthogonalize
 
 
 class Settings(base.Settings):

@@ -9,12 +9,12 @@ from typing import Annotated, Any, ClassVar, Self
 from pydantic import Field
 from torch import Tensor, nn
 
-from tpp import sharding
 from tpp.methods import base
+from tpp.models.layers import layer_sizes, prunable_layers
 from tpp.plan import PruningPlan
-from tpp.regularizer import LayerStatistics, Regularizer
-from tpp.schedule import GrowthSchedule
-from tpp.selection import layer_sizes, prunable_layers
+from tpp.regularization import sharding
+from tpp.regularization.regularizer import LayerStatistics, Regularizer
+from tpp.regularization.schedule import GrowthSchedule
 
 
 class GrowthSettings(base.Settings):

@@ -1,0 +1,1 @@
+"""Which images there are, in what order, and their bytes."""

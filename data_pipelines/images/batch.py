@@ -1,0 +1,73 @@
+"""What a loader is asked for and what it makes; and how one image is decoded with PIL."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from data_pipelines.images.header import open_with_pil
+from data_pipelines.images.order import Float64s, Int64s
+
+Batch = tuple[Tensor, Tensor]
+"""Images (b, c, h, w), normalised; labels, int64 (b,), or where images were mixed the share of each
+class, float32 (b, classes). Both on the device asked for."""
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """One batch for a loader to make.
+
+    Attributes:
+        samples: their global numbers in training, their places in evaluation; int64, shape (b,).
+        images: which image of the index each one is; int64, shape (b,).
+        uniforms: random numbers of each sample's augmentation, shape (b, UNIFORMS), or (b, 0)
+            for evaluation.
+        side: of the square images to make, in pixels.
+        asked: images that this rank has asked for since the run began, these included.
+    """
+
+    samples: Int64s
+    images: Int64s
+    uniforms: Float64s
+    side: int
+    asked: int = 0
+
+
+class Output(NamedTuple):
+    """The form in which a loader hands over images.
+
+    Attributes:
+        device: where they lie; DALI decodes on it, if it is a GPU.
+        dtype: float32, or float16 for networks that compute in half precision anyway.
+        channels_last: whether the channels of a pixel lie side by side in memory.
+    """
+
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+    channels_last: bool = False
+
+
+def decode_with_pil(data: NDArray[np.uint8], channels: int) -> Image.Image:
+    """Decode an image file's bytes as RGB (3 channels) or grey (1); EXIF rotation is ignored.
+
+    The bytes are those of an image in which :func:`data_pipelines.images.header.find_damage` finds none.
+
+    Raises:
+        ValueError: the bytes cannot be decoded.
+    """
+    try:
+        with open_with_pil(data) as image:
+            grey16 = image.mode.startswith("I")
+            # PIL's own conversion clips 16-bit grey at 255.
+            decoded = image.point(lambda value: value / 257) if grey16 else image
+            return decoded.convert("L" if channels == 1 else "RGB")
+    # What it says names the object in memory.
+    except UnidentifiedImageError:
+        raise ValueError("cannot be decoded") from None
+    # PIL's readers raise whatever comes, depending on the format and the damage.
+    except Exception as error:
+        raise ValueError(str(error)) from None

@@ -1,0 +1,489 @@
+"""The list of a data set's images, compact enough for ImageNet on every rank of a node.
+
+An index is a handful of flat arrays. Kept in a file (``python -m data_pipelines.index DIR``), it is
+mapped into memory: loading it reads next to nothing, and the ranks of a node share its pages.
+Images are files of their own in class folders, or stretches of larger files (tar shards).
+"""
+
+import json
+import operator
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NamedTuple, overload
+from zlib import crc32
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from data_pipelines.images.folders import (
+    IMAGE_SUFFIXES,
+    SCAN_THREADS,
+    byte_size,
+    folder_mark,
+    image_names,
+    visible,
+)
+from data_pipelines.images.order import Int64s
+from data_pipelines.images.plain_file import open_plain
+from tpp.common.errors import UserError
+from tpp.common.files import write_whole
+
+INDEX_FILE = ".index.safetensors"
+_FORMAT = "tpp-image-index"
+_VERSION = "1"
+_FINGERPRINT = re.compile("[0-9a-f]{12}")
+# How many images' sizes a run looks at to see whether its index is still that of the folder.
+_SAMPLED = 256
+
+
+class Location(NamedTuple):
+    """Where an image's bytes are: ``length`` bytes of ``path`` from ``offset`` on.
+
+    A length of -1 means the whole file, as long as it is when it is read.
+    """
+
+    path: str
+    offset: int
+    length: int
+
+
+class Names(Sequence[str]):
+    """Many short strings in two arrays: a tenth of what a list of them takes.
+
+    Args:
+        text: all strings, one after the other, as the file system spells them; uint8.
+        ends: where each one ends in ``text``; int64, shape (len(self),).
+    """
+
+    def __init__(self, text: NDArray[np.uint8], ends: Int64s) -> None:
+        self.text, self.ends = text, ends
+
+    @classmethod
+    def of(cls, strings: Iterable[str]) -> "Names":
+        """Pack strings."""
+        encoded = [os.fsencode(string) for string in strings]
+        ends = np.cumsum([len(part) for part in encoded], dtype=np.int64)
+        return cls(np.frombuffer(b"".join(encoded), dtype=np.uint8), ends)
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    @overload
+    def __getitem__(self, place: int) -> str: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[str]: ...
+    def __getitem__(self, place: int | slice) -> str | list[str]:
+        if isinstance(place, slice):
+            return [self[number] for number in range(*place.indices(len(self)))]
+        number = range(len(self))[place]
+        start = int(self.ends[number - 1]) if number else 0
+        return os.fsdecode(self.text[start : int(self.ends[number])].tobytes())
+
+    def __iter__(self) -> Iterator[str]:
+        text, start = self.text.tobytes(), 0
+        for end in self.ends.tolist():
+            yield os.fsdecode(text[start:end])
+            start = end
+
+
+@dataclass(frozen=True, eq=False)
+class ImageIndex:
+    """Every image of a data set, in an order that depends on the names alone.
+
+    Attributes:
+        root: the folder that holds the class folders or the shards.
+        files: names, by class and then by name: paths relative to ``root`` where the images are
+            files, and in shards the paths that they had before.
+        labels: class number of each image, int64, shape (n,).
+        classes: names of the classes, sorted; the label is the position in this list.
+        byte_sizes: length of each image's file, int64, shape (n,); -1 where not looked up.
+        sizes: height and width of each image in pixels, int32, shape (n, 2); 0, 0 where not
+            looked up, or where the image cannot be read.
+        broken: whether the image was found to be unreadable, bool, shape (n,).
+        containers: the larger files that hold the images, relative to ``root``; empty where each
+            image is a file.
+        container, offsets: which of ``containers`` holds each image, int32, and where its bytes
+            begin in it, int64; shape (n,), or (0,) without containers.
+        marks: what changes when the folder does, int64: per class the folder's time of change in
+            nanoseconds, or per container its size in bytes; shape (0,) where not looked up.
+        file: where this index was loaded from.
+    """
+
+    root: Path
+    files: Names
+    labels: Int64s
+    classes: list[str]
+    byte_sizes: Int64s
+    sizes: NDArray[np.int32]
+    broken: NDArray[np.bool_]
+    containers: list[str] = field(default_factory=list)
+    container: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))
+    offsets: Int64s = field(default_factory=lambda: np.zeros(0, np.int64))
+    marks: Int64s = field(default_factory=lambda: np.zeros(0, np.int64))
+    file: Path | None = None
+
+    @classmethod
+    def of(
+        cls,
+        root: str | os.PathLike[str],
+        files: Iterable[str],
+        labels: Any,
+        classes: Sequence[str],
+        **more: Any,
+    ) -> "ImageIndex":
+        """An index of files of which nothing but name and label is known, unless ``more`` says."""
+        names = files if isinstance(files, Names) else Names.of(files)
+        unknown: dict[str, Any] = {
+            "byte_sizes": np.full(len(names), -1, np.int64),
+            "sizes": np.zeros((len(names), 2), np.int32),
+            "broken": np.zeros(len(names), np.bool_),
+        }
+        labels = np.asarray(labels, dtype=np.int64)
+        return cls(Path(root), names, labels, list(classes), **{**unknown, **more})
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __reduce__(self) -> Any:
+        # A worker process maps the same file instead of being sent a copy of everything.
+        if self.file is not None:
+            return _load_again, (self.file, self.root, self.fingerprint)
+        return super().__reduce__()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """12 hex digits that change when a name or a label does; the same for files and shards."""
+        digest = sha256()
+        for name in self.files:
+            digest.update(os.fsencode(name) + b"\0")
+        digest.update(self.labels.astype("<i8").tobytes())
+        return digest.hexdigest()[:12]
+
+    def location(self, image: int) -> Location:
+        """Where an image's bytes are."""
+        if not self.containers:
+            return Location(f"{self.root}/{self.files[image]}", 0, -1)
+        path = f"{self.root}/{self.containers[self.container[image]]}"
+        return Location(path, int(self.offsets[image]), int(self.byte_sizes[image]))
+
+    def name(self, image: int) -> str:
+        """What to call an image in a message: its path, in shards with the member's name."""
+        path = self.location(image).path
+        return f"{path}: {self.files[image]}" if self.containers else path
+
+    def subset(self, images: Int64s) -> "ImageIndex":
+        """The index of these images only, in this order; all classes stay."""
+        return ImageIndex.of(
+            self.root,
+            [self.files[image] for image in images.tolist()],
+            self.labels[images],
+            self.classes,
+            byte_sizes=self.byte_sizes[images],
+            sizes=self.sizes[images],
+            broken=self.broken[images],
+            containers=self.containers,
+            container=self.container[images] if self.containers else self.container,
+            offsets=self.offsets[images] if self.containers else self.offsets,
+        )
+
+
+_ARRAYS: dict[str, torch.dtype] = {
+    "names": torch.uint8,
+    "name_ends": torch.int64,
+    "labels": torch.int64,
+    "byte_sizes": torch.int64,
+    "sizes": torch.int32,
+    "broken": torch.bool,
+    "container": torch.int32,
+    "offsets": torch.int64,
+    "marks": torch.int64,
+}
+
+
+def save_index(index: ImageIndex, path: Path) -> None:
+    """Write an index: a safetensors file that appears whole or not at all.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    arrays: dict[str, Any] = {name: getattr(index, name, None) for name in _ARRAYS}
+    arrays |= {"names": index.files.text, "name_ends": index.files.ends}
+    metadata = {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "classes": json.dumps(index.classes),
+        "containers": json.dumps(index.containers),
+        "fingerprint": index.fingerprint,
+    }
+    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    metadata["crc32"] = _checksum(arrays, metadata)
+    content = save(arrays, metadata)
+    try:
+        write_whole(path, content)
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot write the index ({error.strerror}); choose another place with --out"
+        ) from None
+
+
+def load_index(path: str | os.PathLike[str], root: str | os.PathLike[str]) -> ImageIndex:
+    """Map an index into memory; whether it still fits the folder is for :func:`check_fits`.
+
+    Args:
+        path: the file.
+        root: the folder of class folders or shards that it is the index of.
+
+    Raises:
+        UserError: the file cannot be read or is no index.
+    """
+    path = Path(path)
+    again = f"make it anew with: python -m data_pipelines.index {root}"
+    try:
+        os.close(open_plain(path))
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != _FORMAT:
+                raise UserError(f"{path}: not an index of images; {again}")
+            if metadata["version"] != _VERSION:
+                raise UserError(
+                    f"{path}: an index of version {metadata['version']}, this program reads "
+                    f"version {_VERSION}; {again}"
+                )
+            tensors = {name: file.get_tensor(name) for name in _ARRAYS}
+        classes, containers = (json.loads(metadata[key]) for key in ("classes", "containers"))
+        fingerprint = metadata["fingerprint"]
+        if not _FINGERPRINT.fullmatch(fingerprint):
+            raise ValueError(f"a fingerprint {fingerprint!r}")
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the index ({error.strerror or error})") from None
+    except (SafetensorError, KeyError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: a damaged index ({error}); {again}") from None
+    problem = _inconsistency(tensors, classes, containers)
+    arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
+    if not problem and metadata.get("crc32") != _checksum(arrays, metadata):
+        problem = "its checksum is another one"
+    if problem:
+        raise UserError(f"{path}: a damaged index ({problem}); {again}")
+    names = Names(arrays.pop("names"), arrays.pop("name_ends"))
+    index = ImageIndex(
+        Path(root), names, classes=classes, containers=containers, file=path, **arrays
+    )
+    # Hashing 1.3 million names takes a second; the file says what came out.
+    index.__dict__["fingerprint"] = fingerprint
+    return index
+
+
+def _load_again(path: Path, root: Path, fingerprint: str) -> ImageIndex:
+    """Load an index in another process, unless the file has changed in the meantime."""
+    index = load_index(path, root)
+    if index.fingerprint != fingerprint:
+        raise UserError(f"{path}: another index took this one's place during the run; begin anew")
+    return index
+
+
+def _checksum(arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> str:
+    """CRC-32 of all that an index holds, as 8 hex digits; 7 GB/s, so loading may check it."""
+    check = 0
+    for name in _ARRAYS:
+        check = crc32(arrays[name].data, check)
+    for name in ("classes", "containers", "fingerprint"):
+        check = crc32(metadata[name].encode(), check)
+    return f"{check:08x}"
+
+
+def _inconsistency(tensors: dict[str, torch.Tensor], classes: Any, containers: Any) -> str | None:
+    """What is wrong with an index's arrays, so that nothing later reads out of bounds."""
+    for what, names in (("classes", classes), ("containers", containers)):
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            return f"its {what} are not a list of names"
+        if any("\0" in name for name in names):
+            return f"a zero byte in the names of its {what}"
+        if what == "containers" and any(name.startswith("/") or ".." in name for name in names):
+            return "a container outside of the folder"
+        if what == "classes" and any("/" in name or name in ("", "..") for name in names):
+            return "a class that is no folder in this one"
+        if what == "classes" and any(map(operator.ge, names, names[1:])):
+            return "classes that are not sorted, or one twice"
+    n = len(tensors["labels"])
+    held = n if containers else 0
+    shapes = {"names": None, "marks": None, "sizes": (n, 2), "container": (held,)}
+    shapes |= {"offsets": (held,)}
+    for name, dtype in _ARRAYS.items():
+        tensor, shape = tensors[name], shapes.get(name, (n,))
+        if tensor.dtype != dtype or (tensor.dim() != 1 if shape is None else tensor.shape != shape):
+            return f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}"
+    if not n:
+        return "no images"
+    ends = tensors["name_ends"]
+    if ends.min() < 0 or (ends.diff() < 0).any() or ends[-1] != len(tensors["names"]):
+        return "the names' ends"
+    if len(tensors["names"]) and not tensors["names"].min():
+        return "a zero byte in the names"
+    if _leads_out(tensors["names"].numpy(), ends.numpy()):
+        return "a name outside of the folder"
+    if len(tensors["marks"]) not in (0, len(containers or classes)):
+        return f"{len(tensors['marks'])} marks"
+    for name, limit in (("labels", len(classes)), ("container", len(containers))):
+        values = tensors[name]
+        if len(values) and (values.min() < 0 or values.max() >= limit):
+            return f"{name} out of range"
+    if tensors["sizes"].min() < 0 or tensors["byte_sizes"].min() < (0 if held else -1):
+        return "sizes out of range"
+    if held and tensors["offsets"].min() < 0:
+        return "offsets out of range"
+    if held and len(tensors["marks"]):
+        room = tensors["marks"][tensors["container"].long()] - tensors["offsets"]
+        if tensors["marks"].min() < 0 or (tensors["byte_sizes"] > room).any():
+            return "offsets beyond the end of a container"
+    if not held and (tensors["labels"].diff() < 0).any():
+        return "not in the order of the classes"
+    return None
+
+
+def _leads_out(text: NDArray[np.uint8], ends: Int64s) -> bool:
+    """Whether '..' is a part of any name; one by one only where two dots are to be found."""
+    if b".." not in text.tobytes():
+        return False
+    return any(".." in name.split("/") for name in Names(text, ends))
+
+
+def open_images(folder: Path, index_file: Path | None = None) -> ImageIndex:
+    """The index of a folder: from its index file, where there is one, else by listing it.
+
+    Args:
+        folder: class folders, or shards with their index.
+        index_file: where the index is; by default :data:`INDEX_FILE` in the folder, if it exists.
+
+    Raises:
+        UserError: there are no images, or the index does not fit the folder.
+    """
+    path = index_file or folder / INDEX_FILE
+    if index_file is None and not path.exists():
+        return scan_class_folders(folder)
+    index = load_index(path, folder)
+    check_fits(index)
+    return index
+
+
+def check_fits(index: ImageIndex) -> None:
+    """Check that the folder still is as its index says, without listing what has not changed.
+
+    The names of the class folders are compared; folders whose time of change differs are listed
+    and compared name by name (a copied folder's differ all); of some images, evenly drawn, the
+    size in bytes. Of shards, every one's size.
+
+    Raises:
+        UserError: says what differs, and what to do.
+    """
+    if index.containers:
+        problem = _container_difference(index)
+        again = "write the shards anew with: python -m data_pipelines.shards"
+    else:
+        problem = _folder_difference(index)
+        again = f"make it anew with: python -m data_pipelines.index {index.root}"
+    if problem:
+        raise UserError(f"{index.file}: this index no longer fits {index.root}: {problem}; {again}")
+
+
+def _container_difference(index: ImageIndex) -> str | None:
+    sizes = index.marks.tolist() or [None] * len(index.containers)
+    for name, size in zip(index.containers, sizes, strict=True):
+        try:
+            found = (index.root / name).stat().st_size
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+        if size not in (None, found):
+            return f"{name} has {found:,} bytes instead of {size:,}"
+    return None
+
+
+def _folder_difference(index: ImageIndex) -> str | None:
+    found = visible(index.root, folders=True)
+    for what, odd in (
+        ("has no class folder", set(index.classes) - set(found)),
+        ("has another class folder,", set(found) - set(index.classes)),
+    ):
+        if odd:
+            return f"it {what} {min(odd)!r}" + (f" and {len(odd) - 1} more" if len(odd) > 1 else "")
+    changed = list(range(len(index.classes)))
+    if len(index.marks) == len(index.classes):
+        with ThreadPoolExecutor(SCAN_THREADS) as pool:
+            marks = list(pool.map(lambda name: folder_mark(index.root / name), index.classes))
+        changed = np.flatnonzero(index.marks != marks).tolist()
+    bounds = np.searchsorted(index.labels, np.arange(len(index.classes) + 1))
+    with ThreadPoolExecutor(SCAN_THREADS) as pool:
+        listed = pool.map(lambda label: image_names(index.root / index.classes[label]), changed)
+        for label, names in zip(changed, listed, strict=True):
+            now = {f"{index.classes[label]}/{name}" for name in names}
+            then = set(index.files[bounds[label] : bounds[label + 1]])
+            for what, files in (("is gone", then - now), ("is new", now - then)):
+                if files:
+                    more = f" (and {len(files) - 1} more there)" if len(files) > 1 else ""
+                    return f"{min(files)} {what}{more}"
+    sampled = np.unique(np.linspace(0, len(index) - 1, _SAMPLED, dtype=np.int64)).tolist()
+    with ThreadPoolExecutor(SCAN_THREADS) as pool:
+        sizes = pool.map(lambda image: byte_size(index.location(image).path), sampled)
+        for image, size in zip(sampled, sizes, strict=True):
+            if index.byte_sizes[image] not in (-1, size):
+                return f"{index.files[image]} has {size:,} bytes instead of " + (
+                    f"{index.byte_sizes[image]:,}"
+                )
+    return None
+
+
+def scan_class_folders(root: str | os.PathLike[str]) -> ImageIndex:
+    """List the images (.jpg, .jpeg, .png in any case) of the class folders in ``root``.
+
+    Classes are the sorted folder names, as in torchvision's ImageFolder. Hidden files and folders
+    are left out. No file is opened.
+
+    Raises:
+        UserError: ``root`` is not a readable folder, holds no class folders or no images, or a
+            class folder has no images.
+    """
+    root = Path(root)
+    layout = f"expected class folders such as {root}/<class>/<image>.jpg"
+    classes = visible(root, folders=True)
+    if not classes:
+        raise UserError(f"{root}: no class folders; {layout}")
+    with ThreadPoolExecutor(SCAN_THREADS) as pool:
+        images = list(pool.map(lambda name: image_names(root / name), classes))
+    if not any(images):
+        raise UserError(f"{root}: no images in its {len(classes)} folders; {layout}")
+    for name, found in zip(classes, images, strict=True):
+        if not found:
+            raise UserError(
+                f"{root / name}: class folder without images; "
+                f"expected {', '.join(IMAGE_SUFFIXES)} files, or no such folder"
+            )
+    files = (
+        f"{name}/{image}" for name, found in zip(classes, images, strict=True) for image in found
+    )
+    counts = [len(found) for found in images]
+    labels = np.repeat(np.arange(len(classes), dtype=np.int64), counts)
+    return ImageIndex.of(root, files, labels, classes)
+
+
+PARTS = ("train", "val", "test")
+
+
+def parts_of(folder: Path) -> list[Path]:
+    """The folders to index: the one given, or those in it that are a data set's parts."""
+    found = visible(folder, folders=True)
+    named = [folder / name for name in PARTS if name in found]
+    # A class may be named 'train' as well.
+    parts = [
+        part
+        for part in named
+        if (part / INDEX_FILE).exists() or (visible(part, folders=True) and not image_names(part))
+    ]
+    return parts or [folder]

@@ -1,0 +1,1 @@
+"""Making data sets: archives, class folders and shards."""

@@ -1,0 +1,396 @@
+"""Which tensors lose what when a filter goes, worked out from the network's own operations."""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tpp.channels.planes import FIXED
+from tpp.channels.tracing import ChannelTrace
+from tpp.common.errors import UserError
+from tpp.models.architecture import example_input_for
+from tpp.models.layers import check_layers
+from tpp.plan import PruningPlan
+
+
+@dataclass(frozen=True)
+class Slice:
+    """What one tensor loses.
+
+    Attributes:
+        tensor: name in the model's ``state_dict``.
+        dim: the dimension along which it shrinks.
+        positions: int64, (filters, k): with filter i go the positions ``positions[i]``. k is 1
+            except where channels are flattened into a Linear layer (H*W), or where a
+            concatenation holds them more than once.
+        groups: 1, or the number of groups of the convolution whose input channels these are.
+            ``positions`` then count over all its input channels, of which the weight's dimension
+            1 holds one group's: filters of group g lose those of group g.
+    """
+
+    tensor: str
+    dim: int
+    positions: Tensor
+    groups: int = 1
+
+
+@dataclass(frozen=True)
+class Norm:
+    """The entries of a normalisation layer that belong to the filters of a layer.
+
+    Attributes:
+        module: the layer's name.
+        features: its number of channels; more than the filters behind a concatenation.
+        positions: int64, (filters, k): the entries of filter i.
+    """
+
+    module: str
+    features: int
+    positions: Tensor
+
+
+@dataclass(frozen=True)
+class LayerChannels:
+    """Everything that goes with the filters of one layer.
+
+    Attributes:
+        layer: the layer's name.
+        filters: its number of filters (output channels or neurons).
+        weight: ``state_dict`` name of its weight; filter i is row i.
+        bias: ``state_dict`` name of its bias, None if it has none.
+        norms: the BatchNorm modules that normalise these channels, in order. One that several
+            layers feed, added up, is named with the first of them only.
+        tied: the other layers that lose the same filters, because they are added to or multiplied
+            with these (or are a depthwise convolution of them): those asked for, or, if asked for
+            ``coupled``, all of which filters would not be zero otherwise.
+        groups: parts of the filters, equal and in a row, that must each lose as many: the groups
+            of a convolution in groups, this one or one that reads it; 1 where any filters can go.
+        slices: all tensors that shrink: the layer's own, those of norms and depthwise
+            convolutions on the way, and the consumers' input channels.
+        inexact: why removing the filters is not the same as zeroing them (a LayerNorm takes its
+            mean over them, say), None if it is.
+    """
+
+    layer: str
+    filters: int
+    weight: str
+    bias: str | None
+    norms: tuple[Norm, ...]
+    tied: tuple[str, ...]
+    groups: int
+    slices: tuple[Slice, ...]
+    inexact: str | None = None
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What can go in a network.
+
+    Attributes:
+        channels: per layer whose filters can go what goes with them, in network order.
+        refused: per other layer the reason, in network order.
+    """
+
+    channels: dict[str, LayerChannels]
+    refused: dict[str, str]
+
+
+def find_channels(
+    model: nn.Module,
+    layers: Iterable[str],
+    *,
+    coupled: bool = False,
+    example_input: Tensor | None = None,
+) -> dict[str, LayerChannels]:
+    """Find what is removed together with the filters of ``layers``.
+
+    The network is traced once, on a copy without memory, whatever device it is on; the model
+    itself is left alone. See :mod:`tpp.channels.tracing` for how.
+
+    Args:
+        model: any classifier of images.
+        layers: names of Conv2d or Linear layers. Layers that are tied by an addition are found
+            together or not at all: name all of them, or ask for ``coupled``.
+        coupled: add the layers that have to lose the same filters to those asked for.
+        example_input: a batch to trace with, (1, channels, height, width); by default what the
+            model's architecture expects, see :func:`tpp.models.architecture.example_input_for`.
+
+    Returns:
+        One entry per layer, in the order of ``layers``; with ``coupled`` in network order.
+
+    Raises:
+        UserError: the model cannot be run on the input; there is no such layer; or its filters
+            cannot go, because they feed an addition together with those of a layer that is not
+            named, are the network's output, or reach an operation that cannot be narrowed.
+    """
+    layers = list(layers)
+    if not layers:
+        return {}
+    check_layers(model, layers)  # before the network is traced, which takes longer
+    return ChannelMap(model, example_input=example_input).find(layers, coupled=coupled)
+
+
+def survey_channels(
+    model: nn.Module, *, coupled: bool = False, example_input: Tensor | None = None
+) -> Survey:
+    """Find out of every Conv2d and Linear layer whether its filters can go, and what goes along.
+
+    Args:
+        model: any classifier of images.
+        coupled: whether layers that can only go together count; they name each other in ``tied``.
+        example_input: see :func:`find_channels`.
+
+    Raises:
+        UserError: the model cannot be run on the input.
+    """
+    channel_map = ChannelMap(model, example_input=example_input)
+    channels: dict[str, LayerChannels] = {}
+    refused: dict[str, str] = {}
+    for layer in channel_map.layers:
+        try:
+            named = channel_map.with_partners([layer]) if coupled else [layer]
+            channels[layer] = channel_map.channels(layer, set(named))
+        except UserError as error:
+            refused[layer] = str(error).removeprefix(f"{layer}: ")
+    return Survey(channels, refused)
+
+
+def check_plan(plan: PruningPlan, channels: Mapping[str, LayerChannels]) -> None:
+    """Check that what a plan removes can be removed.
+
+    Raises:
+        UserError: tied layers lose different filters, or the groups of a convolution lose
+            different numbers of filters.
+    """
+    for layer in plan.active_layers:
+        found = channels[layer]
+        for other in found.tied:
+            if plan.pruned.get(other) != plan.pruned[layer]:
+                raise UserError(
+                    f"plan: {layer} and {other} are tied and must lose the same filters"
+                )
+        per_group = found.filters // found.groups
+        lost = Counter(index // per_group for index in plan.pruned[layer])
+        if len(set(lost.values())) > 1 or len(lost) < found.groups:
+            raise UserError(
+                f"plan: {layer}: each of its {found.groups} groups must lose as many filters"
+            )
+
+
+def check_pruned(
+    before: "ChannelMap", pruned: nn.Module, kept: Mapping[tuple[str, int], Tensor]
+) -> None:
+    """Check that a pruned network passes its channels on as the dense one does.
+
+    It is traced too, and what stands or falls together in it must be what does in the dense one,
+    less what was removed. So a network whose code counts channels in its own way (a branch on a
+    width, say) is found out, even if it runs.
+
+    Args:
+        before: the dense network's channels.
+        pruned: the pruned network, on any device.
+        kept: per tensor and dimension that shrinks the positions that stay.
+
+    Raises:
+        UserError: the pruned network does not run, or channels reach other places than before.
+    """
+    try:
+        after = ChannelMap(pruned, example_input=before.example_input)
+    except UserError as error:
+        raise UserError(f"its code does not allow these widths: {error}") from None
+    pairs = [np.zeros((2, 0), np.int64)]
+    for key, (new, _) in after.axes.items():
+        stays = kept.get(key)
+        old = before.axes[key][0]
+        pairs.append(np.stack([old if stays is None else old[stays.numpy()], new]))
+    # A class of the one must be a class of the other. One filter alone has no label of its own.
+    both = np.unique(np.concatenate(pairs, axis=1), axis=1)
+    both = both[:, both[1] != FIXED]
+    if any(len(np.unique(row)) < len(row) for row in both):
+        raise UserError(
+            f"{type(pruned).__name__}: with these widths its channels reach other places than "
+            "before; its code counts channels in its own way"
+        )
+
+
+class ChannelMap:
+    """One network's channels.
+
+    Attributes:
+        example_input: the batch that it was traced with.
+        layers: its Conv2d and Linear layers, in network order.
+        axes: per tensor and dimension the class of every position (all positions of a class go at
+            once), and the number of groups if these are the inputs of a convolution in groups.
+    """
+
+    def __init__(self, model: nn.Module, *, example_input: Tensor | None = None) -> None:
+        self.example_input = example_input_for(model) if example_input is None else example_input
+        self._trace = trace = ChannelTrace(model, self.example_input)
+        self._modules = dict(model.named_modules())
+        self.layers = [
+            name for name, m in self._modules.items() if isinstance(m, nn.Conv2d | nn.Linear)
+        ]
+        self._rows = {
+            layer: rows
+            for layer in self.layers
+            if (rows := trace.rows(f"{layer}.weight")) is not None
+        }
+        self._classes = {layer: trace.classes(rows) for layer, rows in self._rows.items()}
+        self._followers = {
+            layer
+            for layer, rows in self._rows.items()
+            if set(trace.sources(rows).tolist()) <= trace.followers
+        }
+        self._partitions = [
+            (trace.classes(part.labels).tolist(), part.groups, part.module)
+            for part in trace.partitions
+        ]
+        self.axes = {
+            (axis.tensor, axis.dim): (trace.classes(axis.labels), axis.groups)
+            for axis in trace.axes
+        }
+        self._keys = list(self.axes)
+        # All positions of all axes in one table, sorted by class: class, axis, position.
+        parts = [np.zeros(0, np.int64), *(classes for classes, _ in self.axes.values())]
+        table = np.concatenate(parts)
+        owner = np.repeat(np.arange(len(parts)) - 1, [len(part) for part in parts])
+        place = np.concatenate([np.arange(len(part)) for part in parts])
+        order = np.argsort(table, kind="stable")
+        self._table = table[order], owner[order], place[order]
+        self._layers_of: dict[int, list[str]] = {}
+        for layer, classes in self._classes.items():
+            for number in set(classes.tolist()):
+                self._layers_of.setdefault(number, []).append(layer)
+
+    def find(self, layers: Iterable[str], *, coupled: bool = False) -> dict[str, LayerChannels]:
+        """See :func:`find_channels`."""
+        named = self.with_partners(layers) if coupled else list(layers)
+        return {layer: self.channels(layer, set(named)) for layer in named}
+
+    def with_partners(self, layers: Iterable[str]) -> list[str]:
+        """These layers and all that have to lose the same filters, in network order."""
+        wanted = set(layers)
+        for layer in list(wanted):
+            if layer in self._classes:
+                wanted |= set(self._partners(layer)) - self._followers
+        return [layer for layer in self.layers if layer in wanted]
+
+    def _partners(self, layer: str) -> list[str]:
+        """The other layers any of whose filters go with those of ``layer``, in network order."""
+        found = {o for number in self._classes[layer].tolist() for o in self._layers_of[number]}
+        return [other for other in self.layers if other in found and other != layer]
+
+    def channels(self, layer: str, named: set[str]) -> LayerChannels:
+        """What goes with the filters of ``layer`` when all of ``named`` are to be pruned.
+
+        Raises:
+            UserError: its filters cannot go, see :func:`find_channels`.
+        """
+        module: Any = self._modules[layer]
+        if module.weight.shape[0] == 1:
+            raise UserError(f"{layer}: its only filter must stay")
+        if layer not in self._rows:
+            raise UserError(f"{layer}: not used by the network's forward pass")
+        partners = self._partners(layer)
+        tied = self._check(layer, partners, named)
+        return LayerChannels(
+            layer=layer,
+            filters=len(self._rows[layer]),
+            weight=f"{layer}.weight",
+            bias=f"{layer}.bias" if module.bias is not None else None,
+            norms=self._norms(layer, [o for o in partners if o not in named], tied),
+            tied=tied,
+            groups=self._groups(layer),
+            slices=self._slices(layer),
+            inexact=self._trace.why_inexact(self._classes[layer].tolist()),
+        )
+
+    def _check(self, layer: str, partners: list[str], named: set[str]) -> tuple[str, ...]:
+        """The layers that lose the same filters; refuses a layer whose filters cannot go."""
+        classes = self._classes[layer]
+        for number in classes.tolist():
+            if reason := self._trace.why_frozen(number):
+                raise UserError(f"{layer}: its filters {reason}")
+        if len(set(classes.tolist())) < len(classes):
+            raise UserError(f"{layer}: its filters are tied to each other")
+        missing = [o for o in partners if o not in self._followers and o not in named]
+        if missing and layer in self._followers:
+            raise UserError(
+                f"{layer}: its filters only gate or filter those of {', '.join(missing)} one by "
+                f"one and go along with them: prune {'that' if len(missing) == 1 else 'those'}"
+            )
+        if missing:
+            raise UserError(
+                f"{layer}: its filters are added to or multiplied with those of "
+                f"{', '.join(missing)} and cannot be removed alone: prune all of these layers, "
+                "by the same ratio (coupled does it), or none"
+            )
+        tied = tuple(other for other in partners if other in named)
+        for other in tied:
+            if not np.array_equal(self._classes[other], classes):
+                raise UserError(
+                    f"{layer}: only some of its filters are tied to those of {other}, or in "
+                    "another order"
+                )
+        return tied
+
+    def _slices(self, layer: str) -> tuple[Slice, ...]:
+        """What every tensor loses with the layer's filters."""
+        table, owner, place = self._table
+        classes = self._classes[layer]
+        first, last = np.searchsorted(table, classes), np.searchsorted(table, classes, "right")
+        filter_of = np.repeat(np.arange(len(classes)), last - first)
+        rows = np.concatenate([np.arange(a, b) for a, b in zip(first, last, strict=True)])
+        owners, places = owner[rows], place[rows]
+        slices = []
+        for number in np.unique(owners):
+            (tensor, dim), mine = self._keys[number], owners == number
+            counts = np.bincount(filter_of[mine], minlength=len(classes))
+            if len(set(counts.tolist())) > 1:
+                raise UserError(f"{layer}: {tensor} holds some of its filters more often")
+            positions = torch.from_numpy(places[mine].reshape(len(classes), -1))
+            slices.append(Slice(tensor, dim, positions, self.axes[tensor, dim][1]))
+        return tuple(slices)
+
+    def _norms(self, layer: str, others: list[str], tied: tuple[str, ...]) -> tuple[Norm, ...]:
+        """The norms that this layer feeds, or one that goes along with it and is not named."""
+        fed = {label: number for number, label in enumerate(self._rows[layer].tolist())}
+        leaders = [o for o in self.layers if o in (layer, *tied) and o not in self._followers]
+        if leaders[:1] in ([layer], []):
+            number_of = {c: number for number, c in enumerate(self._classes[layer].tolist())}
+            for other in others:
+                pairs = zip(self._rows[other].tolist(), self._classes[other].tolist(), strict=True)
+                fed |= {label: number_of[c] for label, c in pairs if c in number_of}
+        norms = []
+        for name, labels in self._trace.norm_inputs.items():
+            hits = [(fed[x], place) for place, x in enumerate(labels.tolist()) if x in fed]
+            if hits:
+                positions = torch.tensor([place for _, place in sorted(hits)])
+                norms.append(Norm(name, len(labels), positions.view(len(self._rows[layer]), -1)))
+        return tuple(norms)
+
+    def _groups(self, layer: str) -> int:
+        """Equal parts of the filters that must lose as many each."""
+        number_of = {c: number for number, c in enumerate(self._classes[layer].tolist())}
+        filters, groups = len(number_of), 1
+        for classes, parts, module in self._partitions:
+            size = len(classes) // parts
+            part_of = {
+                number_of[c]: place // size for place, c in enumerate(classes) if c in number_of
+            }
+            if not part_of:
+                continue
+            if part_of != {number: number * parts // filters for number in range(filters)}:
+                raise UserError(
+                    f"{layer}: feeds {module}, a convolution in {parts} groups, together with "
+                    "other channels"
+                )
+            groups = math.lcm(groups, parts)
+        if filters % groups:
+            raise UserError(f"{layer}: its filters cannot be shared out among {groups} groups")
+        return groups

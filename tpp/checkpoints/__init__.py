@@ -1,0 +1,1 @@
+"""Files that hold networks: ours, and those of others."""

@@ -1,0 +1,82 @@
+"""Safetensors files: opened, checked, and which tensors share memory."""
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from tpp.common.errors import UserError, reason_of
+from tpp.common.reading import check_names
+
+PathLike = str | os.PathLike[str]
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether a file looks like safetensors, by its name or its first bytes."""
+    check_file(path)
+    if path.suffix == ".safetensors":
+        return True
+    with path.open("rb") as file:
+        return file.read(9)[8:] == b"{"
+
+
+def open_safetensors(path: Path) -> Any:
+    """Open a safetensors file.
+
+    Raises:
+        UserError: it is missing, not readable, truncated or not safetensors.
+    """
+    check_file(path)
+    try:
+        file = safe_open(path, "pt")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a whole safetensors file ({reason_of(error)})") from None
+    check_names(file.keys(), str(path))
+    return file
+
+
+def check_file(path: Path) -> None:
+    """Raise UserError if there is no such file, or it cannot be read."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    if not os.access(path, os.R_OK):
+        raise UserError(f"{path}: no permission to read it")
+
+
+def find_ties(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Names of tensors that are the same memory as an earlier one: {alias: name}."""
+    seen: dict[Any, str] = {}
+    ties = {}
+    for name, tensor in tensors.items():
+        if tensor.numel() == 0:
+            continue
+        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        first = seen.setdefault(place, name)
+        if first != name:
+            ties[name] = first
+    return ties
+
+
+def storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU, contiguous and apart; copied only where they are not so already."""
+    result = {}
+    end = 0
+    host = {name: tensor.detach().to("cpu") for name, tensor in tensors.items()}
+    for name in sorted(host, key=lambda name: host[name].data_ptr()):
+        tensor = host[name]
+        if not tensor.is_contiguous() or tensor.data_ptr() < end:
+            tensor = tensor.clone(memory_format=torch.contiguous_format)
+        else:
+            end = tensor.data_ptr() + tensor.numel() * tensor.element_size()
+        result[name] = tensor
+    return {name: result[name] for name in tensors}
+
+
+def sha256_of(tensor: Tensor) -> str:
+    data: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    return hashlib.sha256(data).hexdigest()

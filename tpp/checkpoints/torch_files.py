@@ -1,0 +1,122 @@
+"""Files of torch.save, read without running anything that is in them.
+
+``torch.load(weights_only=True)`` builds nothing but plain data and tensors. It does not ask
+whether the file is large enough for what it makes: a few bytes may become a tensor of any size.
+"""
+
+import pickle
+import re
+import warnings
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tpp.common.errors import UserError, reason_of
+
+# Tensors may share memory (ties, views of a flat vector), so together they may have more bytes
+# than the file; not many times as many.
+_MOST_OFTEN = 4
+_SPARE = 2**20
+
+
+class NeedsPickleError(UserError):
+    """The file holds an object of a class that is not plain data.
+
+    Attributes:
+        refused: the class or function, None where the reader does not say.
+    """
+
+    def __init__(self, path: Path, refused: str | None) -> None:
+        super().__init__(f"{path}: holds {refused}, and reading that could run any code")
+        self.refused = refused
+
+
+def load_torch(path: Path, stand_ins: Sequence[Any] = ()) -> Any:
+    """Plain data and tensors of a file that torch.save wrote; mapped, not read, where possible.
+
+    Args:
+        path: an existing file.
+        stand_ins: what takes the place of other classes, see ``torch.serialization.safe_globals``.
+
+    Raises:
+        NeedsPickleError: it holds something else than plain data and tensors.
+        UserError: it is damaged, compressed, or no file of torch.save; or a tensor is sparse,
+            quantized, complex or without memory, or larger than the file can hold.
+    """
+    try:
+        # Only the zip format of torch >= 1.6 can be mapped instead of read.
+        mapped = zipfile.is_zipfile(path)
+        if mapped:
+            _check_archive(path)
+        with torch.serialization.safe_globals(list(stand_ins)), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols that a damaged file names
+            data = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except UserError:
+        raise
+    except pickle.UnpicklingError as error:
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        raise NeedsPickleError(path, refused[1] if refused else None) from None
+    except (Exception, MemoryError) as error:
+        # A damaged file can make torch's reader stumble anywhere, or ask for any memory.
+        reason = "it asks for more memory than there is" if _is_memory(error) else reason_of(error)
+        raise UserError(f"{path}: not a whole PyTorch file ({reason})") from None
+    _check_tensors(path, data)
+    return data
+
+
+def _is_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or "allocate" in str(error)
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse entries that hold more than they take up: torch.save never compresses."""
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+    packed = next((e for e in entries if e.compress_type != zipfile.ZIP_STORED), None)
+    if packed is not None:
+        raise UserError(f"{path}: its entry {packed.filename} is compressed; torch.save does not")
+    if sum(entry.file_size for entry in entries) > path.stat().st_size:
+        raise UserError(f"{path}: not a whole PyTorch file (its entries overlap)")
+
+
+def _check_tensors(path: Path, data: Any) -> None:
+    """Refuse tensors of kinds that no network has, and those that are larger than the file."""
+    most, total = _MOST_OFTEN * path.stat().st_size + _SPARE, 0
+    for name, tensor in _tensors_in(data):
+        kind = _unusual(tensor)
+        if kind:
+            raise UserError(f"{path}: {name} is {kind}, which is no weight of a network")
+        total += tensor.numel() * tensor.element_size()
+        if total > most:
+            raise UserError(f"{path}: {name} is larger than the file can hold")
+
+
+def _unusual(tensor: Tensor) -> str | None:
+    if type(tensor) not in (Tensor, nn.Parameter):
+        return f"a {type(tensor).__name__}"
+    if tensor.layout != torch.strided or tensor.is_nested:
+        return "a sparse tensor"
+    if tensor.device.type != "cpu":
+        return f"a tensor on {tensor.device.type}"
+    return "quantized" if tensor.is_quantized else "complex" if tensor.is_complex() else None
+
+
+def _tensors_in(data: Any) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor in nested containers, once, with its key."""
+    seen: set[int] = set()
+    waiting: list[tuple[str, Any]] = [("the file", data)]
+    while waiting:
+        name, value = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            yield name, value
+        elif isinstance(value, Mapping):
+            waiting += [(str(key), inner) for key, inner in value.items()]
+        elif isinstance(value, list | tuple | set):
+            waiting += [(name, inner) for inner in value]

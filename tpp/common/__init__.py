@@ -1,0 +1,1 @@
+"""The ground: errors, files, reading, settings. It imports nothing of the project."""

@@ -1,0 +1,58 @@
+"""The base of all settings, and what is said of a mistake in them."""
+
+import difflib
+from typing import Annotated, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from tpp.common.errors import printable
+
+Ratio = Annotated[float, Field(ge=0, lt=1)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+PositiveInt = Annotated[int, Field(ge=1)]
+# NaN and infinity are numbers to YAML and never what anybody wants in these settings.
+_STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys and wrong types are errors."""
+
+    model_config = _STRICT
+
+
+def mistakes(error: ValidationError, model: type[BaseModel], prefix: str = "") -> list[str]:
+    """One line for each mistake: the key, what is wrong, and what would be right."""
+    lines = []
+    for problem in error.errors():
+        key = ".".join(str(part) for part in (prefix, *problem["loc"]) if part not in ("", "[key]"))
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            known = list(_section_at(model, problem["loc"][:-1]).model_fields)
+            known += ["name"] if prefix else []  # a method's, beside its settings
+            near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.5)
+            message = "unknown key" + (
+                f"; did you mean {near[0]!r}?" if near else f"; there are: {', '.join(known)}"
+            )
+        elif problem["type"] == "missing":
+            message = "this key is missing"
+        elif "[key]" in problem["loc"] and problem["type"] == "string_type":
+            message = f"keys should be strings, not {problem['input']!r}"
+        elif problem["type"] != "value_error":
+            message = f"{message[0].lower()}{message[1:]}, not {problem['input']!r}"
+        key = printable(key, 200)
+        lines += [f"{key}: {part}" if key else part for part in message.splitlines()]
+    return lines
+
+
+def _section_at(model: type[BaseModel], location: tuple[int | str, ...]) -> type[BaseModel]:
+    """The section class in which an unknown key was found."""
+    for part in location:
+        if str(part) in model.model_fields:
+            candidates = [model.model_fields[str(part)].annotation]
+            while candidates:
+                candidate = candidates.pop()
+                if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+                    model = candidate
+                    break
+                candidates += list(get_args(candidate))
+    return model

@@ -1,0 +1,1 @@
+"""How large, how fast and how trainable a network is."""

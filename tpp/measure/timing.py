@@ -1,0 +1,231 @@
+"""How long a network takes for a batch."""
+
+import copy
+import functools
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tpp.common.errors import UserError
+from tpp.models.architecture import Architecture, example_input_for
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DEVICES = ("cpu", "cuda")
+# What networks raise for an input, a dtype or a device that they do not run with; whatever
+# torch.compile raises is a RuntimeError.
+_RUN_ERRORS = (RuntimeError, ValueError, TypeError, AssertionError, IndexError)
+
+
+@dataclass(frozen=True)
+class LatencySettings:
+    """Under which conditions networks are timed.
+
+    Attributes:
+        batch: images per forward pass.
+        threads: threads of PyTorch on the CPU; None leaves the number as it is.
+        dtype: ``fp32``, ``bf16`` or ``fp16``; weights and images are converted, there is no
+            autocast.
+        channels_last: weights and images in channels-last memory order, else contiguous.
+        compile: whether to run through ``torch.compile``.
+        device: ``cpu`` or ``cuda``.
+        repeats: timed runs of every network.
+        warmup: rounds before them that are not timed, after a first run that never is.
+
+    Raises:
+        UserError: a value is none of these.
+    """
+
+    batch: int = 1
+    threads: int | None = None
+    dtype: str = "fp32"
+    channels_last: bool = False
+    compile: bool = False
+    device: str = "cpu"
+    repeats: int = 30
+    warmup: int = 5
+
+    def __post_init__(self) -> None:
+        least = {"batch": 1, "threads": 1, "repeats": 1, "warmup": 0}
+        for name, lowest in least.items():
+            value = getattr(self, name)
+            if value is not None and value < lowest:
+                raise UserError(f"{name} must be {lowest} or more, not {value}")
+        for name, known in (("dtype", tuple(DTYPES)), ("device", DEVICES)):
+            value = getattr(self, name)
+            if value not in known:
+                raise UserError(f"{name} must be one of {', '.join(known)}, not {value!r}")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How long forward passes of one network took.
+
+    Attributes:
+        seconds: of every timed pass over a batch, in the order they ran.
+    """
+
+    seconds: list[float]
+
+    @property
+    def median(self) -> float:
+        """Median, in seconds per batch."""
+        return statistics.median(self.seconds)
+
+    @property
+    def low(self) -> float:
+        """Lower quartile, in seconds per batch."""
+        return self._quantile(0.25)
+
+    @property
+    def high(self) -> float:
+        """Upper quartile, in seconds per batch."""
+        return self._quantile(0.75)
+
+    def _quantile(self, share: float) -> float:
+        return torch.tensor(self.seconds, dtype=torch.float64).quantile(share).item()
+
+
+def measure(
+    networks: Mapping[str, nn.Module],
+    settings: LatencySettings,
+    *,
+    example_input: Tensor | None = None,
+) -> dict[str, Timing]:
+    """Time forward passes of several networks that take turns.
+
+    In every round each network runs once, in the given order, so that whatever else the machine
+    does hits all of them alike. What is timed are copies in evaluation mode, under
+    ``torch.inference_mode``; on a GPU a pass ends when its last kernel has. The first pass of
+    each network, which with ``settings.compile`` compiles it, is not timed.
+
+    Args:
+        networks: networks by name, any device and dtype; left alone.
+        settings: the conditions.
+        example_input: images (N, channels, height, width) for all networks, repeated or cut to
+            the batch; by default random ones of the shape that each one's architecture expects.
+
+    Returns:
+        For every name its times, in seconds per batch.
+
+    Raises:
+        UserError: there is no such device, or a network does not run under these conditions.
+    """
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device cuda: PyTorch finds no CUDA GPU on this machine; use cpu")
+    seconds: dict[str, list[float]] = {name: [] for name in networks}
+    with _threads(settings.threads), _room_to_compile(settings):
+        runs = {
+            name: _first_run(name, network, settings, example_input)
+            for name, network in networks.items()
+        }
+        for turn in range(settings.warmup + settings.repeats):
+            for name, run in runs.items():
+                taken = run()
+                if turn >= settings.warmup:
+                    seconds[name].append(taken)
+    return {name: Timing(taken) for name, taken in seconds.items()}
+
+
+@contextmanager
+def _threads(number: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if number is not None:
+        torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _room_to_compile(settings: LatencySettings) -> Iterator[None]:
+    """Let any number of networks be compiled side by side.
+
+    Networks of one class share their code, and beyond 8 versions of it torch.compile would run
+    the others uncompiled.
+    """
+    with ExitStack() as stack:
+        if settings.compile:
+            import torch._dynamo
+
+            limits: dict[str, Any] = {
+                "recompile_limit": 2**16,
+                "accumulated_recompile_limit": 2**16,
+            }
+            stack.enter_context(torch._dynamo.config.patch(limits))
+        yield
+
+
+def _first_run(
+    name: str, network: nn.Module, settings: LatencySettings, example_input: Tensor | None
+) -> Callable[[], float]:
+    """Run a copy of a network once; what runs it again and returns the seconds it took."""
+    images = _images(network, settings, example_input)
+    try:
+        run = functools.partial(_seconds, _timed_copy(network, settings), images)
+        run()
+    except _RUN_ERRORS as error:
+        shape = "x".join(map(str, images.shape))
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        how = f"{settings.dtype}{', compiled,' if settings.compile else ''} on {settings.device}"
+        raise UserError(f"{name}: does not run in {how} on images of {shape}: {reason}") from None
+    return run
+
+
+def _images(network: nn.Module, settings: LatencySettings, example_input: Tensor | None) -> Tensor:
+    if example_input is None:
+        shape = settings.batch, *example_input_for(network).shape[1:]
+        images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    else:
+        images = example_input[torch.arange(settings.batch) % len(example_input)]
+    images = images.detach().to(settings.device, DTYPES[settings.dtype])
+    return images.contiguous(memory_format=_memory_format(settings))
+
+
+def _timed_copy(network: nn.Module, settings: LatencySettings) -> Callable[[Tensor], Any]:
+    timed = copy.deepcopy(network).eval().to(settings.device, DTYPES[settings.dtype])
+    timed = timed.to(memory_format=_memory_format(settings))
+    # Without dynamic=False a second batch size would be compiled for any batch, not its own.
+    return torch.compile(timed, dynamic=False) if settings.compile else timed
+
+
+def _memory_format(settings: LatencySettings) -> torch.memory_format:
+    return torch.channels_last if settings.channels_last else torch.contiguous_format
+
+
+def _seconds(network: Callable[[Tensor], Any], images: Tensor) -> float:
+    """Time one pass from an idle device to an idle device."""
+    with torch.inference_mode():
+        _wait_for(images.device)
+        started = time.perf_counter()
+        network(images)
+        _wait_for(images.device)
+        return time.perf_counter() - started
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def in_words(architecture: Architecture) -> str:
+    args = "".join(f", {key}={value}" for key, value in architecture.args.items())
+    return f"{architecture.name}, {architecture.num_classes} classes{args}"
+
+
+def machine_of(settings: LatencySettings) -> dict[str, Any]:
+    """What the times depend on besides the settings, ready for JSON."""
+    return {
+        "machine": platform.machine(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "threads": settings.threads or torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if settings.device == "cuda" else None,
+        "torch": torch.__version__,
+    }

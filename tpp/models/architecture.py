@@ -1,0 +1,272 @@
+"""Networks by name; every one of them carries its :class:`Architecture` with it."""
+
+import copy
+import difflib
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
+
+from tpp.common.errors import UserError, reason_of
+from tpp.models.cifar import CifarResNet, CifarVGG19
+from tpp.models.mlp import LinearMLP
+
+_OWN_MODELS: dict[str, Callable[..., nn.Module]] = {
+    **{
+        f"cifar_resnet{depth}": functools.partial(CifarResNet, depth)
+        for depth in (8, 14, 20, 32, 44, 56, 110)
+    },
+    "cifar_vgg19_bn": CifarVGG19,
+    "mlp7_linear": LinearMLP,
+}
+# Their auxiliary heads exist for training from scratch only and are no use to a finetuned
+# network; saying init_weights out loud keeps torchvision from warning about its default.
+_TORCHVISION_ARGS: dict[str, dict[str, Any]] = {
+    "googlenet": {"aux_logits": False, "init_weights": True},
+    "inception_v3": {"aux_logits": False, "init_weights": True},
+}
+_TIMM = "timm:"
+# With these a constructor fetches weights or opens a file.
+_LOADING_ARGS = ("weights", "pretrained", "checkpoint_path", "cache_dir")
+# Several times what any network has; building one with a depth of millions would never end.
+_MOST_MODULES = 5_000
+# What a file may say of its architecture. A checkpoint of unknown origin is built from it, and
+# what is built has to stay small until the file's tensors have turned out to fit.
+_MOST_CLASSES = 2**24
+_LARGEST_ARG = 2**16
+_LARGEST_IMAGE = 4096
+_MOST_ARGS = 1000
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What :func:`build_model` needs to build a network again.
+
+    Attributes:
+        name: see :func:`build_model`.
+        num_classes: number of outputs.
+        args: further arguments of the network's constructor; plain data, ready for JSON.
+    """
+
+    name: str
+    num_classes: int
+    args: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The architecture as plain data, ready for JSON."""
+        return {"name": self.name, "num_classes": self.num_classes, "args": dict(self.args)}
+
+    @classmethod
+    def from_dict(cls, data: Any, *, source: str = "architecture") -> "Architecture":
+        """Read what :meth:`to_dict` wrote; ``source`` names the origin in error messages."""
+        if (
+            not isinstance(data, dict)
+            or set(data) != {"name", "num_classes", "args"}
+            or not isinstance(data["name"], str)
+            or not isinstance(data["num_classes"], int)
+            or not isinstance(data["args"], dict)
+        ):
+            raise UserError(f'{source}: expected {{"name": ..., "num_classes": N, "args": {{}}}}')
+        name, num_classes, args = data["name"], data["num_classes"], data["args"]
+        if not 1 <= num_classes <= _MOST_CLASSES or isinstance(num_classes, bool):
+            raise UserError(f"{source}: no network has {num_classes} classes")
+        if not _are_plain(args):
+            raise UserError(f"{source}: the arguments of {name!r} are none that a network takes")
+        return cls(name, num_classes, args)
+
+
+def _are_plain(args: Mapping[str, Any]) -> bool:
+    """Whether arguments from a file are few, and numbers in them of a size that makes sense."""
+    waiting: list[Any] = [args]
+    for _ in range(_MOST_ARGS):
+        if not waiting:
+            return True
+        value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += value.values()
+        elif isinstance(value, list):
+            waiting += value
+        elif isinstance(value, int | float) and not -_LARGEST_ARG <= value <= _LARGEST_ARG:
+            return False  # nor NaN
+    return not waiting
+
+
+def model_names() -> list[str]:
+    """Every name that :func:`build_model` knows, timm's excepted."""
+    return [*_OWN_MODELS, *torchvision.models.list_models(module=torchvision.models)]
+
+
+def build_model(name: str, num_classes: int, **args: Any) -> nn.Module:
+    """Build a network with random weights.
+
+    Args:
+        name: ``cifar_resnet{8,14,20,32,44,56,110}``, ``cifar_vgg19_bn``, ``mlp7_linear``, a
+            classification network of torchvision by its plain name (``resnet50``), or one of
+            timm as ``timm:NAME``.
+        num_classes: number of outputs.
+        args: further arguments of the network's constructor.
+
+    Returns:
+        The network, in training mode; its attribute ``architecture`` is an
+        :class:`Architecture`.
+
+    Raises:
+        UserError: the name is unknown, or the network does not take these arguments.
+    """
+    architecture = Architecture(name, num_classes, args)
+    try:
+        return _build(architecture)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a constructor raises for an argument it cannot use
+        raise UserError(f"model {name!r} cannot be built with {args}: {reason_of(error)}") from None
+
+
+def build_on_meta(architecture: Architecture) -> nn.Module:
+    """Build a network without memory for its weights and without initialising them."""
+    name, args = architecture.name, architecture.args
+    try:
+        with torch.device("meta"):
+            return _build(architecture)
+    except UserError:
+        raise
+    except Exception:
+        # Either a mistake, which the next lines report, or one of the few networks of timm that
+        # look at the value of a tensor while they are being built.
+        from accelerate import init_empty_weights
+
+        try:
+            # Buffers are small, and some constructors compute with tensors of their kind.
+            with init_empty_weights(include_buffers=False):
+                return _build(architecture).to("meta")
+        except Exception as error:
+            reason = reason_of(error)
+            raise UserError(f"model {name!r} cannot be built with {args}: {reason}") from None
+
+
+def meta_copy(model: nn.Module) -> nn.Module:
+    """Copy a network without its weights: same modules, every tensor on the meta device."""
+    memo: dict[int, Tensor] = {}
+    for parameter in model.parameters():
+        empty = torch.empty_like(parameter, device="meta")
+        memo[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+    for buffer in model.buffers():
+        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    return copy.deepcopy(model, memo)
+
+
+def set_architecture(model: nn.Module, architecture: Architecture | None) -> None:
+    """Attach ``architecture`` to ``model``; it survives ``copy.deepcopy`` and is no parameter."""
+    model.__dict__["architecture"] = architecture
+
+
+def architecture_of(model: nn.Module) -> Architecture | None:
+    """The architecture that :func:`build_model` attached to ``model``, if it did."""
+    return getattr(model, "architecture", None)
+
+
+def input_shape(name: str, **args: Any) -> tuple[int, int, int]:
+    """Shape (channels, height, width) of the images that a network expects.
+
+    Raises:
+        UserError: the arguments make no sense of it.
+    """
+    shape = _input_shape(name, args)
+    whole = all(isinstance(side, int) and not isinstance(side, bool) for side in shape)
+    if len(shape) != 3 or not whole or not 1 <= min(shape) <= max(shape) <= _LARGEST_IMAGE:
+        raise UserError(f"model {name!r}: takes no images of {shape} (channels, height, width)")
+    channels, height, width = shape
+    return channels, height, width
+
+
+def _input_shape(name: str, args: Mapping[str, Any]) -> tuple[Any, ...]:
+    if name.startswith(_TIMM):
+        _builder(name)
+        import timm
+
+        config = timm.get_pretrained_cfg(name.removeprefix(_TIMM))
+        channels, height, width = config.input_size if config else (3, 224, 224)
+        size = args.get("img_size", (height, width))
+        sides = size if isinstance(size, list | tuple) else (size, size)
+        return args.get("in_chans", channels), *sides
+    default = 28 if name == "mlp7_linear" else 32 if name in _OWN_MODELS else 224
+    size = args.get("image_size", default)
+    return 1 if name == "mlp7_linear" else 3, size, size
+
+
+def example_input_for(model: nn.Module, device: str = "cpu") -> Tensor:
+    """One blank image for ``model``, (1, channels, height, width), float32.
+
+    Its shape is what the model's architecture expects, 1x3x224x224 where that is not known.
+
+    Args:
+        model: the network.
+        device: ``meta`` for one without memory.
+    """
+    architecture = architecture_of(model)
+    shape = (3, 224, 224)
+    if architecture is not None:
+        shape = input_shape(architecture.name, **architecture.args)
+    return torch.zeros(1, *shape, device=device)
+
+
+def _build(architecture: Architecture) -> nn.Module:
+    name, num_classes, args = architecture.name, architecture.num_classes, architecture.args
+    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
+        raise UserError(f"model {name!r}: num_classes must be a positive number, not {num_classes}")
+    if any(not isinstance(key, str) or key.startswith(_LOADING_ARGS) for key in args):
+        raise UserError(f"model {name!r}: weights are loaded from a file, not built with it")
+    builder = _builder(name)
+    with _bounded():
+        model = builder(num_classes=num_classes, **args)
+    set_architecture(model, architecture)
+    return model
+
+
+@contextmanager
+def _bounded() -> Iterator[None]:
+    """End the building of a network that has too many modules."""
+    numbers = itertools.count(1)
+
+    def registered(*_: Any) -> None:
+        if next(numbers) > _MOST_MODULES:
+            raise UserError(f"a network of more than {_MOST_MODULES:,} modules is not built")
+
+    handle = register_module_module_registration_hook(registered)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _builder(name: str) -> Callable[..., nn.Module]:
+    if name.startswith(_TIMM):
+        return _timm_builder(name.removeprefix(_TIMM))
+    if name in _OWN_MODELS:
+        return _OWN_MODELS[name]
+    if name not in model_names():
+        raise UserError(f"no model is called {name!r}; {_nearest(name, model_names())}")
+    builder = torchvision.models.get_model_builder(name)
+    return functools.partial(builder, weights=None, **_TORCHVISION_ARGS.get(name, {}))
+
+
+def _timm_builder(name: str) -> Callable[..., nn.Module]:
+    try:
+        import timm
+    except ImportError:
+        raise UserError(f"model 'timm:{name}' needs timm: pip install timm") from None
+    if not timm.is_model(name):
+        raise UserError(f"timm has no model {name!r}; {_nearest(name, timm.list_models())}")
+    return functools.partial(timm.create_model, name, pretrained=False)
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(near)}?" if near else "see tpp.models.model_names()"

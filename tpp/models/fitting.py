@@ -1,0 +1,197 @@
+"""Giving a network the widths that its tensors ask for."""
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from tpp.common.errors import UserError, reason_of
+from tpp.models.architecture import Architecture, build_on_meta, example_input_for, meta_copy
+
+Shape = tuple[int, ...]
+# Tensors that have their layer's widths, and shrink or grow with them.
+_KNOWN = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+
+
+def fit_to_shapes(model: nn.Module, shapes: Mapping[str, Shape]) -> None:
+    """Resize the modules of ``model``, and parameters that stand alone, in place.
+
+    Tensors that change shape lose their values, so this is meant for a model on the meta device,
+    whose tensors are assigned afterwards. Whether the widths fit each other is for
+    :func:`output_width` to find out.
+
+    Args:
+        model: a dense network, see :func:`tpp.models.architecture.build_on_meta`.
+        shapes: the wanted shape of every tensor in the model's ``state_dict``.
+
+    Raises:
+        UserError: a tensor is missing or not known, or no widths of the layers give its shape.
+    """
+    names = list(model.state_dict())
+    missing = [name for name in names if name not in shapes]
+    known = set(names)
+    unknown = [name for name in shapes if name not in known]
+    if missing or unknown:
+        problem = f"lacks {few(missing)}" if missing else f"has unknown {few(unknown)}"
+        raise UserError(f"does not fit {type(model).__name__}: {problem}")
+    for name, module in model.named_modules():
+        prefix = f"{name}." if name else ""
+        own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+        _fit_module(module, {k: shapes[prefix + k] for k, _ in own if prefix + k in shapes})
+    for name, tensor in model.state_dict().items():
+        if tuple(tensor.shape) != tuple(shapes[name]):
+            raise UserError(
+                f"{name}: shape {by(shapes[name])} does not fit {type(model).__name__}, "
+                f"which wants {by(tensor.shape)}"
+            )
+
+
+def output_width(model: nn.Module) -> int:
+    """Run a network without memory on one image; the number of its outputs.
+
+    Raises:
+        UserError: its layers do not fit each other.
+    """
+    copy = meta_copy(model).eval()
+    dtype = next((p.dtype for p in copy.parameters()), torch.float32)
+    image = example_input_for(model, "meta").to(dtype)
+    running = running_modules(copy)
+    try:
+        with torch.no_grad():
+            out = copy(image)
+    except Exception as error:  # whatever a network's own code raises where widths do not fit
+        where = f"{place_of(running)}: {reason_of(error)}"
+        raise UserError(f"its layers do not fit each other {where}") from None
+    if not isinstance(out, Tensor) or out.dim() != 2:
+        raise UserError("its output is not one row of logits for each image")
+    return int(out.shape[1])
+
+
+def running_modules(model: nn.Module) -> list[str]:
+    """A list that holds, while ``model`` runs, the names of the modules that do, innermost last.
+
+    Hooks stay on the model: meant for a copy.
+    """
+    running: list[str] = []
+
+    def leave(*_: object) -> None:
+        running.pop()
+
+    for name, module in model.named_modules():
+        module.register_forward_pre_hook(lambda *_, name=name: running.append(name))
+        module.register_forward_hook(leave)
+    return running
+
+
+def place_of(running: Sequence[str]) -> str:
+    """Where a network is, for a message."""
+    return f"at {running[-1]}" if running and running[-1] else "in forward()"
+
+
+def fitted(architecture: Architecture, shapes: Mapping[str, Shape]) -> nn.Module:
+    """The network of these tensors on the meta device.
+
+    Its ``architecture`` has as many classes as the network has outputs: the classifier may have
+    been replaced since the network was built.
+
+    Raises:
+        UserError: the tensors are not those of the architecture, or do not fit each other.
+    """
+    model = build_on_meta(architecture)
+    fit_to_shapes(model, shapes)
+    classes = output_width(model)
+    if classes != architecture.num_classes:
+        architecture = Architecture(architecture.name, classes, architecture.args)
+        model = build_on_meta(architecture)
+        fit_to_shapes(model, shapes)
+    return model
+
+
+def assign_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Make ``tensors`` the parameters and buffers of ``model``, without a copy, ties kept."""
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    state = OrderedDict(tensors)
+    # Versions of modules' formats, which tensors alone do not carry: these are of today.
+    state._metadata = model.state_dict()._metadata  # type: ignore[attr-defined]
+    model.load_state_dict(state, assign=True)
+    for first, *others in names.values():
+        for other in others:
+            module, _, key = other.rpartition(".")
+            setattr(model.get_submodule(module), key, model.get_parameter(first))
+
+
+def fill_buffers(model: nn.Module, source: nn.Module) -> None:
+    """Copy the buffers that are in no ``state_dict``, and so in no file, from another network."""
+    stored = model.state_dict()
+    for name, _ in list(model.named_buffers()):
+        if name not in stored:
+            module, _, key = name.rpartition(".")
+            setattr(model.get_submodule(module), key, source.get_buffer(name).clone())
+
+
+def few(names: Sequence[str], limit: int = 3) -> str:
+    """The first few of many names, for an error message."""
+    shown = ", ".join(names[:limit])
+    return shown + (f", ... ({len(names)} in all)" if len(names) > limit else "")
+
+
+def by(shape: Sequence[int]) -> str:
+    """A shape as people write it: 64x3x7x7."""
+    return "x".join(map(str, shape)) or "scalar"
+
+
+def _fit_module(module: nn.Module, shapes: Mapping[str, Shape]) -> None:
+    """Resize one module as its wanted tensors ask for; leave it where that makes no sense."""
+    shape = shapes.get("weight", shapes.get("running_mean", ()))
+    if any(0 in wanted for wanted in shapes.values()):
+        return
+    if isinstance(module, nn.Conv2d) and len(shape) == 4:
+        _fit_convolution(module, shape)
+    elif isinstance(module, nn.Linear) and len(shape) == 2:
+        module.out_features, module.in_features = shape
+        _resize(module, "weight", shape)
+        _resize(module, "bias", shape[:1])
+    elif isinstance(module, _BatchNorm | nn.GroupNorm) and len(shape) == 1:
+        if isinstance(module, nn.GroupNorm):
+            module.num_channels = shape[0]
+        else:
+            module.num_features = shape[0]
+        for key in ("weight", "bias", "running_mean", "running_var"):
+            _resize(module, key, shape)
+    elif isinstance(module, nn.LayerNorm | nn.RMSNorm) and len(shape) == len(
+        module.normalized_shape
+    ):
+        module.normalized_shape = shape
+        for key in ("weight", "bias"):
+            _resize(module, key, shape)
+    # Other parameters (a scale per channel, a class token) only ever shrink.
+    for key, wanted in shapes.items():
+        old = getattr(module, key)
+        known = isinstance(module, nn.Conv2d | nn.Linear | _BatchNorm) and key in _KNOWN
+        if not known and len(wanted) == old.dim() and all(map(int.__le__, wanted, old.shape)):
+            _resize(module, key, wanted)
+
+
+def _fit_convolution(module: nn.Conv2d, shape: Shape) -> None:
+    groups = module.groups
+    if groups > 1 and groups == module.in_channels == module.out_channels and shape[1] == 1:
+        module.groups = module.in_channels = module.out_channels = shape[0]
+    elif shape[0] % groups == 0:
+        module.out_channels, module.in_channels = shape[0], shape[1] * groups
+    inputs = module.in_channels // module.groups
+    _resize(module, "weight", (module.out_channels, inputs, *module.kernel_size))
+    _resize(module, "bias", (module.out_channels,))
+
+
+def _resize(module: nn.Module, key: str, shape: Shape) -> None:
+    old = getattr(module, key, None)
+    if old is None or tuple(old.shape) == tuple(shape):
+        return
+    new = old.new_empty(shape)
+    if isinstance(old, nn.Parameter):
+        new = nn.Parameter(new, requires_grad=old.requires_grad)
+    setattr(module, key, new)

@@ -1,0 +1,46 @@
+"""The layers of a network whose filters can go, and their sizes."""
+
+import difflib
+from collections.abc import Iterable
+
+from torch import nn
+
+from tpp.common.errors import UserError
+from tpp.plan import PruningPlan
+
+
+def check_layers(model: nn.Module, layers: Iterable[str]) -> None:
+    """Raise UserError if one of ``layers`` is no Conv2d or Linear layer of the model."""
+    prunable = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    for layer in layers:
+        if layer not in prunable:
+            near = difflib.get_close_matches(layer, prunable, n=3)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"there are {len(prunable)}"
+            raise UserError(f"no Conv2d or Linear layer is called {layer!r}; {hint}")
+
+
+def layer_widths(model: nn.Module) -> dict[str, list[int]]:
+    """[inputs, outputs] of every Conv2d and Linear layer, in network order."""
+    widths = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            widths[name] = [module.in_channels, module.out_channels]
+        elif isinstance(module, nn.Linear):
+            widths[name] = [module.in_features, module.out_features]
+    return widths
+
+
+def prunable_layers(model: nn.Module) -> dict[str, nn.Conv2d | nn.Linear]:
+    """Every Conv2d and Linear of ``model`` by name, in the order in which they were defined."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d | nn.Linear)
+    }
+
+
+def layer_sizes(model: nn.Module, plan: PruningPlan) -> tuple[dict[str, int], dict[str, int]]:
+    """Weights per filter, and groups of the convolution (1 if none), of every layer of a plan."""
+    layers = prunable_layers(model)
+    row_sizes = {layer: layers[layer].weight[0].numel() for layer in plan.filters}
+    return row_sizes, {layer: getattr(layers[layer], "groups", 1) for layer in plan.filters}

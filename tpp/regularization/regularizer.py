@@ -1,0 +1,290 @@
+"""The regularised stage for any training loop: three calls a step."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from tpp.channels.channel_map import LayerChannels, check_plan, find_channels
+from tpp.common.errors import UserError
+from tpp.models.layers import layer_sizes, prunable_layers
+from tpp.plan import PruningPlan
+from tpp.regularization.gram import BlockBatch, entry_decay, layer_blocks, make_batches
+from tpp.regularization.schedule import GrowthSchedule
+from tpp.regularization.sharding import work_units
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """What a person watches to see TPP at work in one layer.
+
+    Attributes:
+        pruned_magnitude: mean absolute weight of the filters that will go.
+        kept_magnitude: mean absolute weight of the filters that stay.
+        correlation: mean of (w_i . w_j)^2 over filters i that go and j that stay.
+    """
+
+    pruned_magnitude: float
+    kept_magnitude: float
+    correlation: float
+
+
+class Regularizer:
+    """Drives the filters of a plan, and all that ties others to them, to zero.
+
+    In a training loop of your own::
+
+        regularizer = tpp.Regularizer(model, plan, rank=rank, world_size=world_size)
+        ...
+        (loss + regularizer.penalty(step)).backward()
+        optimizer.step()
+        regularizer.after_step(step)
+
+    Under data parallelism every rank computes its share of the penalty times ``world_size``, so
+    that the averaging of gradients over ranks yields the exact sum; nothing else is communicated.
+    With gradient accumulation add the penalty once per optimiser step, to the last micro-batch's
+    loss: unscaled, or times the number of micro-batches where the engine divides every loss by it
+    (DeepSpeed, Accelerate; docs/distributed.md).
+
+    Args:
+        model: the network, not wrapped (the module inside DistributedDataParallel).
+        plan: the filters to remove.
+        rank: this process's rank.
+        world_size: number of ranks over which gradients are averaged.
+        gram_weight: weight of the gram penalty relative to the decay; 0 leaves the decay alone.
+        growth: how lambda grows and when layers are zeroed.
+        example_input: a batch to trace the network with, see :func:`tpp.select_filters`.
+
+    Raises:
+        UserError: the plan does not fit the model, a layer's filters cannot be removed, the
+            stabilise phase ends before the last layer is zeroed, or weights are split over ranks
+            (ZeRO stage 3, FSDP).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: PruningPlan,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        gram_weight: float = 1000.0,
+        growth: GrowthSchedule | None = None,
+        example_input: Tensor | None = None,
+    ) -> None:
+        if not 0 <= rank < world_size:
+            raise UserError(f"rank must be in 0..{world_size - 1}, not {rank}")
+        self.plan = plan
+        self.growth = growth or GrowthSchedule()
+        self.gram_weight = gram_weight
+        self.world_size = world_size
+        layers = prunable_layers(model)
+        for layer, filters in plan.filters.items():
+            if layer in layers:
+                _check_whole(layer, layers[layer])
+            if layer not in layers or layers[layer].weight.shape[0] != filters:
+                found = layers[layer].weight.shape[0] if layer in layers else "no such layer"
+                raise UserError(
+                    f"plan does not fit the model: {layer}: {filters} filters planned, "
+                    f"model has {found}"
+                )
+        self._model = model
+        active = plan.active_layers
+        channels = find_channels(model, active, example_input=example_input)
+        check_plan(plan, channels)
+        numbers = {layer: number for number, layer in enumerate(layers)}
+        self._numbers = {layer: numbers[layer] for layer in active}
+        if active:
+            self.growth.check_zero_out(max(self._numbers.values()))
+        self._layers = {layer: layers[layer] for layer in active}
+        self._vectors = {
+            layer: list(_entries(model, layers[layer], channels[layer])) for layer in active
+        }
+        row_sizes, groups = layer_sizes(model, plan)
+        self.units = work_units(plan, row_sizes, rank=rank, world_size=world_size, groups=groups)
+        blocks = [
+            (unit.layer, block)
+            for unit in self.units
+            for block in layer_blocks(
+                plan.filters[unit.layer], plan.pruned[unit.layer], groups[unit.layer], unit.rows
+            )
+        ]
+        # Without the gram penalty there is nothing but decay, and nothing to multiply.
+        self._batches: list[BlockBatch] = make_batches(blocks, row_sizes) if gram_weight else []
+        self._entry_mask = _mask(
+            [
+                (entries.length, entries.of(unit.rows))
+                for unit in self.units
+                for entries in self._vectors[unit.layer]
+            ]
+        )
+        self._indices: dict[tuple[str, str, torch.device], Tensor] = {}
+
+    @torch.compiler.disable
+    def penalty_terms(self, step: int) -> dict[str, Tensor]:
+        """The penalty of 0-based ``step`` in its parts, ``gram`` and ``decay``; each a scalar."""
+        for layer, module in self._layers.items():
+            _check_whole(layer, module)
+        strength = self.growth.strength(step)
+        if strength == 0.0:
+            device = next(self._model.parameters()).device
+            return {"gram": torch.zeros((), device=device), "decay": torch.zeros((), device=device)}
+        return self.penalty_terms_at(strength)
+
+    def penalty_terms_at(self, strength: float | Tensor) -> dict[str, Tensor]:
+        """The penalty in its parts at a given lambda.
+
+        Args:
+            strength: lambda; a scalar tensor on the model's device where it is to change between
+                replays of a captured CUDA graph.
+        """
+        device = next(self._model.parameters()).device
+        gram = torch.zeros((), device=device)
+        decay = torch.zeros((), device=device)
+        if not self._batches:
+            for unit in self.units:
+                rows = self._index(unit.layer, "owned", device)
+                decay = decay + 0.5 * self._weight(unit.layer)[rows].float().square().sum()
+        for batch in self._batches:
+            weights = [self._weight(name) for name in batch.names]
+            batch_gram, batch_decay = batch.penalty(weights)
+            gram = gram + batch_gram
+            decay = decay + batch_decay
+        vectors = [entries.vector for unit in self.units for entries in self._vectors[unit.layer]]
+        if vectors:
+            self._entry_mask = self._entry_mask.to(device)
+            decay = decay + entry_decay(vectors, self._entry_mask)
+        scale = strength * self.world_size
+        return {"gram": self.gram_weight * scale * gram, "decay": scale * decay}
+
+    def penalty(self, step: int) -> Tensor:
+        """This rank's share of the penalty at 0-based ``step``, times the number of ranks.
+
+        A scalar to add to the task loss: ``lambda * (gram_weight * gram + decay)`` summed over
+        layers, in float32 whatever the autocast.
+
+        Raises:
+            UserError: the weights have been split over ranks since (ZeRO stage 3, FSDP).
+        """
+        terms = self.penalty_terms(step)
+        return terms["gram"] + terms["decay"]
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def after_step(self, step: int) -> None:
+        """Hold the layers whose turn has come at zero; call it after the optimiser's ``step``."""
+        for layer, number in self._numbers.items():
+            if self.growth.zeroed(number, step):
+                weight = self._weight(layer)
+                rows = self._index(layer, "pruned", weight.device)
+                weight.index_fill_(0, rows, 0.0)
+                for number, entries in enumerate(self._vectors[layer]):
+                    places = self._index(layer, f"entries {number}", weight.device)
+                    entries.vector.index_fill_(0, places, 0.0)
+
+    def finished(self, step: int) -> bool:
+        """Whether ``step`` steps are all that the stage needs."""
+        return step >= self.growth.total_steps
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run must have again: the plan. All else follows from the step."""
+        return {"plan": self.plan.to_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Check that a resumed run regularises the same filters.
+
+        Raises:
+            UserError: the saved plan is another one.
+        """
+        if PruningPlan.from_dict(state["plan"]) != self.plan:
+            raise UserError("the checkpoint to resume from regularises another set of filters")
+
+    @torch.no_grad()
+    def statistics(self) -> dict[str, LayerStatistics]:
+        """Magnitudes and correlations per pruned layer, for monitoring."""
+        result = {}
+        for layer in self._layers:
+            rows = self._weight(layer).detach().flatten(1).float()
+            pruned = rows[self._index(layer, "pruned", rows.device)]
+            kept = rows[self._index(layer, "kept", rows.device)]
+            values = torch.stack(
+                [pruned.abs().mean(), kept.abs().mean(), (pruned @ kept.T).square().mean()]
+            )
+            result[layer] = LayerStatistics(*values.tolist())
+        return result
+
+    def _weight(self, layer: str) -> Tensor:
+        return self._layers[layer].weight
+
+    def _index(self, layer: str, kind: str, device: torch.device) -> Tensor:
+        key = (layer, kind, device)
+        if key not in self._indices:
+            rows: Sequence[int]
+            if kind == "kept":
+                rows = self.plan.kept(layer)
+            elif kind == "owned":
+                rows = next((unit.rows for unit in self.units if unit.layer == layer), ())
+            else:
+                rows = self.plan.pruned[layer]
+            if kind.startswith("entries"):
+                rows = self._vectors[layer][int(kind.split()[1])].of(rows)
+            self._indices[key] = torch.tensor(rows, dtype=torch.int64, device=device)
+        return self._indices[key]
+
+
+@dataclass(frozen=True)
+class _Entries:
+    """The entries of a bias, or of a BatchNorm's scale or shift, that belong to a layer's filters.
+
+    The vector is looked up in its module each time, as engines may replace it.
+    """
+
+    module: nn.Module
+    name: str
+    positions: Tensor | None  # (filters, k); None: entry i is filter i's
+
+    @property
+    def vector(self) -> Tensor:
+        return getattr(self.module, self.name)
+
+    @property
+    def length(self) -> int:
+        return len(self.vector)
+
+    def of(self, filters: Sequence[int]) -> Sequence[int]:
+        """Where the entries of some filters stand."""
+        if self.positions is None:
+            return filters
+        return self.positions[list(filters)].flatten().tolist()
+
+
+def _entries(model: nn.Module, layer: nn.Module, channels: LayerChannels) -> Iterator[_Entries]:
+    if channels.bias is not None:
+        yield _Entries(layer, "bias", None)
+    for norm in channels.norms:
+        module = model.get_submodule(norm.module)
+        for name, _ in module.named_parameters(recurse=False):
+            yield _Entries(module, name, norm.positions)
+
+
+def _mask(parts: Iterable[tuple[int, Iterable[int]]]) -> Tensor:
+    """Ones at chosen positions of vectors laid one after the other: (length, positions) each."""
+    masks = [torch.zeros(0)]
+    for length, positions in parts:
+        mask = torch.zeros(length)
+        mask[list(positions)] = 1.0
+        masks.append(mask)
+    return torch.cat(masks)
+
+
+def _check_whole(layer: str, module: nn.Conv2d | nn.Linear) -> None:
+    """Refuse a weight of which this rank holds but a part."""
+    weight = getattr(module, "weight", None)
+    if weight is None or isinstance(weight, DTensor) or weight.dim() < 2 or weight.numel() == 0:
+        raise UserError(
+            f"{layer}: its weight is split over ranks (ZeRO stage 3 or FSDP), and the penalty "
+            "needs whole filters; use DistributedDataParallel or ZeRO stage 0, 1 or 2"
+        )

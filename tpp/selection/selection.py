@@ -1,0 +1,403 @@
+"""Choosing which filters go (METHOD: Wang & Fu 2023, sec. 3.2).
+
+How many go is said per layer, by pruning ratios, or for the whole network, by a budget
+(:mod:`tpp.selection.budget`). Which ones go is said by a criterion.
+"""
+
+import difflib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tpp.channels.channel_map import LayerChannels, find_channels, survey_channels
+from tpp.common.errors import UserError
+from tpp.models.layers import prunable_layers
+from tpp.plan import PruningPlan
+from tpp.selection.budget import Budget, Unit, removals
+from tpp.selection.criteria import (
+    CRITERIA,
+    Criterion,
+    at_least_float32,
+    check_floor,
+    check_norms,
+    floor_count,
+    given_scores,
+    l1_scores,
+    l2_scores,
+    last_match,
+    layer_ratios,
+    pruned_count,
+    random_scores,
+)
+
+# With a budget alone, a layer keeps at least a tenth of its filters unless floors say otherwise:
+# global magnitudes know nothing of a layer that becomes too narrow to pass anything on.
+_MOST = Fraction(9, 10)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How filters are chosen: how many of which layers, and by what criterion.
+
+    Attributes:
+        ratios: layer-name pattern to pruning ratio in [0, 1), see :func:`layer_ratios`: exactly
+            that share of a layer goes, see :func:`pruned_count`; of every group, in a convolution
+            in groups. With a budget a ratio is the most that may go.
+        criterion: what a filter is worth; the lowest go. ``l1``: mean absolute weight, as
+            published; ``l2``: root mean square; ``bn_scale``: |gamma| of the layer's own
+            BatchNorm (Liu et al., ICCV 2017); ``random``; ``largest``: as ``l1``, but the highest
+            go, as a control experiment.
+        round_to: the number of filters that is kept is a multiple of it: rounded up, so never
+            more goes than without, and to all filters where a layer has no such multiple. The
+            groups of a convolution stay equal, so it is then the next multiple of both.
+        floors: layer-name pattern to what must stay of each layer: that many filters (a whole
+            number) or that share of them (a float up to 1). The last match wins.
+        skip: patterns of layers that lose nothing. Layers tied to them then cannot either.
+        coupled: whether layers that are tied to those chosen are pruned with them; by default
+            all tied layers have to be matched by ratios, and a budget leaves them alone.
+        budget: what the whole network may cost. Filters of all layers compete by their scores
+            over the mean score of their layer. Layers that ``ratios`` match take part; without
+            ratios all that can go without changing what is left, with at most 90% of each unless
+            ``floors`` say otherwise. The budget is met to 1%, or as closely as whole filters and
+            ``round_to`` permit, see :func:`tpp.selection.budget.meet`.
+        seed: of the criterion ``random``.
+
+    Raises:
+        UserError: a value makes no sense.
+    """
+
+    ratios: Mapping[str, float] = field(default_factory=dict)
+    criterion: Criterion = "l1"
+    round_to: int = 1
+    floors: Mapping[str, int | float] = field(default_factory=dict)
+    skip: Sequence[str] = ()
+    coupled: bool = False
+    budget: Budget | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.criterion not in CRITERIA:
+            near = difflib.get_close_matches(str(self.criterion), CRITERIA, n=1, cutoff=0.0)[0]
+            raise UserError(
+                f"criterion: {self.criterion!r} is none of {', '.join(CRITERIA)}; "
+                f"did you mean {near!r}?"
+            )
+        if not isinstance(self.round_to, int) or isinstance(self.round_to, bool):
+            raise UserError(f"round_to must be a whole number, not {self.round_to!r}")
+        if self.round_to < 1:
+            raise UserError(f"round_to must be at least 1, not {self.round_to}")
+        for pattern, floor in self.floors.items():
+            check_floor(floor, f"floor of {pattern!r}")
+        if isinstance(self.skip, str):
+            raise UserError(f"skip must be a list of patterns, not {self.skip!r}")
+
+    def select(
+        self,
+        model: nn.Module,
+        *,
+        example_input: Tensor | None = None,
+        scores: Mapping[str, Tensor] | None = None,
+        clock: Callable[[nn.Module], float] | None = None,
+    ) -> PruningPlan:
+        """Choose the filters of ``model`` to remove, see :func:`select_filters`.
+
+        Args:
+            model, example_input, scores: as there.
+            clock: measures a network in seconds per batch, for a budget of ``latency_ms``; by
+                default :func:`tpp.measure.timing.measure` on this machine.
+        """
+        candidates = self._candidates(model, example_input)
+        orders, worth = self._ranked(model, candidates, scores)
+
+        def plan(removed: Tensor) -> PruningPlan:
+            return candidates.plan(orders, removed)
+
+        units = candidates.units
+        if self.budget is None:
+            return plan(torch.tensor([unit.most for unit in units]))
+
+        def seconds(removed: Tensor) -> float:
+            from tpp.channels.removal import prune_model
+
+            pruned = prune_model(model, plan(removed), example_input=example_input)
+            return (clock or self._clock(example_input))(pruned)
+
+        return plan(
+            removals(
+                self.budget,
+                model,
+                units,
+                _by_score(worth, units),
+                seconds=seconds,
+                example_input=example_input,
+            )
+        )
+
+    def ceiling(
+        self,
+        model: nn.Module,
+        *,
+        example_input: Tensor | None = None,
+        scores: Mapping[str, Tensor] | None = None,
+    ) -> PruningPlan:
+        """The plan in which all goes that may, whatever the budget; arguments as of select."""
+        candidates = self._candidates(model, example_input)
+        orders, _ = self._ranked(model, candidates, scores)
+        return candidates.plan(orders, torch.tensor([unit.most for unit in candidates.units]))
+
+    def layers(self, model: nn.Module, *, example_input: Tensor | None = None) -> list[str]:
+        """The layers that may lose filters, in network order; weights are not looked at."""
+        units = self._candidates(model, example_input).units
+        found = {layer for unit in units if unit.most for layer in unit.layers}
+        return [layer for layer in prunable_layers(model) if layer in found]
+
+    def _candidates(self, model: nn.Module, example_input: Tensor | None) -> "_Candidates":
+        layers = prunable_layers(model)
+        sizes = {layer: module.weight.shape[0] for layer, module in layers.items()}
+        ratios = layer_ratios(model, self.ratios)
+        floors = {
+            layer: floor_count(floor, sizes[layer])
+            for layer, floor in last_match(list(sizes), self.floors, "floor").items()
+        }
+        skipped = last_match(list(sizes), dict.fromkeys(self.skip, True), "skip")
+        if self.ratios or self.budget is None:
+            active = [
+                layer
+                for layer, ratio in ratios.items()
+                if layer not in skipped and pruned_count(ratio, sizes[layer])
+            ]
+            channels = find_channels(
+                model, active, coupled=self.coupled, example_input=example_input
+            )
+        else:
+            survey = survey_channels(model, coupled=self.coupled, example_input=example_input)
+            channels = _exact_only(survey.channels)
+        channels = {
+            name: found
+            for name, found in channels.items()
+            if skipped.keys().isdisjoint(_narrowed(found))
+        }
+        if self.criterion == "bn_scale":
+            check_norms(model, channels.values())
+        units = self._units(channels, ratios, floors)
+        named = {*ratios, *(layer for unit in units for layer in unit.layers)}
+        filters = {layer: size for layer, size in sizes.items() if layer in named}
+        return _Candidates(filters, units, channels)
+
+    def _units(
+        self,
+        channels: Mapping[str, LayerChannels],
+        ratios: Mapping[str, float],
+        floors: Mapping[str, int],
+    ) -> list[Unit]:
+        units = []
+        for layer, found in channels.items():
+            together = tuple(name for name in channels if name == layer or name in found.tied)
+            members = [channels[name] for name in together]
+            if together[0] != layer:
+                continue  # its unit has been made
+            if any(layer not in other.tied for other in members[1:]):
+                continue  # a depthwise convolution that was not asked for goes along with others
+            groups = math.lcm(*(member.groups for member in members))
+            step = math.lcm(self.round_to, groups) // groups
+            per_group = found.filters // groups
+            stays = [floors[name] for name in _narrowed(*members) if name in floors]
+            kept = max(
+                per_group - self._most(together, per_group, ratios, bool(stays)),
+                -(-max(stays, default=0) // groups),
+            )
+            most = max(per_group - -(-kept // step) * step, 0)
+            units.append(
+                Unit(together, found.filters, groups, step, most, _losses(members, groups))
+            )
+        return units
+
+    def _most(
+        self, together: tuple[str, ...], per_group: int, ratios: Mapping[str, float], floor: bool
+    ) -> int:
+        """How many of ``per_group`` filters may go by the ratios, or for want of any."""
+        given = [name for name in together if name in ratios]
+        for name in given[1:]:
+            if ratios[name] != ratios[given[0]]:
+                raise UserError(
+                    f"{given[0]} and {name} are tied (added to or multiplied with each other) and "
+                    f"need the same ratio, not {ratios[given[0]]} and {ratios[name]}"
+                )
+        if given:
+            return pruned_count(ratios[given[0]], per_group)
+        return per_group - 1 if floor else math.floor(_MOST * per_group)
+
+    def _ranked(
+        self, model: nn.Module, candidates: "_Candidates", scores: Mapping[str, Tensor] | None
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Per unit the filters of every group, lowest first, (groups, n), and what they are worth.
+
+        The latter, (n,), is for all groups together, since one of every group goes at a time: the
+        mean of their scores over the mean of the unit, float64 on the CPU.
+        """
+        orders, worth = [], []
+        for unit in candidates.units:
+            total = torch.zeros(())
+            for layer in sorted(unit.layers):
+                found = candidates.channels[layer]
+                total = total + (
+                    self._scores(model, found) if scores is None else given_scores(scores, found)
+                )
+            if not bool(total.isfinite().all()):
+                raise UserError(f"{unit.layers[0]}: the scores of its filters are not finite")
+            lowest = torch.sort(total.view(unit.groups, -1), dim=1, stable=True)
+            per_group = torch.arange(unit.groups)[:, None] * unit.per_group
+            orders.append(lowest.indices.cpu() + per_group)
+            values = lowest.values.cpu().double()
+            mean = values.abs().mean()
+            worth.append(values.mean(0) / mean if mean > 0 else values.mean(0))
+        return orders, worth
+
+    def _scores(self, model: nn.Module, found: LayerChannels) -> Tensor:
+        """What every filter of a layer is worth by the criterion, (filters,)."""
+        if self.criterion == "random":
+            return random_scores(found.layer, found.filters, self.seed)
+        if self.criterion == "bn_scale":
+            norm = found.norms[0]
+            scale = at_least_float32(model.get_parameter(f"{norm.module}.weight")).abs()
+            return scale[norm.positions.to(scale.device)].mean(1)
+        weight = model.get_parameter(found.weight)
+        if self.criterion == "l2":
+            return l2_scores(weight)
+        return -l1_scores(weight) if self.criterion == "largest" else l1_scores(weight)
+
+    def _clock(self, example_input: Tensor | None) -> Callable[[nn.Module], float]:
+        from tpp.measure.timing import LatencySettings, measure
+
+        assert self.budget is not None
+        settings = self.budget.latency or LatencySettings()
+
+        def clock(network: nn.Module) -> float:
+            timing = measure({"pruned": network}, settings, example_input=example_input)
+            return timing["pruned"].median
+
+        return clock
+
+
+def select_filters(
+    model: nn.Module,
+    ratios: Mapping[str, float] | None = None,
+    *,
+    example_input: Tensor | None = None,
+    scores: Mapping[str, Tensor] | None = None,
+    criterion: Criterion = "l1",
+    round_to: int = 1,
+    floors: Mapping[str, int | float] | None = None,
+    skip: Sequence[str] = (),
+    coupled: bool = False,
+    budget: Budget | None = None,
+    seed: int = 0,
+) -> PruningPlan:
+    """Choose the filters to remove: by default those with the lowest mean absolute weights.
+
+    Layers whose filters are added to or multiplied with each other lose the same filters, those
+    with the lowest sum of scores, and have to be matched together, by one ratio, unless
+    ``coupled``. A convolution in groups loses the lowest of every group, since the groups stay
+    equal.
+
+    Args:
+        model: any network; only its Conv2d and Linear layers are looked at.
+        ratios: layer-name pattern to pruning ratio in [0, 1), see :func:`layer_ratios`.
+        example_input: a batch to trace the network with, (1, channels, height, width); by
+            default what the architecture expects, 224x224 where it does not say.
+        scores: per layer how much each filter is worth, (n,), instead of the criterion's.
+        criterion, round_to, floors, skip, coupled, budget, seed: see :class:`Selection`.
+
+    Returns:
+        A plan with the matched layers and those tied to them, or with all that can go; ties are
+        broken towards the lower index and the earlier layer.
+
+    Raises:
+        UserError: a pattern matches no layer or a value makes no sense, see :class:`Selection`; a
+            layer's filters cannot be removed, for they feed an addition with those of a layer
+            that is not matched or by another ratio, or are the network's output; a layer has no
+            BatchNorm for ``bn_scale``; or the budget cannot be met.
+    """
+    selection = Selection(
+        ratios or {}, criterion, round_to, floors or {}, skip, coupled, budget, seed
+    )
+    return selection.select(model, example_input=example_input, scores=scores)
+
+
+def same_on_all_ranks(plan: PruningPlan) -> PruningPlan:
+    """Rank 0's plan, on every rank: with a latency budget each rank's clock has its own say.
+
+    All ranks have to call it. Without a process group it returns ``plan``.
+    """
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return plan
+    shared = [plan.to_dict()]
+    dist.broadcast_object_list(shared, src=0)
+    return PruningPlan.from_dict(shared[0])
+
+
+@dataclass(frozen=True)
+class _Candidates:
+    """What may go: ``filters`` of every layer that the plan names, ``units`` of those with any."""
+
+    filters: dict[str, int]
+    units: list[Unit]
+    channels: Mapping[str, LayerChannels]
+
+    def plan(self, orders: list[Tensor], removed: Tensor) -> PruningPlan:
+        """Take the first ``removed`` (units,) of every group in the units' orders."""
+        pruned: dict[str, list[int]] = {layer: [] for layer in self.filters}
+        for unit, order, number in zip(self.units, orders, removed.tolist(), strict=True):
+            gone = sorted(order[:, :number].flatten().tolist())
+            pruned |= {layer: list(gone) for layer in unit.layers}
+        return PruningPlan(self.filters, pruned)
+
+
+def _by_score(worth: list[Tensor], units: list[Unit]) -> Tensor:
+    """The unit that each next filter (of every group) is taken from, lowest score first, int64."""
+    owners = [torch.full((unit.most,), number) for number, unit in enumerate(units)]
+    scores = [values[: unit.most] for values, unit in zip(worth, units, strict=True)]
+    if not units:
+        return torch.zeros(0, dtype=torch.int64)
+    return torch.cat(owners)[torch.argsort(torch.cat(scores), stable=True)]
+
+
+def _narrowed(*members: LayerChannels) -> set[str]:
+    """The layers that lose outputs: tied layers, and depthwise convolutions that go along."""
+    return {
+        entry.tensor.rpartition(".")[0]
+        for member in members
+        for entry in member.slices
+        if entry.dim == 0
+    }
+
+
+def _losses(members: list[LayerChannels], groups: int) -> dict[tuple[str, int], int]:
+    """What tensors lose with one filter of every group, see :class:`tpp.selection.budget.Unit`."""
+    positions: dict[tuple[str, int], list[Tensor]] = {}
+    split: dict[tuple[str, int], int] = {}
+    for member in members:
+        for entry in member.slices:
+            place = (entry.tensor, entry.dim)
+            positions.setdefault(place, []).append(entry.positions.flatten())
+            split[place] = entry.groups
+    # Tied layers name what they have in common more than once.
+    entries = {place: torch.cat(found).unique().numel() for place, found in positions.items()}
+    return {
+        place: number * groups // (members[0].filters * split[place])
+        for place, number in entries.items()
+    }
+
+
+def _exact_only(channels: Mapping[str, LayerChannels]) -> dict[str, LayerChannels]:
+    """The layers that, with all tied to them, can go without changing what the rest computes."""
+    return {
+        name: found
+        for name, found in channels.items()
+        if not any(channels[other].inexact for other in (name, *found.tied))
+    }

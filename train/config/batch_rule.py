@@ -1,0 +1,75 @@
+"""What a global batch other than the reference does to the settings of a run (docs/batch.md).
+
+With k = ``training.batch_size`` / ``training.reference_batch_size`` and ``training.batch:
+reference``:
+
+- the learning rate of every stage is multiplied by k; for k > 1 it climbs there linearly from that
+  of the reference batch (Goyal et al. 2017, arXiv:1706.02677, sections 2.1 and 2.2), unless the
+  stage has a warm-up of its own, which then leads to the multiplied learning rate;
+- what a method counts in steps is divided by k, so that it is the same in images seen
+  (``for_batch`` of its settings);
+- what is counted in epochs stays.
+
+The settings are read so wherever a stage uses them, and never written back: a saved configuration
+makes the same run again. For k = 1 nothing is computed at all.
+"""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # it takes its optimisers' settings from here
+    from train.config.config import Config
+
+
+def describe(config: "Config", name: str, epochs: float | None = None) -> str | None:
+    """One line of what the rule does to training stage ``name``; None where it does nothing.
+
+    ``epochs`` is the length of a stage that does not say it itself, if it is known.
+    """
+    stage = config.stages[name]
+    if stage.optimizer is None or config.training.batch_factor == 1:
+        return None
+    changes = [_learning_rate(config, name, epochs)]
+    if stage.kind == "regularize":  # in no other stage does a method count steps
+        changes += _method_changes(config, name)
+    return _line(config, changes)
+
+
+def describe_method(config: "Config", name: str) -> str | None:
+    """One line of what the rule does to the method of a stage; None where it does nothing."""
+    changes = list(_method_changes(config, name))
+    return _line(config, changes) if changes else None
+
+
+def _line(config: "Config", changes: list[str]) -> str:
+    training = config.training
+    return (
+        f"batch {training.batch_size} is {float(training.batch_factor):g} x the reference "
+        f"{training.reference_batch_size}: {', '.join(changes)} "
+        "(training.batch=as_given turns this off)"
+    )
+
+
+def _learning_rate(config: "Config", name: str, epochs: float | None) -> str:
+    stage = config.stages[name]
+    old, new = stage.optimizer, config.stage_optimizer(name, epochs)
+    assert old is not None
+    text = f"learning rate {old.lr:g} -> {new.lr:g}"
+    if not new.warmup_epochs:
+        return text
+    if old.warmup_epochs:
+        return f"{text} after the stage's own {new.warmup_epochs:.3g} epochs of warm-up"
+    known = (stage.epochs or epochs) is not None
+    most = "" if known else " (at most a third of the stage)"
+    return f"{text} after {new.warmup_epochs:.3g} epochs of warm-up{most}"
+
+
+def _method_changes(config: "Config", name: str) -> Iterator[str]:
+    new = dict(config.stage_method(name).settings)
+    for key, old in config.stage_method(name, as_given=True).settings:
+        if new[key] != old:
+            yield f"{key} {_number(old)} -> {_number(new[key])}"
+
+
+def _number(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else f"{value:,}"

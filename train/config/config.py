@@ -1,0 +1,267 @@
+"""The configuration: YAML files into typed, validated models.
+
+A file may extend another (``extends: base.yaml``, relative to itself): mappings are merged key by
+key, everything else is replaced. Some mappings are replaced as a whole, since a part of the old
+one makes no sense in the new: ``pruning.ratios``, ``pruning.floors``, ``model.args``, ``method``
+where its ``name`` changes, and ``pruning.budget`` where its kind changes. Overrides from the
+command line (``stages.finetune.epochs=5``) are merged last.
+"""
+
+import math
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import yaml
+from pydantic import (
+    BaseModel,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from data_pipelines.settings import AugmentSection, DataSection
+from tpp.common.errors import UserError
+from tpp.common.files import write_whole
+from tpp.common.settings import Section, mistakes
+from tpp.common.yaml_files import Dumper, merge, merged_method, parse_override, read_yaml
+from tpp.methods import method_class
+from tpp.methods.base import Method
+from tpp.models.settings import ModelSection
+from tpp.selection.selection import Selection
+from tpp.selection.settings import PruningSection
+from train.config.sections import (
+    OF_THE_RUN,
+    TRAINING_KINDS,
+    CheckpointsSection,
+    OptimizerSection,
+    PublishedSection,
+    StageKind,
+    StageSection,
+    TrainingSection,
+    scale_optimizer,
+)
+
+DEMO = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
+
+
+class Config(Section):
+    """A run.
+
+    Attributes:
+        name: of the run; also of its folder unless ``output`` says otherwise.
+        output: the run folder.
+        seed: of weights, data order and augmentation.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,199}$")]
+    output: str = ""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    model: ModelSection
+    data: DataSection
+    training: TrainingSection = TrainingSection()
+    checkpoints: CheckpointsSection = CheckpointsSection()
+    pruning: PruningSection = PruningSection()
+    method: dict[str, Any] = {"name": "tpp"}
+    stages: dict[str, StageSection]
+    published: PublishedSection | None = None
+
+    @field_validator("stages", mode="before")
+    @classmethod
+    def _kind_from_name(cls, stages: Any) -> Any:
+        if not isinstance(stages, dict):
+            return stages
+        named = {}
+        for name, stage in stages.items():
+            if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", name):
+                raise ValueError(f"stage name {name!r}: use a string of letters, digits, . _ + -")
+            # A stage's name is that of its folder.
+            if len(name) > 100 or name.lower() in OF_THE_RUN:
+                raise ValueError(f"stage name {name!r}: too long, or a file of the run has it")
+            stage = {} if stage is None else stage
+            if isinstance(stage, dict) and "kind" not in stage and name in get_args(StageKind):
+                stage = {"kind": name, **stage}
+            named[name] = stage
+        return named
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _tpp_unless_said(cls, method: Any) -> Any:
+        return {"name": "tpp", **method} if isinstance(method, dict) else method
+
+    @model_validator(mode="after")
+    def _stages_fit_together(self) -> "Config":
+        if not self.stages:
+            raise ValueError("stages: at least one is needed")
+        self.output = self.output or f"runs/{self.name}"
+        self.data.check_augment(self.data.augment, "data.augment")
+        previous: str | None = None
+        names = list(self.stages)
+        for position, (name, stage) in enumerate(self.stages.items()):
+            if stage.input is None:
+                stage.input = previous
+            elif stage.input not in names[:position]:
+                raise ValueError(
+                    f"stages.{name}.input: {stage.input!r} is no earlier stage"
+                    + (f"; there are: {', '.join(names[:position])}" if position else "")
+                )
+            elif self.stages[stage.input].kind == "evaluate":
+                raise ValueError(f"stages.{name}.input: {stage.input!r} makes no checkpoint")
+            prunes = stage.kind in ("regularize", "prune")
+            if prunes and not self.pruning.ratios and not self.pruning.budget:
+                raise ValueError(
+                    f"stages.{name}: pruning.ratios says of no layer what goes, and there is no "
+                    "pruning.budget"
+                )
+            if stage.augment is not None:
+                self.data.check_augment(stage.augment, f"stages.{name}.augment")
+            method = self.stage_method(name)
+            if stage.kind in TRAINING_KINDS:
+                self.stage_optimizer(name)
+            if stage.kind == "regularize":
+                try:
+                    steps = method.steps()
+                except OverflowError:
+                    raise ValueError(
+                        f"stages.{name}: with these settings of {method.name!r} it never ends"
+                    ) from None
+                if (steps is None) == (stage.epochs is None):
+                    raise ValueError(
+                        f"stages.{name}.epochs: method {method.name!r} "
+                        + ("needs the stage's length" if steps is None else "sets the length")
+                    )
+            if stage.kind != "evaluate":
+                previous = name
+        return self
+
+    def selection(self) -> Selection:
+        """How the filters that go are chosen."""
+        pruning = self.pruning
+        return Selection(
+            ratios=pruning.ratios,
+            criterion=pruning.criterion,
+            round_to=pruning.round_to,
+            floors=pruning.floors,
+            skip=tuple(pruning.skip),
+            coupled=pruning.coupled,
+            budget=pruning.budget.budget() if pruning.budget else None,
+            seed=self.seed,
+        )
+
+    def stage_augment(self, name: str) -> AugmentSection:
+        """How the images of stage ``name`` are augmented beyond ``data.augmentation``."""
+        return self.stages[name].augment or self.data.augment
+
+    def stage_optimizer(self, name: str, epochs: float | None = None) -> OptimizerSection:
+        """The optimiser's settings in training stage ``name``, for the batch there is.
+
+        Args:
+            name: of the stage.
+            epochs: length of a stage that does not say it itself, if it is known.
+
+        Raises:
+            ValueError: the batch makes something out of bounds of them; names the key.
+        """
+        stage, training = self.stages[name], self.training
+        assert stage.optimizer is not None
+        try:
+            return scale_optimizer(
+                stage.optimizer,
+                training.batch_factor,
+                warmup_epochs=training.batch_warmup_epochs,
+                stage_epochs=stage.epochs or epochs,
+            )
+        except ValidationError as error:
+            key = f"stages.{name}.optimizer"
+            raise ValueError(self._beyond(error, OptimizerSection, key)) from None
+
+    def stage_method(self, name: str, *, as_given: bool = False) -> Method:
+        """A fresh instance of the method of stage ``name``, with its settings.
+
+        Args:
+            name: of the stage.
+            as_given: with the settings as they are written, whatever ``training.batch`` says;
+                otherwise with those for the batch there is.
+
+        Raises:
+            ValueError: a mistake in the settings; names the key.
+        """
+        stage = self.stages[name]
+        key, settings = "method", dict(self.method)
+        if stage.method is not None:
+            key, settings = f"stages.{name}.method", dict(merged_method(self.method, stage.method))
+        method_name = settings.pop("name", None)
+        if not isinstance(method_name, str):
+            raise ValueError(f"{key}.name: expected a method's name, not {method_name!r}")
+        try:
+            method = method_class(method_name)
+        except UserError as error:
+            # It names the key of the run's method; the name may stand in a stage's own.
+            raise ValueError(f"{key}.{str(error).removeprefix('method.')}") from None
+        try:
+            given = method.settings_type(**settings)
+        except ValidationError as error:
+            raise ValueError("\n".join(mistakes(error, method.settings_type, prefix=key))) from None
+        factor = self.training.batch_factor
+        try:
+            return method(given if as_given or factor == 1 else given.for_batch(factor))
+        except ValidationError as error:
+            raise ValueError(self._beyond(error, method.settings_type, key)) from None
+        except OverflowError:
+            raise ValueError(f"{key}: with these settings {method.name!r} never ends") from None
+
+    def _beyond(self, error: ValidationError, model: type[BaseModel], key: str) -> str:
+        """What a batch far from the reference has put out of bounds."""
+        training = self.training
+        why = (
+            f"for batch {training.batch_size} where the reference is "
+            f"{training.reference_batch_size} (training.batch=as_given takes it as written)"
+        )
+        return "\n".join(f"{line}, {why}" for line in mistakes(error, model, prefix=key))
+
+
+def load_config(path: str | Path | None, overrides: Iterable[str] = ()) -> Config:
+    """Read, merge and validate a configuration.
+
+    Args:
+        path: the YAML file; None for the demo's.
+        overrides: ``key.sub=value`` strings; the value is YAML.
+
+    Raises:
+        UserError: with one line per mistake, each naming the file and the key.
+    """
+    path = Path(path) if path is not None else DEMO
+    data = read_yaml(path)
+    for override in overrides:
+        data = merge(data, parse_override(override))
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        raise UserError("\n".join(f"{path}: {line}" for line in mistakes(error, Config))) from None
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write the resolved configuration: every key, defaults included."""
+    text = yaml.dump(config.model_dump(), Dumper=Dumper, sort_keys=False, allow_unicode=True)
+    write_whole(path, text)
+
+
+def steps_for(epochs: float, images: int, batch_size: int) -> int:
+    """Optimiser steps that cover ``epochs`` passes over ``images`` images, at least one."""
+    return max(1, math.ceil(epochs * images / batch_size - 1e-9))
+
+
+def stages_until(config: Config, until: str | None) -> list[str]:
+    """The names of a configuration's stages up to one of them, or of all.
+
+    Raises:
+        UserError: there is no such stage.
+    """
+    names = list(config.stages)
+    if until is None:
+        return names
+    if until not in names:
+        raise UserError(f"--until: there is no stage {until!r}; there are {', '.join(names)}")
+    return names[: names.index(until) + 1]

@@ -1,0 +1,244 @@
+"""The sections of a configuration that belong to the run."""
+
+from fractions import Fraction
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from data_pipelines.settings import AugmentSection
+from tpp.common.errors import UserError
+from tpp.common.settings import PositiveFloat, PositiveInt, Section
+from train.config.intervals import Interval
+
+# Longer, a warm-up would reach into what comes after a step schedule's first milestone, and a
+# short stage would hardly see the learning rate that it is warming up to.
+LONGEST_WARMUP = Fraction(1, 3)
+
+
+def scale_optimizer(
+    optimizer: "OptimizerSection",
+    factor: Fraction,
+    *,
+    warmup_epochs: float,
+    stage_epochs: float | None,
+) -> "OptimizerSection":
+    """A stage's optimiser for a batch of ``factor`` times the one that it is written for.
+
+    Args:
+        optimizer: as it is written.
+        factor: k; at 1 the optimiser is returned as it is.
+        warmup_epochs: to a learning rate above the written one.
+        stage_epochs: length of the stage, a third of which is the most that the warm-up takes;
+            None where it is not known.
+
+    Raises:
+        ValidationError: of pydantic; the learning rate is out of bounds.
+    """
+    if factor == 1:
+        return optimizer
+    changes = {"lr": optimizer.lr * float(factor)}
+    if factor > 1 and not optimizer.warmup_epochs:
+        if stage_epochs is not None:
+            warmup_epochs = min(warmup_epochs, float(LONGEST_WARMUP) * stage_epochs)
+        if warmup_epochs:
+            changes |= {"warmup_epochs": warmup_epochs, "warmup_from": float(1 / factor)}
+    return type(optimizer)(**{**dict(optimizer), **changes})
+
+
+StageKind = Literal["dense", "regularize", "prune", "finetune", "evaluate"]
+# Files and folders that a run keeps beside those of its stages.
+OF_THE_RUN = {
+    *("config.yaml", "plan.json", "results.json", "log.jsonl", "run.lock", "checkpoints"),
+    *("report.html", "report.png"),
+}
+TRAINING_KINDS = ("dense", "regularize", "finetune")
+
+
+class OptimizerSection(Section):
+    """SGD and its learning rate over a stage.
+
+    Attributes:
+        lr: learning rate, for the batch that the configuration is for: ``training.batch`` says
+            which that is.
+        schedule: ``constant``, ``step`` (times ``gamma`` at each milestone) or ``cosine`` (to 0).
+        milestones: in epochs.
+        warmup_epochs: linear warm-up.
+        warmup_from: share of the learning rate that the warm-up begins with.
+    """
+
+    lr: PositiveFloat
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    nesterov: bool = False
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    schedule: Literal["constant", "step", "cosine"] = "constant"
+    milestones: list[PositiveFloat] = []
+    gamma: PositiveFloat = 0.1
+    warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
+    warmup_from: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+    @model_validator(mode="after")
+    def _warmup_has_a_length(self) -> "OptimizerSection":
+        if self.warmup_from and not self.warmup_epochs:
+            raise ValueError("warmup_from goes with warmup_epochs")
+        return self
+
+    @model_validator(mode="after")
+    def _milestones_belong_to_steps(self) -> "OptimizerSection":
+        if (self.schedule == "step") != bool(self.milestones):
+            raise ValueError("milestones (in epochs) and schedule: step go together")
+        if self.milestones != sorted(set(self.milestones)):
+            raise ValueError("milestones must be in rising order")
+        return self
+
+
+class TrainingSection(Section):
+    """What holds for all training stages.
+
+    Attributes:
+        batch_size: global batch, over all ranks and micro-batches.
+        batch: ``reference`` fits learning rates, and the methods' counts of steps, to
+            ``batch_size`` (docs/batch.md); ``as_given`` takes them as they are written.
+        reference_batch_size: the global batch that they are written for.
+        batch_warmup_epochs: linear warm-up from the learning rate of the reference batch to that
+            of a larger one, of stages that have no warm-up of their own; at most a third of a
+            stage.
+        accumulation: micro-batches per optimiser step.
+        precision: ``fp32``, or autocast to ``bf16`` or ``fp16`` (CUDA only).
+        channels_last: memory format of images and convolution weights.
+        sync_batchnorm: BatchNorm statistics over all ranks; by default each rank's own, with
+            rank 0's running statistics.
+        evaluate_every: epochs between evaluations in a training stage; the end is always one.
+        evaluate_batch_size: per rank; null for that of training.
+        log_every: steps between lines in log.jsonl and TensorBoard.
+        statistics_every: steps between the per-layer statistics of the method.
+        trainability_every: steps between measurements of the Jacobian's singular values, from
+            before the first step to the end of every training stage; null for none.
+        trainability_images: validation images to measure them at, at most.
+        on_bad_step: what becomes of a step whose loss or gradient is not finite, or whose
+            gradient's norm is above ``max_gradient_norm``: ``stop`` ends the run, ``skip`` leaves
+            the weights as they were and goes on, ``rollback`` goes back to the newest checkpoint
+            and leaves that step out. The images' names are written down in each case.
+        max_bad_steps: how many steps of a stage ``skip`` and ``rollback`` may leave out.
+        max_gradient_norm: of all parameters together; null for no limit.
+        clip_gradient_norm: the gradient is scaled down to this norm where it is longer; null for
+            no clipping, as published.
+        deepspeed: DeepSpeed's configuration, such as launch/deepspeed/zero1.json; null for
+            DistributedDataParallel, unless ``accelerate launch`` was told to use DeepSpeed.
+        rank_timeout: seconds without a sign of life after which a rank counts as lost, and the
+            run ends.
+    """
+
+    batch_size: PositiveInt = 256
+    batch: Literal["reference", "as_given"] = "as_given"
+    reference_batch_size: PositiveInt | None = None
+    batch_warmup_epochs: Annotated[float, Field(ge=0)] = 5.0
+    accumulation: PositiveInt = 1
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    channels_last: bool = False
+    sync_batchnorm: bool = False
+    evaluate_every: PositiveFloat = 1.0
+    evaluate_batch_size: PositiveInt | None = None
+    log_every: PositiveInt = 50
+    statistics_every: PositiveInt = 250
+    trainability_every: PositiveInt | None = None
+    trainability_images: PositiveInt = 64
+    on_bad_step: Literal["stop", "skip", "rollback"] = "stop"
+    max_bad_steps: PositiveInt = 3
+    max_gradient_norm: PositiveFloat | None = None
+    clip_gradient_norm: PositiveFloat | None = None
+    deepspeed: str | None = None
+    rank_timeout: Annotated[float, Field(ge=1)] = 120.0
+
+    @model_validator(mode="after")
+    def _reference_is_known(self) -> "TrainingSection":
+        if self.batch == "reference" and self.reference_batch_size is None:
+            raise ValueError(
+                "batch: reference needs reference_batch_size, the global batch that learning "
+                "rates and steps are written for (256 in the published ImageNet rows)"
+            )
+        return self
+
+    @property
+    def batch_factor(self) -> Fraction:
+        """The global batch as a multiple of the reference; 1 where all is taken as given."""
+        if self.batch == "as_given" or self.reference_batch_size is None:
+            return Fraction(1)
+        return Fraction(self.batch_size, self.reference_batch_size)
+
+
+def _interval(value: Any) -> Any:
+    if not isinstance(value, str):
+        raise ValueError(f"expected '1000 steps', '0.5 epochs' or '30 minutes', not {value!r}")
+    try:
+        Interval.parse(value)
+    except UserError as error:
+        raise ValueError(str(error)) from None
+    return value
+
+
+class CheckpointsSection(Section):
+    """The checkpoints that an interrupted training stage resumes from.
+
+    Attributes:
+        every: ``1000 steps``, ``0.5 epochs`` or ``30 minutes``: the most that a crash can cost.
+        keep: how many of the newest are kept while the stage runs.
+        keep_every: every so-manieth is kept for good; null for none.
+        keep_best: whether the one with the best validation top-1 is kept for good; an evaluation
+            that is the best so far is followed by a checkpoint.
+        on_error: when one cannot be written: ``stop`` ends the run, ``continue`` says so and
+            trains on; the older ones stay in either case.
+        asynchronous: whether training goes on while one is written.
+    """
+
+    every: Annotated[str, BeforeValidator(_interval)] = "1000 steps"
+    keep: PositiveInt = 2
+    keep_every: PositiveInt | None = None
+    keep_best: bool = False
+    on_error: Literal["stop", "continue"] = "stop"
+    asynchronous: bool = True
+
+
+class StageSection(Section):
+    """One stage: from the checkpoint of ``input`` to its own.
+
+    Attributes:
+        kind: what it does; by default what its name says.
+        input: the stage whose checkpoint it starts from; by default the one before it.
+        epochs: length of ``dense`` and ``finetune``; a fraction is fine. A ``regularize`` stage
+            is as long as its method says.
+        optimizer: of the training stages.
+        label_smoothing: of the training loss.
+        method: another method than the configuration's, for this stage.
+        augment: another ``data.augment``, as a whole, for this stage.
+    """
+
+    kind: StageKind
+    input: str | None = None
+    epochs: PositiveFloat | None = None
+    optimizer: OptimizerSection | None = None
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    method: dict[str, Any] | None = None
+    augment: AugmentSection | None = None
+
+    @model_validator(mode="after")
+    def _training_needs_an_optimizer(self) -> "StageSection":
+        trains = self.kind in TRAINING_KINDS
+        if trains and self.optimizer is None:
+            raise ValueError(f"a {self.kind} stage needs an optimizer")
+        if not trains and (self.optimizer or self.epochs or self.augment):
+            raise ValueError(
+                f"stages of kind {self.kind} take neither epochs nor optimizer nor augment"
+            )
+        if self.kind in ("dense", "finetune") and self.epochs is None:
+            raise ValueError(f"a {self.kind} stage needs epochs")
+        return self
+
+
+class PublishedSection(Section):
+    """The published figures that this configuration is to reproduce, for the report."""
+
+    source: str
+    dense_top1: float | None = None
+    top1: float | None = None
+    top1_std: float | None = None
+    speedup: float | None = None

@@ -1,0 +1,95 @@
+"""What does a training step over the ranks: DistributedDataParallel, or DeepSpeed's ZeRO.
+
+Both train float32 weights, under autocast where the precision says so, and keep what resuming
+needs in the same form: a run may go on with another engine, or another number of ranks.
+"""
+
+import contextlib
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+class Engine:
+    """A network and its optimiser, on one process or under DistributedDataParallel.
+
+    A step is any number of micro-batches, each with a forward pass inside :meth:`micro_batch` and
+    a :meth:`backward`, then :meth:`gradient_norm`, and :meth:`step` or :meth:`drop`.
+
+    Args:
+        accelerator: the ranks.
+        network: on its device; the same on all ranks.
+        optimizer: over the network's parameters.
+        clip: norm that the gradient is scaled down to where it is longer; None for no clipping.
+
+    Attributes:
+        model: what makes forward passes.
+        saves_together: whether :meth:`state_dict` takes all ranks; otherwise any may ask.
+    """
+
+    saves_together = False
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        network: nn.Module,
+        optimizer: Optimizer,
+        *,
+        clip: float | None = None,
+    ) -> None:
+        self.accelerator, self._clip = accelerator, clip
+        self._parameters = [p for p in network.parameters() if p.requires_grad]
+        self._norm: Tensor | None = None
+        self.model, self._optimizer = accelerator.prepare(network, optimizer)
+
+    def set_learning_rate(self, lr: float) -> None:
+        """The learning rate of the step to come."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """For forward passes."""
+        return cast(contextlib.AbstractContextManager[Any], self.accelerator.autocast())
+
+    def micro_batch(self, *, last: bool) -> contextlib.AbstractContextManager[Any]:
+        """For a micro-batch's forward and backward pass; the last one's averages the gradients."""
+        if last:
+            return contextlib.nullcontext()
+        return cast(contextlib.AbstractContextManager[Any], self.accelerator.no_sync(self.model))
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add the gradient of ``loss``, already divided by the number of micro-batches."""
+        self.accelerator.backward(loss)
+
+    def gradient_norm(self) -> Tensor:
+        """L2 norm over all parameters, as the optimiser gets the gradient, but before clipping."""
+        # What the optimiser gets, not what a loss scaler made of it.
+        self.accelerator.unscale_gradients()
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        self._norm = torch.nn.utils.get_total_norm(gradients)
+        return self._norm
+
+    def step(self) -> None:
+        """Clip, let the optimiser make its step, and forget the gradient."""
+        if self._clip is not None and self._norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(self._parameters, self._clip, self._norm)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def drop(self) -> None:
+        """Forget the gradient without a step."""
+        self._optimizer.zero_grad(set_to_none=True)
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.update()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The optimiser's state, as ``torch.optim.SGD`` numbers it; see ``saves_together``."""
+        return cast(dict[str, Any], self._optimizer.state_dict())
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up a :meth:`state_dict` of any engine and number of ranks."""
+        self._optimizer.load_state_dict(state)

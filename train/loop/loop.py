@@ -1,0 +1,117 @@
+"""The training loop: one for every stage, and it knows nothing of pruning."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from tpp.methods.base import Method
+from train.distributed.engine import Engine
+from train.loop.bad_steps import BadStep, StepCheck
+from train.loop.meter import Meter, Report
+from train.loop.step import Batches, accumulate
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """How to train.
+
+    Attributes:
+        lr: learning rate of a 0-based step.
+        finished: whether so many steps are enough.
+        accumulation: micro-batches per optimiser step.
+        label_smoothing: of the cross entropy.
+        log_every: steps over which a report is averaged.
+        seed: of this rank's dropout and the like.
+        first_step: 0-based; those before it are left out: only the method's schedule goes on.
+    """
+
+    lr: Callable[[int], float]
+    finished: Callable[[int], bool]
+    accumulation: int = 1
+    label_smoothing: float = 0.0
+    log_every: int = 50
+    seed: int = 0
+    first_step: int = 0
+
+
+def train(
+    engine: Engine,
+    batches: Batches,
+    method: Method,
+    settings: LoopSettings,
+    *,
+    check: StepCheck,
+    start_step: int = 0,
+    on_bad_step: Callable[[BadStep], None],
+    on_report: Callable[[int, Report], None],
+    on_step: Callable[[int], bool],
+) -> int:
+    """Train until ``settings.finished``.
+
+    Args:
+        engine: the network and its optimiser, over the ranks.
+        batches: ``accumulation`` micro-batches per step, from the first step that is not left out.
+        method: asked for its loss terms before, and told after, every optimiser step.
+        settings: how to train.
+        check: looks at every step.
+        start_step: optimiser steps already done.
+        on_bad_step: called on all ranks with a step that was found bad; raises, or returns for it
+            to be left out.
+        on_report: called with the number of steps done and the means since the last report.
+        on_step: called after every step with the number of steps done; may evaluate or save, in
+            which case it returns True: that time is not counted as training time.
+
+    Returns:
+        The number of steps done.
+    """
+    model, meter = engine.model, Meter(engine.accelerator)
+    step = start_step
+    while step < settings.first_step:
+        method.after_step(step)
+        step += 1
+        if settings.finished(step):
+            on_step(step)
+            return step
+    model.train()
+    while not settings.finished(step):
+        # Seeded by the step, so that a resumed run draws the same dropout masks and nothing about
+        # random states has to be saved.
+        torch.manual_seed(settings.seed + step)
+        lr = settings.lr(step)
+        engine.set_learning_rate(lr)
+        check.begin()
+        before = meter.copy()
+        loss = accumulate(
+            engine,
+            batches,
+            method,
+            meter,
+            step,
+            accumulation=settings.accumulation,
+            label_smoothing=settings.label_smoothing,
+        )
+        norm = engine.gradient_norm()
+        meter.add("gradient_norm", norm)
+        check(step, loss, norm)
+        bad = check.first_bad() if check.at_once else None
+        if bad is None:
+            engine.step()
+            meter.step()
+        else:
+            engine.drop()
+            on_bad_step(bad)
+            check.undo()
+            meter = before
+        method.after_step(step)
+        step += 1
+        if meter.steps and (step % settings.log_every == 0 or settings.finished(step)):
+            if not check.at_once and (bad := check.first_bad()) is not None:
+                on_bad_step(bad)
+            on_report(step, meter.report(lr))
+        stopped = time.perf_counter()
+        if on_step(step):
+            model.train()
+            meter.pause(time.perf_counter() - stopped)
+    return step

@@ -1,0 +1,226 @@
+"""What a report says of each run."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tpp.common.errors import UserError
+from tpp.common.reading import read_text
+from tpp.common.yaml_files import LARGEST_YAML, parse_yaml
+from train.config.sections import PublishedSection
+from train.run_folder.log import LogEntry, read_log
+from train.run_folder.results import NetworkResult, Results, StageResult, read_results
+
+# What names a run and where it is, rather than what it does.
+IDENTITY = ("name", "output", "published")
+
+
+@dataclass(frozen=True)
+class SummaryRow:
+    """One network of a run: the dense one, or what came out at the end of a branch.
+
+    Attributes:
+        network: what a reader calls it: ``Dense``, or the title of the method that pruned it.
+        stage: the stage that the figures are from; None for the dense network.
+        final: False for a network on its way, which no published figure compares with.
+        top1, top5: in per cent, or None where nobody measured.
+        parameters, macs: counts; MACs are those of one image.
+        speedup: dense MACs over this network's.
+    """
+
+    network: str
+    stage: str | None
+    final: bool
+    top1: float | None
+    top5: float | None
+    parameters: int | None
+    macs: int | None
+    speedup: float | None
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a run folder says about its run.
+
+    Attributes:
+        folder: the run folder.
+        results: of results.json, or little more than a name before the first stage is done.
+        log: entries of log.jsonl that have a step, by event and stage, in rising order of steps.
+        settings: every setting of config.yaml by its dotted key; empty where there is no file.
+        stages: the stages that are done, and those that config.yaml announces.
+    """
+
+    folder: Path
+    results: Results
+    log: dict[tuple[str, str], list[LogEntry]]
+    settings: dict[str, Any]
+    stages: dict[str, StageResult]
+
+
+def load_run(folder: Path) -> RunRecord:
+    """Read a run folder.
+
+    Raises:
+        UserError: it is no run folder, or its results.json or config.yaml is broken.
+    """
+    path = folder / "results.json"
+    if path.exists():
+        results = read_results(path)
+    elif (folder / "log.jsonl").exists():
+        results = Results(name=folder.resolve().name)
+    else:
+        raise UserError(f"{folder}: no run folder: it has neither results.json nor log.jsonl")
+    config = _read_config(folder / "config.yaml")
+    stages = {
+        name: StageResult(kind=str(stage.get("kind")), input=_text(stage.get("input")))
+        for name, stage in config.get("stages", {}).items()
+    }
+    return RunRecord(
+        folder=folder,
+        results=results,
+        log=read_log(folder / "log.jsonl"),
+        settings=dict(_flatten(config)),
+        stages={**stages, **results.stages},
+    )
+
+
+def summary_rows(results: Results | Mapping[str, Any]) -> list[SummaryRow]:
+    """The dense network, where it is known, and the network at the end of every branch.
+
+    A branch ends in a stage that no other takes as its input: an ``evaluate`` stage, or the last
+    one done. A pruned network goes by the title of the method that pruned it.
+
+    Args:
+        results: the content of results.json.
+    """
+    results = Results.model_validate(results)
+    dense = results.dense
+    rows: list[SummaryRow] = []
+    for name, made_by in _branch_ends(results.stages):
+        stage = results.stages[name]
+        if made_by is not None and results.stages[made_by].kind != "dense":
+            rows.append(_row(results.stages, name, made_by))
+        elif dense is None or dense.top1 is None:
+            dense = stage  # an evaluation of the dense network
+    repeated = Counter(row.network for row in rows)
+    rows = [
+        replace(row, network=f"{row.network} ({row.stage})") if repeated[row.network] > 1 else row
+        for row in rows
+    ]
+    return rows if dense is None else [_dense_row(dense), *rows]
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    # The resolved configuration extends nothing: no other file is opened for what it says.
+    config = parse_yaml(read_text(path, "the configuration", largest=LARGEST_YAML), str(path))
+    stages = config.get("stages", {}) if isinstance(config, dict) else None
+    if not isinstance(stages, dict) or not all(isinstance(s, dict) for s in stages.values()):
+        raise UserError(f"{path}: not the resolved configuration of a run")
+    return config
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _flatten(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for part, inner in value.items():
+            yield from _flatten(inner, f"{key}.{part}".strip("."))
+    else:
+        yield key, value
+
+
+def chain_of(stages: Mapping[str, StageResult], name: str | None) -> list[str]:
+    """Stage ``name`` and all that it came from, the first stage first."""
+    chain: list[str] = []
+    while name is not None and name in stages and name not in chain:
+        chain.insert(0, name)
+        name = stages[name].input
+    return chain
+
+
+def _branch_ends(stages: Mapping[str, StageResult]) -> Iterator[tuple[str, str | None]]:
+    """Every branch's last stage, and the stage that made the network which that one measured."""
+    inputs = {stage.input for stage in stages.values()}
+    for name, stage in stages.items():
+        if name not in inputs:
+            made_by = stage.input if stage.kind == "evaluate" else name
+            yield name, made_by if made_by in stages else None
+
+
+def method_title(stages: Mapping[str, StageResult], name: str) -> str | None:
+    """Title of the method that pruned, or is about to prune, the network that a stage made."""
+    for kind in ("prune", "regularize"):
+        for ancestor in reversed(chain_of(stages, name)):
+            if stages[ancestor].kind == kind:
+                return stages[ancestor].title or stages[ancestor].method or ancestor
+    return None
+
+
+def _dense_row(dense: NetworkResult) -> SummaryRow:
+    return SummaryRow(
+        network="Dense",
+        stage=None,
+        final=True,
+        top1=dense.top1,
+        top5=dense.top5,
+        parameters=dense.parameters,
+        macs=dense.macs,
+        speedup=None if dense.macs is None else 1.0,
+    )
+
+
+def _row(stages: Mapping[str, StageResult], name: str, made_by: str) -> SummaryRow:
+    title, stage = method_title(stages, made_by), stages[name]
+    final = title is not None and stages[made_by].kind == "finetune"
+    return SummaryRow(
+        network=title if final and title else f"{title or 'Dense'} after {made_by}",
+        stage=name,
+        final=final,
+        top1=stage.top1,
+        top5=stage.top5,
+        parameters=stage.parameters,
+        macs=stage.macs,
+        speedup=stage.speedup,
+    )
+
+
+def published_top1(
+    row: SummaryRow, rows: Sequence[SummaryRow], published: PublishedSection | None
+) -> float | None:
+    """The published top-1 that ``row`` is to reproduce, if it is clear which row that is."""
+    if published is None:
+        return None
+    if row.network == "Dense":
+        return published.dense_top1
+    finals = [other for other in rows if other.final and other.network != "Dense"]
+    return published.top1 if finals == [row] else None
+
+
+def labels_of(runs: Sequence[RunRecord]) -> list[str]:
+    """A name for every run; where two share one, with the seed or the folder to tell them apart."""
+    names = [run.results.name for run in runs]
+    with_seeds = [f"{run.results.name}, seed {run.results.seed}" for run in runs]
+    for labels in (names, with_seeds):
+        if len(set(labels)) == len(runs):
+            return labels
+    return [str(run.folder) for run in runs]
+
+
+def headline_of(run: RunRecord) -> str:
+    """A run in one line: from where to where, at what speedup, and what was published."""
+    rows, results = summary_rows(run.results), run.results
+    parts = []
+    for row in rows:
+        if row.top1 is not None:
+            speedup = f" at {row.speedup:.2f}x fewer MACs" if row.speedup not in (None, 1) else ""
+            parts.append(f"{row.network} {row.top1:.2f}%{speedup}")
+    line = "top-1: " + ", ".join(parts) if parts else "no accuracy yet"
+    if results.published and results.published.top1 is not None:
+        line += f" (published {results.published.top1:.2f}%)"
+    return line if results.status == "finished" else f"{line} - still {results.status}"

@@ -1,0 +1,57 @@
+"""The plans of a run's stages."""
+
+from torch import nn
+
+from tpp.methods.base import Method
+from tpp.models.architecture import example_input_for
+from tpp.plan import PruningPlan
+from tpp.selection.selection import same_on_all_ranks
+from train.config.config import Config
+from train.run import Run
+
+PLAN_FILE = "plan.json"
+
+
+def choose_plan(run: Run, name: str, model: nn.Module, method: Method) -> PruningPlan | None:
+    """The plan of a stage that begins: what its input was regularised for, or chosen now.
+
+    None for a stage that begins without one: its method picks the filters later.
+    """
+    stage = run.config.stages[name]
+    if stage.kind not in ("regularize", "prune"):
+        return None
+    if stage.kind == "regularize" and method.picks != "before":
+        return None
+    if stage.input is not None and _regularizes_for_a_plan(run.config, stage.input):
+        plan = load_plan(run, stage.input)
+    else:
+        example = example_input_for(model)
+        plan = method.select(model, run.config.selection(), example_input=example)
+        plan = same_on_all_ranks(plan)
+    save_plan(run, name, plan)
+    return plan
+
+
+def save_plan(run: Run, name: str, plan: PruningPlan) -> None:
+    """Write down a stage's plan; that of the run's first stage that has one is also the run's."""
+    if run.is_main:
+        plan.save(run.stage_folder(name) / PLAN_FILE)
+        config = run.config
+        with_plan = (
+            other
+            for other, stage in config.stages.items()
+            if stage.kind == "prune" or _regularizes_for_a_plan(config, other)
+        )
+        if name == next(with_plan):
+            plan.save(run.folder / PLAN_FILE)
+
+
+def _regularizes_for_a_plan(config: Config, name: str) -> bool:
+    """Whether a stage readies the network for the removal of filters that it knows."""
+    kind = config.stages[name].kind
+    return kind == "regularize" and config.stage_method(name).picks != "after"
+
+
+def load_plan(run: Run, name: str) -> PruningPlan:
+    """The plan that a stage wrote down."""
+    return PruningPlan.load(run.stage_folder(name) / PLAN_FILE)

@@ -1,0 +1,47 @@
+"""The stage that removes filters from a checkpoint."""
+
+from typing import Any
+
+from tpp.checkpoints.model_file import load_model, network_of, read_metadata, save_model
+from tpp.checkpoints.prune_file import prune_checkpoint
+from tpp.measure.counts import count
+from tpp.models.layers import prunable_layers
+from train.config.sections import StageSection
+from train.run import Run
+from train.run_folder.networks import MODEL_FILE, load_input, save_network
+from train.run_folder.plans import choose_plan
+
+
+def prune_stage(run: Run, name: str, stage: StageSection) -> dict[str, Any]:
+    """Remove the planned filters from the input checkpoint: no data, no GPU, one rank."""
+    folder = run.stage_folder(name)
+    output = folder / MODEL_FILE
+    method = run.config.stage_method(name)
+    if run.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+    model = load_input(run, stage)
+    plan = choose_plan(run, name, model, method)
+    assert plan is not None
+    if run.is_main:
+        if stage.input is not None:
+            source = run.stage_folder(stage.input) / MODEL_FILE
+        else:  # straight from the starting weights, whatever kind of file they came in
+            source = folder / "dense.safetensors"
+            save_network(run, name, source, model, None)
+        prune_checkpoint(source, plan, output)
+        pruned = load_model(output)
+        if method.after_removal(pruned, run.config.seed):
+            save_model(output, pruned, extra=read_metadata(output).extra)
+    run.accelerator.wait_for_everyone()
+    layers = prunable_layers(model)
+    removed = [
+        layers[layer].weight.detach()[plan.pruned[layer]].abs().max().item()
+        for layer in plan.active_layers
+    ]
+    return {
+        "top1": None,
+        "top5": None,
+        "loss": None,
+        **run.count_fields(count(network_of(read_metadata(output), source=str(output)))),
+        "removed_magnitude": max(removed, default=0.0),
+    }

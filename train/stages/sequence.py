@@ -1,0 +1,99 @@
+"""The stages of a run: each turns one checkpoint into the next, and is skipped when done."""
+
+import time
+from typing import Any
+
+from accelerate import Accelerator
+
+from tpp.measure.counts import count
+from tpp.models.architecture import build_on_meta
+from train.config.config import Config, save_config, stages_until
+from train.config.sections import TRAINING_KINDS
+from train.distributed.collectives import from_main_rank
+from train.distributed.stopping import Stopped, StopRequest, message_of
+from train.distributed.watchdog import Watchdog
+from train.preflight import Preflight
+from train.run import Run
+from train.run_folder.checkpoints import remove_leftovers
+from train.run_folder.log import say
+from train.run_folder.record import finish_stage, write_results
+from train.run_folder.same_run import take_up_done
+from train.stages.evaluate import evaluate_stage
+from train.stages.prune import prune_stage
+from train.stages.training import TrainingStage, clean_up
+
+
+def open_run(
+    config: Config,
+    accelerator: Accelerator,
+    found: Preflight,
+    watchdog: Watchdog,
+    stop: StopRequest,
+) -> Run:
+    """Take up what the run folder holds already, and remove what a killed process left half-made.
+
+    The main rank holds the folder's lock.
+
+    Raises:
+        UserError: a stage was done with other settings.
+    """
+    run = Run(
+        config=config,
+        accelerator=accelerator,
+        watchdog=watchdog,
+        stop=stop,
+        images=found.images,
+        architecture=found.architecture,
+        dense=count(build_on_meta(found.architecture)),
+    )
+
+    def look() -> dict[str, dict[str, Any]]:
+        remove_leftovers(run.folder)
+        for name in config.stages:
+            take_up_done(run, name)
+        return run.done
+
+    # All ranks have to skip the same stages, also where a node sees new files late.
+    run.done = from_main_rank(accelerator, look)
+    return run
+
+
+def run_stages(run: Run, until: str | None = None) -> None:
+    """Run every stage that is not done yet.
+
+    Args:
+        run: the run.
+        until: the last stage to run; None for all.
+
+    Raises:
+        UserError: a stage was broken off with other settings, or an image cannot be read.
+        Stopped: a signal asked for it; all that is done is kept.
+    """
+    config = run.config
+    run.accelerator.wait_for_everyone()
+    if run.is_main:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        save_config(config, run.folder / "config.yaml")
+        write_results(run, "running")
+    for name in stages_until(config, until):
+        stage = config.stages[name]
+        trains = stage.kind in TRAINING_KINDS
+        if name in run.done:
+            if run.is_main:
+                say(f"{name}: done before, skipped")
+            if trains:
+                clean_up(run, name)  # it may have been killed just before
+            continue
+        if (signal := run.stop.agreed_now()) is not None:
+            raise Stopped(message_of(signal, f"before stage {name}"))
+        if trains:
+            finish_stage(run, name, TrainingStage(run, name).train())
+            clean_up(run, name)
+            continue
+        started = time.perf_counter()
+        do = prune_stage if stage.kind == "prune" else evaluate_stage
+        results = do(run, name, stage)
+        finish_stage(run, name, {**results, "wall_seconds": time.perf_counter() - started})
+    if run.is_main:
+        all_done = len(run.done) == len(config.stages)
+        write_results(run, "finished" if all_done else "stopped")
