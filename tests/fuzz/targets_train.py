@@ -12,8 +12,10 @@ from rich.console import Console
 
 from tests.fuzz.harness import Target, whole
 from tpp.common.errors import UserError
-from train import report, sweep
+from train import sweep
 from train.config.config import load_config, save_config
+from train.report import write_report
+from train.reporting import grids, page
 from train.reporting.paper_table import collect, to_csv, to_markdown, to_rich
 from train.reporting.rows import load_run
 
@@ -202,17 +204,17 @@ def _parse_run(folder: Path, data: bytes) -> None:
     run = load_run(folder)
     output = io.StringIO()
     console = Console(file=output, width=200)
-    for grid in [*report._grids([run]), report._stage_grid(run)]:
-        console.print(report._to_rich(grid))
-    page = report._page([run], [b""])
+    for grid in [*grids.grids_of([run]), grids.stage_grid(run)]:
+        console.print(grids.to_rich(grid))
+    text = page.page_of([run], [b""])
     assert all(line.isprintable() for line in output.getvalue().split("\n")), "escape codes"
-    assert "<script" not in page, "markup of a stranger in the page"
-    page.encode()
+    assert "<script" not in text, "markup of a stranger in the page"
+    text.encode()
 
 
 def _parse_drawn_run(folder: Path, data: bytes) -> None:
     _run_folder(folder, data)
-    report.write_report([load_run(folder)], folder)
+    write_report([load_run(folder)], folder)
 
 
 def _parse_table(folder: Path, data: bytes) -> None:

@@ -20,8 +20,8 @@ import torch.distributed as dist
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from train.distributed.rendezvous import keep_to_loopback, meet_anew_after_restart
-from train.distributed.watchdog import Watchdog, group_timeout, ranks_named
+from train.distributed.rendezvous import keep_to_loopback, meet_anew_after_restart  # noqa: E402
+from train.distributed.watchdog import Watchdog, group_timeout, ranks_named  # noqa: E402
 
 
 def _listening() -> set[str]:
