@@ -1,8 +1,8 @@
 """Whether what a stage has left behind was made with the settings and images of now.
 
 A setting that may differ when a run goes on says so at its key
-(:data:`tpp.common.settings.MAY_DIFFER`). One that is newer than what was left behind counts as its
-default there: a run that began before it existed goes on.
+(:data:`tpp.common.settings.MAY_DIFFER`). One at its default is not written down, and one that is
+not there counts as its default: a run that began before a setting existed goes on.
 """
 
 import json
@@ -92,8 +92,12 @@ def _plain(value: Any) -> Any:
     if isinstance(value, BaseModel):
         return _plain(_entries(value))
     if isinstance(value, Mapping):
-        return {key: _plain(inner) for key, inner in value.items()}
+        return {key: _plain(inner) for key, inner in value.items() if not _is_default(inner)}
     return json.loads(json.dumps(value))
+
+
+def _is_default(value: Any) -> bool:
+    return isinstance(value, _Setting) and _plain(value.value) == _plain(value.default)
 
 
 def _differences(old: Any, now: Any, key: str = "") -> Iterator[str]:
