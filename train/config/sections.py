@@ -1,7 +1,7 @@
 """The sections of a configuration that belong to the run."""
 
 from fractions import Fraction
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -51,6 +51,7 @@ OF_THE_RUN = {
     *("config.yaml", "plan.json", "results.json", "log.jsonl", "run.lock", "checkpoints"),
     *("report.html", "report.png"),
 }
+MODEL_FILE = "model.safetensors"  # in the folder of each stage that makes a network
 TRAINING_KINDS = ("dense", "regularize", "finetune")
 
 
@@ -234,6 +235,14 @@ class StageSection(Section):
         return self
 
 
+class PublishedScore(NamedTuple):
+    """What was published of one metric; None where nothing was."""
+
+    dense: float | None = None
+    pruned: float | None = None
+    pruned_std: float | None = None
+
+
 class PublishedSection(Section):
     """The published figures that this configuration is to reproduce, for the report."""
 
@@ -242,3 +251,9 @@ class PublishedSection(Section):
     top1: float | None = None
     top1_std: float | None = None
     speedup: float | None = None
+
+    def score(self, metric: str) -> PublishedScore:
+        """The figures of the metric of that name; they are all of top-1."""
+        if metric != "top1":
+            return PublishedScore()
+        return PublishedScore(self.dense_top1, self.top1, self.top1_std)

@@ -7,13 +7,11 @@ import torch
 from torch import nn
 
 from tpp.checkpoints.model_file import load_model, save_model
-from train.config.sections import StageSection
+from train.config.sections import MODEL_FILE, StageSection
 from train.distributed.collectives import broadcast_buffers
 from train.run import Run
 from train.tasks.classification import Accuracy, evaluate
 from train.weights import load_starting_weights
-
-MODEL_FILE = "model.safetensors"
 
 
 def load_input(run: Run, stage: StageSection) -> nn.Module:

@@ -6,9 +6,9 @@ from tpp.checkpoints.model_file import load_model, network_of, read_metadata, sa
 from tpp.checkpoints.prune_file import prune_checkpoint
 from tpp.measure.counts import count
 from tpp.models.layers import prunable_layers
-from train.config.sections import StageSection
+from train.config.sections import MODEL_FILE, StageSection
 from train.run import Run
-from train.run_folder.networks import MODEL_FILE, load_input, save_network
+from train.run_folder.networks import load_input, save_network
 from train.run_folder.plans import choose_plan
 
 

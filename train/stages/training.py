@@ -25,7 +25,7 @@ from tpp.models.architecture import architecture_of, example_input_for
 from train.config.batch_rule import describe
 from train.config.config import steps_for
 from train.config.intervals import Interval
-from train.config.sections import StageSection
+from train.config.sections import MODEL_FILE, StageSection
 from train.data import image_transform
 from train.distributed.accelerator import make_engine
 from train.distributed.collectives import EveryRankError, from_main_rank, led_by_main_rank
@@ -39,7 +39,7 @@ from train.monitor import Monitor
 from train.run import Run, say_bad_images
 from train.run_folder.checkpoints import CheckpointWriter, newest_state
 from train.run_folder.log import say
-from train.run_folder.networks import MODEL_FILE, evaluate_network, load_input, place, save_network
+from train.run_folder.networks import evaluate_network, load_input, place, save_network
 from train.run_folder.plans import choose_plan, load_plan, save_plan
 from train.run_folder.same_run import check_same_images, check_same_settings, stage_settings
 from train.stages.trainability import TrainabilityProbe
