@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from tpp.common.errors import UserError
-from tpp.common.settings import PositiveFloat, PositiveInt, Ratio, Section
+from tpp.common.settings import MAY_DIFFER, PositiveFloat, PositiveInt, Ratio, Section
 
 MOST_OPERATIONS = 4
 
@@ -218,7 +218,7 @@ class DataSection(Section):
         augment: augmentation beyond ``augmentation``; a stage's ``augment`` replaces it.
     """
 
-    root: str
+    root: Annotated[str, MAY_DIFFER]
     train: str = "train"
     val: str = "val"
     loader: Literal["auto", "dali", "torchvision"] = "auto"
@@ -228,13 +228,13 @@ class DataSection(Section):
     mean: list[float] = [0.485, 0.456, 0.406]
     std: list[PositiveFloat] = [0.229, 0.224, 0.225]
     channels: Literal[1, 3] = 3
-    threads: Annotated[int, Field(ge=1, le=256)] = 4
+    threads: Annotated[int, Field(ge=1, le=256), MAY_DIFFER] = 4
     demo: DemoData | None = None
-    index: str | None = None
-    on_error: Literal["fail", "skip"] = "fail"
-    max_skipped: Ratio = 0.001
+    index: Annotated[str | None, MAY_DIFFER] = None
+    on_error: Annotated[Literal["fail", "skip"], MAY_DIFFER] = "fail"
+    max_skipped: Annotated[Ratio, MAY_DIFFER] = 0.001
     shuffle_window: PositiveInt | None = None
-    prefetch: Annotated[int, Field(ge=1, le=64)] = 2
+    prefetch: Annotated[int, Field(ge=1, le=64), MAY_DIFFER] = 2
     augment: AugmentSection = AugmentSection()
 
     @model_validator(mode="after")

@@ -16,8 +16,8 @@ from itertools import zip_longest
 from pathlib import Path
 
 from tpp.common.errors import UserError, run_command
-from tpp.models.architecture import Architecture
 from train.config.config import Config, load_config, stages_until
+from train.config.stage_kinds import StageKind
 from train.data import image_place
 from train.distributed.accelerator import check_batch_size
 from train.preflight import check_plans
@@ -110,6 +110,11 @@ def _count(text: str) -> int | None:
     return int(match[1]) if match else None
 
 
+def resources(does: StageKind) -> str:
+    """What a job for a stage asks for: ``training``, ``evaluation``, or ``files`` for no images."""
+    return "training" if does.trains else "evaluation" if does.needs_images else "files"
+
+
 def check(config: Config, request: Request, *, data_on_nodes: bool = False) -> None:
     """Find mistakes in a configuration and in what sbatch is asked for.
 
@@ -124,10 +129,9 @@ def check(config: Config, request: Request, *, data_on_nodes: bool = False) -> N
     if request.ranks is not None:
         check_batch_size(config.training, request.ranks)
     starting_weights_exist(config.model)
-    if config.model.num_classes is not None:
-        check_plans(
-            config, Architecture(config.model.name, config.model.num_classes, config.model.args)
-        )
+    architecture = config.make_task().architecture(config.model)
+    if architecture is not None:
+        check_plans(config, architecture)
     if not data_on_nodes and config.data.demo is None:
         check_data(config)
     if not request.elsewhere:
@@ -193,7 +197,11 @@ def main() -> None:
     parser.add_argument("--until", metavar="STAGE", help="the last stage that is to run")
     parser.add_argument("--script", metavar="FILE", help="whose #SBATCH lines count")
     parser.add_argument("--data-on-nodes", action="store_true", help="do not look for the images")
-    parser.add_argument("--stages", action="store_true", help="print names and kinds of the stages")
+    parser.add_argument(
+        "--stages",
+        action="store_true",
+        help="print names and kinds of the stages, and what they need",
+    )
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
     own, options = sys.argv[1:], list[str]()
     if "--" in own:
@@ -207,7 +215,7 @@ def main() -> None:
     check(config, request, data_on_nodes=arguments.data_on_nodes)
     if arguments.stages:
         for name, stage in config.stages.items():
-            print(name, stage.kind)
+            print(name, stage.kind, resources(stage.does))
 
 
 if __name__ == "__main__":

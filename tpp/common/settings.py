@@ -10,6 +10,8 @@ from tpp.common.errors import printable
 Ratio = Annotated[float, Field(ge=0, lt=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 PositiveInt = Annotated[int, Field(ge=1)]
+# Beside the type of a key that may differ when a run goes on: it decides no outcome.
+MAY_DIFFER = "may differ when a run goes on"
 # NaN and infinity are numbers to YAML and never what anybody wants in these settings.
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 

@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 import yaml
 from pydantic import (
@@ -34,15 +34,15 @@ from tpp.selection.selection import Selection
 from tpp.selection.settings import PruningSection
 from train.config.sections import (
     OF_THE_RUN,
-    TRAINING_KINDS,
     CheckpointsSection,
     OptimizerSection,
     PublishedSection,
-    StageKind,
     StageSection,
     TrainingSection,
-    scale_optimizer,
 )
+from train.config.stage_kinds import KINDS
+from train.tasks import make_task
+from train.tasks.base import Task
 
 DEMO = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
 
@@ -54,11 +54,13 @@ class Config(Section):
         name: of the run; also of its folder unless ``output`` says otherwise.
         output: the run folder.
         seed: of weights, data order and augmentation.
+        task: what the network is trained for, its ``kind`` and the settings of that.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,199}$")]
     output: str = ""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    task: dict[str, Any] = {"kind": "classification"}
     model: ModelSection
     data: DataSection
     training: TrainingSection = TrainingSection()
@@ -81,7 +83,7 @@ class Config(Section):
             if len(name) > 100 or name.lower() in OF_THE_RUN:
                 raise ValueError(f"stage name {name!r}: too long, or a file of the run has it")
             stage = {} if stage is None else stage
-            if isinstance(stage, dict) and "kind" not in stage and name in get_args(StageKind):
+            if isinstance(stage, dict) and "kind" not in stage and name in KINDS:
                 stage = {"kind": name, **stage}
             named[name] = stage
         return named
@@ -90,6 +92,25 @@ class Config(Section):
     @classmethod
     def _tpp_unless_said(cls, method: Any) -> Any:
         return {"name": "tpp", **method} if isinstance(method, dict) else method
+
+    @field_validator("task", mode="before")
+    @classmethod
+    def _classification_unless_said(cls, task: Any) -> Any:
+        return {"kind": "classification", **task} if isinstance(task, dict) else task
+
+    @model_validator(mode="after")
+    def _images_suit_the_task(self) -> "Config":
+        try:
+            task = self.make_task()
+            task.architecture(self.model)
+        except UserError as error:
+            raise ValueError(str(error)) from None
+        task.check_data(self.data, self.data.augment, "data.augment")
+        for name, stage in self.stages.items():
+            self.stage_task(name)
+            if stage.augment is not None:
+                task.check_data(self.data, stage.augment, f"stages.{name}.augment")
+        return self
 
     @model_validator(mode="after")
     def _stages_fit_together(self) -> "Config":
@@ -107,10 +128,10 @@ class Config(Section):
                     f"stages.{name}.input: {stage.input!r} is no earlier stage"
                     + (f"; there are: {', '.join(names[:position])}" if position else "")
                 )
-            elif self.stages[stage.input].kind == "evaluate":
+            elif not self.stages[stage.input].does.makes_network:
                 raise ValueError(f"stages.{name}.input: {stage.input!r} makes no checkpoint")
-            prunes = stage.kind in ("regularize", "prune")
-            if prunes and not self.pruning.ratios and not self.pruning.budget:
+            pruning = stage.pruning or self.pruning
+            if stage.does.needs_plan and not pruning.ratios and not pruning.budget:
                 raise ValueError(
                     f"stages.{name}: pruning.ratios says of no layer what goes, and there is no "
                     "pruning.budget"
@@ -118,9 +139,9 @@ class Config(Section):
             if stage.augment is not None:
                 self.data.check_augment(stage.augment, f"stages.{name}.augment")
             method = self.stage_method(name)
-            if stage.kind in TRAINING_KINDS:
+            if stage.does.trains:
                 self.stage_optimizer(name)
-            if stage.kind == "regularize":
+            if stage.does.regularizes:
                 try:
                     steps = method.steps()
                 except OverflowError:
@@ -132,13 +153,35 @@ class Config(Section):
                         f"stages.{name}.epochs: method {method.name!r} "
                         + ("needs the stage's length" if steps is None else "sets the length")
                     )
-            if stage.kind != "evaluate":
+            if stage.does.makes_network:
                 previous = name
         return self
 
-    def selection(self) -> Selection:
-        """How the filters that go are chosen."""
-        pruning = self.pruning
+    def make_task(self) -> Task:
+        """A fresh instance of the task, with its settings.
+
+        Raises:
+            UserError: a mistake in them; names the key.
+        """
+        return make_task(self.task)
+
+    def stage_task(self, name: str) -> Task:
+        """The task as stage ``name`` trains for it.
+
+        Raises:
+            ValueError: the stage asks for what the task has not; names the key.
+        """
+        task, smoothing = self.make_task(), self.stages[name].label_smoothing
+        if not smoothing:
+            return task
+        try:
+            return task.with_label_smoothing(smoothing)
+        except ValueError as error:
+            raise ValueError(f"stages.{name}.label_smoothing: {error}") from None
+
+    def selection(self, stage: str | None = None) -> Selection:
+        """How the filters that go are chosen: in a stage, or where none says otherwise."""
+        pruning = (self.stages[stage].pruning if stage is not None else None) or self.pruning
         return Selection(
             ratios=pruning.ratios,
             criterion=pruning.criterion,
@@ -167,8 +210,7 @@ class Config(Section):
         stage, training = self.stages[name], self.training
         assert stage.optimizer is not None
         try:
-            return scale_optimizer(
-                stage.optimizer,
+            return stage.optimizer.for_batch(
                 training.batch_factor,
                 warmup_epochs=training.batch_warmup_epochs,
                 stage_epochs=stage.epochs or epochs,

@@ -130,12 +130,9 @@ def collect(sweep: Sweep) -> ResultTable:
 
 def _dense_top1(runs: Sequence[SweepRun], results: dict[int, Results | None]) -> float | None:
     """Of the dense run, or of the first run that measured what it started from."""
-    for run in runs:
-        found = results[run.number]
-        if found is not None and found.dense is not None:
-            if (value := found.dense.scores.get(TOP1.name)) is not None:
-                return value
-    return None
+    found = [results[run.number] for run in runs]
+    dense = [result.dense.scores.get(TOP1.name) for result in found if result and result.dense]
+    return next((top1 for top1 in dense if top1 is not None), None)
 
 
 def _published(sweep: Sweep, finetuning: str, method: str, ratio: str) -> tuple[float, ...] | None:

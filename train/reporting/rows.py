@@ -12,7 +12,9 @@ from tpp.common.yaml_files import LARGEST_YAML, parse_yaml
 from train.config.stage_kinds import StageKind, stage_kind
 from train.run_folder.log import LogEntry, read_log
 from train.run_folder.results import NetworkResult, Results, StageResult, read_results
+from train.tasks import task_class
 from train.tasks.base import Task
+from train.tasks.classification import Classification
 
 # What names a run and where it is, rather than what it does.
 IDENTITY = ("name", "output", "published")
@@ -70,14 +72,13 @@ def load_run(folder: Path) -> RunRecord:
     Raises:
         UserError: it is no run folder, or its results.json or config.yaml is broken.
     """
-    path = folder / "results.json"
-    if path.exists():
-        results = read_results(path)
-    elif (folder / "log.jsonl").exists():
-        results = Results(name=folder.resolve().name)
-    else:
+    path, config_path = folder / "results.json", folder / "config.yaml"
+    if not path.exists() and not (folder / "log.jsonl").exists():
         raise UserError(f"{folder}: no run folder: it has neither results.json nor log.jsonl")
-    config = _read_config(folder / "config.yaml")
+    results = read_results(path) if path.exists() else None
+    config = _read_config(config_path)
+    if results is None:
+        results = Results(name=folder.resolve().name, task=_task_in(config, config_path))
     stages = {
         name: StageResult(kind=str(stage.get("kind")), input=_text(stage.get("input")))
         for name, stage in config.get("stages", {}).items()
@@ -142,6 +143,16 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(stages, dict) or not all(isinstance(s, dict) for s in stages.values()):
         raise UserError(f"{path}: not the resolved configuration of a run")
     return config
+
+
+def _task_in(config: dict[str, Any], path: Path) -> str:
+    """The kind of the task that a configuration is for; older ones do not say."""
+    task = config.get("task")
+    kind = task.get("kind") if isinstance(task, dict) else None
+    try:
+        return task_class(Classification.kind if kind is None else str(kind)).kind
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def _text(value: Any) -> str | None:

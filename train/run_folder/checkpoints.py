@@ -46,6 +46,8 @@ _WAITS_SECONDS = (0.1, 0.4, 1.0)
 # A checkpoint before it is renamed into its place, and an older one of the same step after it had
 # to make way; not one that was being deleted.
 _UNFINISHED = re.compile(r"\.(step-[0-9]+)(\.before)?\.[0-9]+\.tmp")
+# Folder of them in a stage's own.
+CHECKPOINTS = "checkpoints"
 
 
 class CheckpointWriter:

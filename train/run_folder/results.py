@@ -150,7 +150,7 @@ class Results(BaseModel):
     def published_score(self) -> PublishedScore:
         """What was published of the task's score."""
         score = self.task_type.metrics[0]
-        return self.published.score(score.name) if self.published else PublishedScore()
+        return self.published.score(score) if self.published else PublishedScore()
 
     def to_dict(self) -> dict[str, Any]:
         """As it is in the file."""

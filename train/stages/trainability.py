@@ -1,6 +1,6 @@
 """Trainability of the network while it trains: measured at the same images in every stage."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -20,6 +20,7 @@ class TrainabilityProbe:
     Args:
         index: the validation images.
         transform: how they are prepared for the network.
+        inputs: what the network takes of a batch of them.
         count: how many of them to measure at; all, where there are fewer.
         loader: 'dali' or 'torchvision'.
         device: where the networks are.
@@ -32,6 +33,7 @@ class TrainabilityProbe:
         self,
         index: ImageIndex,
         transform: ImageTransform,
+        inputs: Callable[[Tensor], Tensor],
         *,
         count: int,
         loader: str,
@@ -49,7 +51,7 @@ class TrainabilityProbe:
             device=device,
         )
         # A copy: the loader may use its buffer again.
-        self._images: Tensor = next(batches)[0].clone()
+        self._images: Tensor = inputs(next(batches)[0].clone())
         batches.close()
 
     def __call__(self, network: nn.Module) -> Trainability:

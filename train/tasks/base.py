@@ -144,6 +144,16 @@ class Task:
         """What a model file says about this task beside the network; JSON-ready."""
         return {"task": {"kind": self.kind, **self.settings.model_dump()}}
 
+    def check_images(self, architecture: Architecture, classes: int, file: str, place: str) -> None:
+        """Raise UserError if a network is none for the images that it is to be evaluated on.
+
+        Args:
+            architecture: of the network in ``file``.
+            classes: how many class folders ``place`` holds.
+            file: the checkpoint.
+            place: the folder of images.
+        """
+
     def inputs(self, images: Tensor) -> Tensor:
         """What the network takes, made from the loader's images (n, c, h, w) on their device."""
         return images
@@ -152,11 +162,11 @@ class Task:
         """The mean loss of a training batch, and the network's outputs for it."""
         raise NotImplementedError
 
-    def training_sums(self, batch: Batch, outputs: Tensor) -> dict[str, Tensor]:
-        """Sums over a training batch's images, by the metrics' names; nothing that costs."""
+    def training_sums(self, batch: Batch, outputs: Tensor) -> dict[Metric, Tensor]:
+        """Sums over a training batch's images, before the metric's factor; nothing that costs."""
         return {}
 
-    def sums(self, forward: Forward, batch: Batch) -> dict[str, Tensor]:
+    def sums(self, forward: Forward, batch: Batch) -> dict[Metric, Tensor]:
         """Sums over the images of a validation batch of every metric, before its factor."""
         raise NotImplementedError
 
@@ -182,7 +192,7 @@ class Task:
         for batch in batches:
             found = self.sums(forward, batch)
             for place, metric in enumerate(self.metrics):
-                sums[place] += found[metric.name].double()
+                sums[place] += found[metric].double()
             sums[-1] += len(batch[0])
         *totals, count = over_ranks(sums).tolist()
         values = {

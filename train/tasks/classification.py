@@ -47,25 +47,33 @@ class Classification(Task):
         """The classes' names, in the order of the outputs."""
         return {"classes": classes}
 
+    def check_images(self, architecture: Architecture, classes: int, file: str, place: str) -> None:
+        """As many outputs as class folders."""
+        if architecture.num_classes != classes:
+            raise UserError(
+                f"{file} tells {architecture.num_classes} classes apart, {place} holds {classes} "
+                "class folders"
+            )
+
     def loss(self, forward: Forward, batch: Batch) -> tuple[Tensor, Tensor]:
         """Cross entropy with labels (n,), or with shares of the classes (n, classes) if mixed."""
         images, labels = batch
         logits = forward(images)
         return F.cross_entropy(logits, labels, label_smoothing=self._label_smoothing), logits
 
-    def training_sums(self, batch: Batch, outputs: Tensor) -> dict[str, Tensor]:
+    def training_sums(self, batch: Batch, outputs: Tensor) -> dict[Metric, Tensor]:
         """Top-1 of the images as augmented; of mixed ones, for the class of the larger share."""
         _, labels = batch
         classes = labels if labels.dim() == 1 else labels.argmax(1)
-        return {TOP1.name: (outputs.argmax(1) == classes).sum()}
+        return {TOP1: (outputs.argmax(1) == classes).sum()}
 
-    def sums(self, forward: Forward, batch: Batch) -> dict[str, Tensor]:
+    def sums(self, forward: Forward, batch: Batch) -> dict[Metric, Tensor]:
         """Top-1, top-5 (of as many classes as there are) and cross entropy."""
         images, labels = batch
         logits = forward(images)
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
         return {
-            TOP1.name: best[:, 0].sum(),
-            TOP5.name: best.sum(),
-            LOSS.name: F.cross_entropy(logits, labels, reduction="sum"),
+            TOP1: best[:, 0].sum(),
+            TOP5: best.sum(),
+            LOSS: F.cross_entropy(logits, labels, reduction="sum"),
         }

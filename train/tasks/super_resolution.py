@@ -64,9 +64,7 @@ class SuperResolution(Task):
             raise UserError("model.num_classes: super_resolution has no classes; leave it out")
         scale = self.settings.scale
         if model.args.get("scale", scale) != scale:
-            raise UserError(
-                f"model.args.scale is {model.args['scale']}, but task.scale is {scale}"
-            )
+            raise UserError(f"model.args.scale is {model.args['scale']}, but task.scale is {scale}")
         return Architecture(model.name, None, {**model.args, "scale": scale})
 
     def inputs(self, images: Tensor) -> Tensor:
@@ -81,17 +79,17 @@ class SuperResolution(Task):
         outputs = forward(self.inputs(images))
         return F.l1_loss(outputs, images), outputs
 
-    def training_sums(self, batch: Batch, outputs: Tensor) -> dict[str, Tensor]:
+    def training_sums(self, batch: Batch, outputs: Tensor) -> dict[Metric, Tensor]:
         """PSNR of the training images."""
-        return {PSNR.name: self._psnr(outputs.detach(), batch[0]).sum()}
+        return {PSNR: self._psnr(outputs.detach(), batch[0]).sum()}
 
-    def sums(self, forward: Forward, batch: Batch) -> dict[str, Tensor]:
+    def sums(self, forward: Forward, batch: Batch) -> dict[Metric, Tensor]:
         """PSNR and mean absolute difference of every image."""
         images, _ = batch
         outputs = forward(self.inputs(images))
         return {
-            PSNR.name: self._psnr(outputs, images).sum(),
-            L1.name: (outputs - images).abs().mean((1, 2, 3)).sum(),
+            PSNR: self._psnr(outputs, images).sum(),
+            L1: (outputs - images).abs().mean((1, 2, 3)).sum(),
         }
 
     def _psnr(self, outputs: Tensor, images: Tensor) -> Tensor:
