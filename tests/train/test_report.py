@@ -292,6 +292,10 @@ def test_report_of_one_run(tpp: Path) -> None:
     assert (page, picture) == (tpp / "report.html", tpp / "report.png")
     found = Page(page)
     assert found.fetched == []
+    assert found.rows[0] == [
+        *("Run", "Network", "Top-1 %", "Published %", "Difference", "Top-5 %"),
+        *("Parameters", "MACs", "Speedup"),
+    ]
     assert found.rows[1][:5] == ["resnet56_tpp_pr0.5", "Dense", "93.70", "93.78", "-0.08"]
     assert found.rows[2][:5] == ["resnet56_tpp_pr0.5", "TPP", "93.40", "93.46 (0.06)", "-0.06"]
     cells = {row[0]: row[1:] for row in found.rows}
@@ -611,6 +615,10 @@ def super_resolution(tmp_path: Path) -> Path:
 
 def test_another_tasks_score_is_in_every_table(super_resolution: Path) -> None:
     run = load_run(super_resolution)
+    assert list(comparison([run]).columns) == [
+        *("Run", "Network", "PSNR dB", "Published dB", "Difference"),
+        *("Parameters", "MACs", "Speedup"),
+    ]
     text = printed(summary_table(run.results), to_rich(comparison([run])), to_rich(stage_grid(run)))
     assert "PSNR dB" in text and "PSNR before" in text and "Published dB" in text
     assert "31.26" in text and "0.0123" in text
