@@ -75,6 +75,7 @@ def test_it_is_logged_and_changes_no_weight(tiny_config, run_main, tmp_path):
     probe = TrainabilityProbe(
         scan_class_folders(Path(data["root"]) / "val"),
         transform,
+        lambda images: images,
         count=6,
         loader="torchvision",
         device=torch.device("cpu"),

@@ -12,7 +12,7 @@ from tpp.methods import base, greg1
 from tpp.methods.tpp import growth_per_update
 from tpp.models.layers import prunable_layers
 from tpp.plan import PruningPlan
-from tpp.regularization.regularizer import LayerStatistics, Regularizer
+from tpp.regularization.regularizer import LayerStatistics, Regularizer, factors_for
 from tpp.regularization.schedule import GrowthSchedule
 from tpp.selection.selection import same_on_all_ranks
 
@@ -105,7 +105,7 @@ class GReg2(base.Method):
             share = names[context.rank :: context.world_size]
             self._layers = {name: layers[name] for name in share}
             self._kept: dict[str, Tensor] = {}
-            self._scale = torch.zeros((), device=next(model.parameters()).device)
+            self._scale = factors_for(model, torch.zeros(()))
 
     def before_step(self, step: int) -> None:
         """The decay on all filters; once they are picked, on these, and on those that stay."""

@@ -129,10 +129,9 @@ class Regularizer:
         """Write the factors of 0-based ``step`` into tensors, for :meth:`loss_terms` to read."""
         for layer, module in self._layers.items():
             _check_whole(layer, module)
-        device = next(self._model.parameters()).device
         strength = self.growth.strength(step)
         self._is_growing = strength > 0.0
-        self._scales = self._scales.to(device)
+        self._scales = factors_for(self._model, self._scales)
         scale = strength * self.world_size
         self._scales[0].fill_(self.gram_weight * scale)
         self._scales[1].fill_(scale)
@@ -290,6 +289,12 @@ def _entries(model: nn.Module, layer: nn.Module, channels: LayerChannels) -> Ite
         module = model.get_submodule(norm.module)
         for name, _ in module.named_parameters(recurse=False):
             yield _Entries(module, name, norm.positions)
+
+
+def factors_for(model: nn.Module, factors: Tensor) -> Tensor:
+    """Factors of terms of the weights, on their device and in their type, float32 at least."""
+    weight = next(model.parameters())
+    return factors.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
 
 
 def _mask(parts: Iterable[tuple[int, Iterable[int]]]) -> Tensor:

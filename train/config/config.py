@@ -60,13 +60,13 @@ class Config(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,199}$")]
     output: str = ""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    task: dict[str, Any] = {"kind": "classification"}
     model: ModelSection
     data: DataSection
     training: TrainingSection = TrainingSection()
     checkpoints: CheckpointsSection = CheckpointsSection()
     pruning: PruningSection = PruningSection()
     method: dict[str, Any] = {"name": "tpp"}
+    task: dict[str, Any] = {"kind": "classification"}
     stages: dict[str, StageSection]
     published: PublishedSection | None = None
 

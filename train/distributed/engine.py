@@ -15,12 +15,12 @@ from torch.optim import Optimizer
 
 
 def forward_pass(model: nn.Module, accelerator: Accelerator) -> Callable[[Tensor], Tensor]:
-    """A network's forward pass in the run's precision, with outputs in float32."""
+    """A network's forward pass in the run's precision, with outputs in float32 or more."""
 
     def forward(inputs: Tensor) -> Tensor:
         with accelerator.autocast():
             outputs = model(inputs)
-        return outputs.float()
+        return outputs if outputs.dtype == torch.float64 else outputs.float()
 
     return forward
 
