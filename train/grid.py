@@ -15,10 +15,10 @@ from tpp.common.reading import parse_json
 from tpp.common.settings import Ratio, Section, mistakes
 from tpp.common.yaml_files import read_yaml
 from train.config.config import Config, load_config
+from train.config.sections import MODEL_FILE
 from train.run_folder.results import Results, read_results
 
 MAIN = Path(__file__).resolve().with_name("main.py")
-MODEL_FILE = "model.safetensors"
 # What the sweep sets in every run, so that an override of it would be lost.
 _OF_THE_SWEEP = ("name", "output", "seed", "pruning")
 _LOG_TAIL = 2**16

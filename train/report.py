@@ -18,7 +18,7 @@ from tpp.common.errors import UserError, run_command
 from tpp.common.files import write_whole
 from train.reporting.grids import comparison, console_for, grids_of, summary_table, to_rich
 from train.reporting.page import page_of
-from train.reporting.picture import draw, to_png
+from train.reporting.paper_table import report_table
 from train.reporting.rows import RunRecord, load_run
 
 TABLES = {"1": Path(__file__).resolve().parents[1] / "configs" / "cifar10" / "table1.yaml"}
@@ -51,8 +51,10 @@ def write_report(runs: Sequence[RunRecord], output: Path) -> tuple[Path, Path]:
     """Write report.html and report.png into the folder ``output``; returns both paths.
 
     Raises:
-        UserError: the folder cannot be written.
+        UserError: the folder cannot be written, or the runs are not all for one task.
     """
+    from train.reporting.picture import draw, to_png  # Matplotlib, which takes half a second
+
     pictures = [to_png(draw(runs))]
     if len(runs) > 1:
         pictures += [to_png(draw([run])) for run in runs]
@@ -65,20 +67,6 @@ def write_report(runs: Sequence[RunRecord], output: Path) -> tuple[Path, Path]:
         return paths
     except OSError as error:
         raise UserError(f"{output}: cannot write the report ({error.strerror})") from None
-
-
-# Reading
-
-
-# Stages and branches
-
-
-# Tables, for the terminal and for the page alike
-
-
-# The picture
-
-# The page
 
 
 def main() -> None:
@@ -110,8 +98,6 @@ def main() -> None:
     if arguments.config and not arguments.table:
         parser.error("--config goes with --table")
     if arguments.table:
-        from train.reporting.paper_table import report_table  # it imports this module
-
         report_table(
             arguments.config or TABLES[arguments.table],
             arguments.output,

@@ -26,11 +26,7 @@ from rich.table import Table
 
 from tpp.common.errors import UserError, run_command
 from train.grid import State, SweepRun, expand, load_sweep, state_of
-
-# From the grid to runs
-
-
-# Running
+from train.tasks.classification import TOP1
 
 
 def run_sweep(runs: Sequence[SweepRun], launcher: Sequence[str]) -> list[str]:
@@ -115,9 +111,6 @@ def _lock(folder: Path) -> Iterator[int | None]:
         os.close(file)
 
 
-# The command
-
-
 def _chosen(runs: Sequence[SweepRun], text: str | None) -> list[SweepRun]:
     """The runs that --only names: ``3``, ``1-5,9``, or ``7-`` for all from 7 on."""
     if text is None:
@@ -165,7 +158,7 @@ def _print_list(runs: Sequence[SweepRun], finetunings: Sequence[str]) -> None:
     table.add_column("Ratio")
     table.add_column("Seed", justify="right")
     for label in finetunings:
-        table.add_column(f"Top-1 %\n{label}", justify="right")
+        table.add_column(f"{TOP1.column}\n{label}", justify="right")
     table.add_column("State")
     states = [state_of(run) for run in runs]
     for run, state in zip(runs, states, strict=True):
@@ -184,11 +177,12 @@ def _top1s(run: SweepRun, state: State, finetunings: Sequence[str]) -> list[str]
         return [""] * len(finetunings)
     if run.method is None:
         dense = state.results.dense
-        found = [None if dense is None else dense.top1] + [None] * (len(finetunings) - 1)
+        found = [None if dense is None else dense.scores.get(TOP1.name)]
+        found += [None] * (len(finetunings) - 1)
     else:
         stages = [state.results.stages.get(run.evaluations[label]) for label in finetunings]
-        found = [None if stage is None else stage.top1 for stage in stages]
-    return ["" if top1 is None else f"{top1:.2f}" for top1 in found]
+        found = [None if stage is None else stage.scores.get(TOP1.name) for stage in stages]
+    return ["" if top1 is None else TOP1.number(top1) for top1 in found]
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """The sections of a configuration that belong to the run."""
 
 from fractions import Fraction
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -12,6 +12,8 @@ from tpp.common.settings import MAY_DIFFER, PositiveFloat, PositiveInt, Section
 from tpp.selection.settings import PruningSection
 from train.config.intervals import Interval
 from train.config.stage_kinds import KINDS, StageKind, stage_kind
+from train.tasks.base import Metric
+from train.tasks.classification import TOP1
 
 # Longer, a warm-up would reach into what comes after a step schedule's first milestone, and a
 # short stage would hardly see the learning rate that it is warming up to.
@@ -23,6 +25,7 @@ OF_THE_RUN = {
     *("config.yaml", "plan.json", "results.json", "log.jsonl", "run.lock", "checkpoints"),
     *("report.html", "report.png"),
 }
+MODEL_FILE = "model.safetensors"  # in the folder of each stage that makes a network
 
 
 class OptimizerSection(Section):
@@ -245,6 +248,14 @@ class StageSection(Section):
         return self
 
 
+class PublishedScore(NamedTuple):
+    """What was published of one metric; None where nothing was."""
+
+    dense: float | None = None
+    pruned: float | None = None
+    pruned_std: float | None = None
+
+
 class PublishedSection(Section):
     """The published figures that this configuration is to reproduce, for the report."""
 
@@ -253,3 +264,9 @@ class PublishedSection(Section):
     top1: float | None = None
     top1_std: float | None = None
     speedup: float | None = None
+
+    def score(self, metric: Metric) -> PublishedScore:
+        """The figures of a metric; they are all of top-1."""
+        if metric != TOP1:
+            return PublishedScore()
+        return PublishedScore(self.dense_top1, self.top1, self.top1_std)

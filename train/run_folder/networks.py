@@ -9,14 +9,13 @@ from torch import Tensor, nn
 from tpp.checkpoints.model_file import load_model, read_checkpoint, save_model
 from tpp.models.architecture import Architecture, architecture_of, build_model
 from tpp.models.fitting import assign_tensors, fill_buffers, fitted
-from train.config.sections import StageSection
+from train.config.sections import MODEL_FILE, StageSection
 from train.distributed.collectives import broadcast_buffers, sum_over_ranks
 from train.distributed.engine import forward_pass
 from train.run import Run
 from train.tasks.base import Scores
 from train.weights import load_starting_weights
 
-MODEL_FILE = "model.safetensors"
 Shapes = dict[str, tuple[int, ...]]
 
 

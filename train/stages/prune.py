@@ -5,8 +5,9 @@ from typing import Any
 from tpp.checkpoints.model_file import load_model, network_of, read_metadata, save_model
 from tpp.measure.counts import count
 from tpp.models.layers import prunable_layers
+from train.config.sections import MODEL_FILE
 from train.run import Run
-from train.run_folder.networks import MODEL_FILE, load_input, save_network
+from train.run_folder.networks import load_input, save_network
 from train.run_folder.plans import choose_plan
 
 

@@ -27,6 +27,7 @@ from tpp.plan import PruningPlan
 from train.config.batch_rule import describe
 from train.config.config import steps_for
 from train.config.intervals import Interval
+from train.config.sections import MODEL_FILE
 from train.distributed.accelerator import make_engine
 from train.distributed.collectives import EveryRankError, from_main_rank, led_by_main_rank
 from train.distributed.engine import Engine
@@ -41,7 +42,6 @@ from train.run import Run, say_bad_images
 from train.run_folder.checkpoints import CHECKPOINTS, CheckpointWriter, newest_state
 from train.run_folder.log import say
 from train.run_folder.networks import (
-    MODEL_FILE,
     companion_of_input,
     dense_network,
     evaluate_network,

@@ -31,6 +31,7 @@ class Metric:
         unit: as it follows a number: ``%``, `` dB``.
         digits: behind the point.
         factor: what a mean over images is multiplied by, 100 for per cent.
+        noun: of what it is a kind, where ``word`` alone does not say: ``accuracy``.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Metric:
     unit: str = ""
     digits: int = 2
     factor: float = 1.0
+    noun: str = ""
 
     @property
     def column(self) -> str:

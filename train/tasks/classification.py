@@ -11,8 +11,8 @@ from tpp.models.architecture import Architecture
 from tpp.models.settings import ModelSection
 from train.tasks.base import LOSS, Forward, Metric, Settings, Task
 
-TOP1 = Metric("top1", "Top-1", "top-1", unit="%", factor=100)
-TOP5 = Metric("top5", "Top-5", "top-5", unit="%", factor=100)
+TOP1 = Metric("top1", "Top-1", "top-1", unit="%", factor=100, noun="accuracy")
+TOP5 = Metric("top5", "Top-5", "top-5", unit="%", factor=100, noun="accuracy")
 
 
 class Classification(Task):
