@@ -19,6 +19,7 @@ from tpp.common.settings import MAY_DIFFER
 from tpp.selection.settings import PruningSection
 from train.config.config import Config
 from train.run import MOST_NAMED, Run
+from train.run_folder.results import StageResult
 
 # What a stage says in words of its own, rather than as it is written.
 _RESOLVED = ("method", "augment", "pruning")
@@ -123,7 +124,8 @@ def take_up_done(run: Run, name: str) -> None:
     marker = read_json(path, "the done marker")
     try:
         settings, results = dict(marker["settings"]), dict(marker["results"])
-    except (ValueError, KeyError, TypeError):
+        StageResult.from_dict(results, run.task.metrics)
+    except (ValueError, KeyError, TypeError):  # ValidationError of pydantic is a ValueError
         raise UserError(f"{path}: not a done marker; delete it to run the stage again") from None
     check_same_settings(run, name, settings)
     run.done[name] = results
