@@ -49,6 +49,7 @@ class EntryClasses:
         self.notes: dict[int, str] = {}
 
     def find(self, label: int) -> int:
+        """The label that stands for the class of ``label``."""
         parent = self.parent
         while parent[label] != label:
             parent[label] = parent[parent[label]]
@@ -56,6 +57,7 @@ class EntryClasses:
         return label
 
     def union(self, a: int, b: int) -> None:
+        """Make one class of two; of their notes the first one's stays."""
         a, b = self.find(a), self.find(b)
         if a != b:
             self.parent[b] = a
@@ -63,7 +65,9 @@ class EntryClasses:
                 self.notes.setdefault(a, self.notes.pop(b))
 
     def note(self, label: int, text: str) -> None:
+        """Say something of a label's class; what was said first stays."""
         self.notes.setdefault(self.find(label), text)
 
     def roots(self, labels: Labels) -> Labels:
+        """What stands for the class of each label."""
         return np.fromiter(map(self.find, labels.tolist()), np.int64, len(labels))

@@ -216,6 +216,7 @@ def _wait_for(device: torch.device) -> None:
 
 
 def in_words(architecture: Architecture) -> str:
+    """A network in one line: name, classes and arguments."""
     args = "".join(f", {key}={value}" for key, value in architecture.args.items())
     return f"{architecture.name}, {architecture.num_classes} classes{args}"
 

@@ -11,7 +11,8 @@ class ModelSection(Section):
     """Which network, and where its weights come from.
 
     Attributes:
-        name: see ``tpp.models.architecture``: ``cifar_resnet56``, any torchvision name, ``timm:NAME``.
+        name: see ``tpp.models.architecture``: ``cifar_resnet56``, any torchvision name,
+            ``timm:NAME``.
         args: keyword arguments of the network's constructor.
         num_classes: null counts the class folders; a number is checked against them.
         checkpoint: weights to start from: a file of ours, a foreign state_dict (.pth, .th,
