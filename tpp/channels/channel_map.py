@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tpp.channels.planes import FIXED
-from tpp.channels.tracing import ChannelTrace
+from tpp.channels.tracing import trace_channels
 from tpp.common.errors import UserError
 from tpp.models.architecture import example_input_for
 from tpp.models.layers import check_layers
@@ -230,7 +230,7 @@ class ChannelMap:
 
     def __init__(self, model: nn.Module, *, example_input: Tensor | None = None) -> None:
         self.example_input = example_input_for(model) if example_input is None else example_input
-        self._trace = trace = ChannelTrace(model, self.example_input)
+        self._trace = trace = trace_channels(model, self.example_input)
         self._modules = dict(model.named_modules())
         self.layers = [
             name for name, m in self._modules.items() if isinstance(m, nn.Conv2d | nn.Linear)
