@@ -1,3 +1,5 @@
+import dataclasses
+import json
 import re
 import shutil
 import subprocess
@@ -6,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from zeroing import randomised, zeroed
 
@@ -18,7 +21,8 @@ from tpp.common.errors import UserError
 from tpp.models.architecture import Architecture, build_model
 from tpp.plan import PruningPlan
 from tpp.prune import main
-from tpp.selection.selection import select_filters
+from tpp.selection.selection import Selection, select_filters
+from tpp.selection.settings import PruningSection
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -237,3 +241,69 @@ def test_the_command_ends_a_mistake_in_one_line(tmp_path):
     )
     assert done.returncode == 2
     assert done.stderr == "error: none: no such file\n"
+
+
+def write_config(path, **sections):
+    path.write_text(json.dumps(sections))  # JSON is YAML
+    return path
+
+
+def test_a_configuration_says_network_and_what_goes(tmp_path, monkeypatch, capsys):
+    """Of a run's configuration no more is read than that; the run may not even be possible."""
+    model = build_model("cifar_resnet8", 10)
+    save_file(model.state_dict(), tmp_path / "foreign.safetensors")
+    write_config(
+        tmp_path / "base.yaml",
+        model={"name": "cifar_resnet8"},
+        seed=3,
+        pruning={"ratios": {"layer3*.conv1": 0.9}, "round_to": 2},
+    )
+    config = write_config(
+        tmp_path / "a.yaml",
+        extends="base.yaml",
+        pruning={"ratios": {"layer*.conv1": 0.3}, "criterion": "random"},
+        training={"batch_sise": "many"},
+    )
+    files = ["--checkpoint", tmp_path / "foreign.safetensors", "--output", tmp_path / "out"]
+    run_prune(monkeypatch, *files, "--config", config, "--save-plan", tmp_path / "plan.json")
+    assert "cifar_resnet8: parameters" in capsys.readouterr().out
+    expected = Selection({"layer*.conv1": 0.3}, "random", round_to=2, seed=3).select(model)
+    assert PruningPlan.load(tmp_path / "plan.json") == expected
+    assert expected != Selection({"layer*.conv1": 0.3}, "random", round_to=2).select(model)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        (
+            {"model": {"name": "resnet18", "arg": {}}},
+            "model.arg: unknown key; did you mean 'args'?",
+        ),
+        (
+            {"model": {"name": "resnet18"}, "seed": -1},
+            "seed: input should be greater than or equal",
+        ),
+        ({}, "model: this key is missing"),
+        (
+            {"model": {"name": "resnet18"}},
+            "pruning.ratios says of no layer what goes, and there is no pruning.budget",
+        ),
+        (
+            {"model": {"name": "resnet18"}, "pruning": {"budget": {"macs": 5, "speedup": 2.0}}},
+            "pruning.budget: exactly one of speedup, macs, parameters, latency_ms is needed, not "
+            "speedup and macs",
+        ),
+    ],
+)
+def test_mistakes_in_a_configuration_are_named(tmp_path, monkeypatch, sections, message):
+    config = write_config(tmp_path / "a.yaml", **sections)
+    with pytest.raises(UserError) as error:
+        run_prune(monkeypatch, "--checkpoint", "none", "--output", "x", "--config", config)
+    assert str(error.value).startswith(f"{config}: {message}")
+
+
+def test_a_pruning_section_has_what_a_selection_has():
+    """But for the seed, which is the run's; and by default the same goes."""
+    names = {field.name for field in dataclasses.fields(Selection)} - {"seed"}
+    assert set(PruningSection.model_fields) == names
+    assert PruningSection().selection(7) == Selection(seed=7)

@@ -6,6 +6,9 @@ from pydantic import Field
 
 from tpp.common.settings import Section
 
+# One network's arguments make no sense of another's.
+MODEL_REPLACED = (("model", "args"),)
+
 
 class ModelSection(Section):
     """Which network, and where its weights come from.
