@@ -4,7 +4,9 @@
 """
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError, model_validator
 from torch import nn
@@ -17,7 +19,7 @@ from tpp.common.yaml_files import Merging, read_yaml
 from tpp.describe import summary
 from tpp.measure.counts import count
 from tpp.measure.timing import LatencySettings, measure
-from tpp.models.architecture import Architecture, architecture_of, meta_copy
+from tpp.models.architecture import Architecture, architecture_of, gives_images, meta_copy
 from tpp.models.fitting import assign_tensors
 from tpp.models.settings import MODEL_REPLACED, ModelSection
 from tpp.plan import PruningPlan
@@ -98,6 +100,15 @@ def _make_plan(
     return selection.select(model)
 
 
+def _network(
+    name: str, num_classes: int | None = None, args: Mapping[str, Any] | None = None
+) -> Architecture:
+    """A network of which it need not be known how many classes it has: its weights say that."""
+    if num_classes is None and not gives_images(name):
+        num_classes = 1000
+    return Architecture(name, num_classes, args or {})
+
+
 class _Configured(Section):
     """What a run's configuration says of the network and of what goes; the rest is not looked at.
 
@@ -118,8 +129,8 @@ class _Configured(Section):
         return self
 
     def architecture(self) -> Architecture:
-        """The network; how many outputs it has, its weights say."""
-        return Architecture(self.model.name, self.model.num_classes or 1000, self.model.args)
+        """The network."""
+        return _network(self.model.name, self.model.num_classes, self.model.args)
 
     def selection(self) -> Selection:
         """How the filters that go are chosen."""
@@ -201,7 +212,7 @@ def _parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Command-line entry point."""
     arguments = _parse_arguments()
-    named = Architecture(arguments.model, 1000) if arguments.model else None
+    named = _network(arguments.model) if arguments.model else None
     configured = _read_config(arguments.config) if arguments.config else None
     otherwise = configured.architecture() if configured else None
     dense = read_dense(arguments.checkpoint, named, otherwise)

@@ -209,9 +209,9 @@ def _wait_for(device: torch.device) -> None:
 
 
 def in_words(architecture: Architecture) -> str:
-    """A network in one line: name, classes and arguments."""
+    """A network in one line: name, what comes out, and arguments."""
     args = "".join(f", {key}={value}" for key, value in architecture.args.items())
-    return f"{architecture.name}, {architecture.num_classes} classes{args}"
+    return f"{architecture.name}, {architecture.output}{args}"
 
 
 def machine_of(settings: LatencySettings) -> dict[str, Any]:
