@@ -14,7 +14,7 @@ from zeroing import randomised, zeroed
 
 from tpp.channels.channel_map import find_channels
 from tpp.channels.removal import prune_model, prune_tensors
-from tpp.checkpoints.model_file import load_model, read_metadata, save_model
+from tpp.checkpoints.model_file import load_model, read_checkpoint, read_metadata, save_model
 from tpp.checkpoints.prune_file import prune_checkpoint
 from tpp.checkpoints.sources import load_weights
 from tpp.common.errors import UserError
@@ -172,6 +172,28 @@ def test_a_file_is_pruned_again_and_again(tmp_path):
     for name, tensor in at_once.state_dict().items():
         assert torch.equal(tensor, loaded.state_dict()[name]), name
     assert loaded.architecture == model.architecture
+
+
+def test_a_mask_is_cut_with_its_weights(tmp_path):
+    """A companion for some of the tensors, of values that no arithmetic could be done with."""
+    model = randomised("resnext50_32x4d", torch.float32)
+    layers = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+
+    def mask(network):
+        return {f"{n}.weight": network.get_parameter(f"{n}.weight") > 0 for n in layers}
+
+    plan = half(model, ["layer1.0.conv1", "layer1.0.conv2", "layer1.1.conv1"])
+    save_model(tmp_path / "dense", model, companions={"mask": mask(model)})
+    prune_checkpoint(tmp_path / "dense", plan, tmp_path / "pruned")
+    tensors, companions, _ = read_checkpoint(tmp_path / "pruned")
+    expected = mask(prune_model(model, plan))
+    assert list(companions) == ["mask"] and companions["mask"].keys() == expected.keys()
+    for name, kept in companions["mask"].items():
+        assert kept.dtype == torch.bool and kept.shape == tensors[name].shape, name
+        assert torch.equal(kept, expected[name]), name
+    assert sum(kept.numel() for kept in expected.values()) < sum(
+        kept.numel() for kept in mask(model).values()
+    )
 
 
 def test_loading_needs_nothing_of_the_training_code(tmp_path):
