@@ -54,7 +54,7 @@ def plot_description(path: str, picture: Path) -> None:
     from tpp.plot import draw_layers, write_figure
 
     info, dense, counts = _read(path)
-    title = f"{info.architecture.name}, {info.architecture.num_classes} classes"
+    title = f"{info.architecture.name}, {info.architecture.output}"
     headline = summary(dense, counts).replace("->", "→")
     write_figure(draw_layers(dense, counts, title=title, headline=headline), picture)
 
@@ -145,7 +145,7 @@ def _stage(layer: LayerCount) -> str:
 
 def _facts(path: str, info: CheckpointInfo, dense: Counts, counts: Counts) -> Table:
     architecture = info.architecture
-    network = f"{architecture.name}, {architecture.num_classes} classes"
+    network = f"{architecture.name}, {architecture.output}"
     if architecture.args:
         network += f", {_plain(architecture.args)}"
     facts = {

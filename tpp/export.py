@@ -25,7 +25,7 @@ from tpp.common.errors import UserError, run_command
 from tpp.common.files import aside_of, sync
 from tpp.models.architecture import architecture_of, example_input_for
 
-INPUT, OUTPUT = "images", "logits"
+INPUT = "images"
 TOLERANCE = 1e-4
 # An ONNX file is one protocol buffer, which cannot exceed 2 GiB; some of it is for the graph.
 _ONNX_BYTES = 2**31 - 2**24
@@ -42,8 +42,9 @@ class Exported:
         image_shape: (channels, height, width) of the images that it takes.
         batch: images per call; None if any number will do.
         opset: version of the ONNX operators; None for ``.pt2``.
-        difference: largest difference from the network's own logits on random images, relative
-            to the largest logit; None if it was not checked.
+        difference: largest difference from the network's own output on random images, relative
+            to its largest value; None if it was not checked.
+        output: the name of what it gives: ``logits``, or ``outputs`` where that is an image.
     """
 
     path: Path
@@ -51,6 +52,7 @@ class Exported:
     batch: int | None
     opset: int | None
     difference: float | None
+    output: str
 
 
 def export_model(
@@ -66,8 +68,9 @@ def export_model(
     """Write a network as ONNX (``.onnx``) or as an exported program of PyTorch (``.pt2``).
 
     The file takes float32 ``images`` (N, channels, height, width), prepared as the checkpoint's
-    preprocessing says, and gives float32 ``logits`` (N, classes). Architecture, preprocessing
-    and class names, where known, travel with it as JSON: in the ``metadata_props`` of ONNX, as
+    preprocessing says, and gives float32 ``logits`` (N, classes); a network whose output is an
+    image gives ``outputs`` (N, channels, height, width). Architecture, preprocessing and class
+    names, where known, travel with it as JSON: in the ``metadata_props`` of ONNX, as
     ``extra_files`` of ``.pt2``. It appears whole and checked, or not at all.
 
     Args:
@@ -84,7 +87,7 @@ def export_model(
     Raises:
         UserError: the output's ending is unknown, a package is missing, the network cannot be
             exported or is too large for ONNX, the file cannot be written, or what it computes
-            differs from the network by more than 1e-4 of the largest logit.
+            differs from the network by more than 1e-4 of its largest value.
     """
     output = Path(output)
     _check_request(output, batch, opset, check)
@@ -104,7 +107,8 @@ def export_model(
         with _quiet():
             program = _trace(name, model, shape, batch)
             if output.suffix == ".onnx":
-                opset = _write_onnx(name, program, aside, batch, opset, metadata)
+                output_name = _output_name(model)
+                opset = _write_onnx(name, program, aside, batch, opset, metadata, output_name)
             else:
                 _write_program(program, aside, metadata)
             sync(aside)
@@ -116,7 +120,7 @@ def export_model(
     finally:
         with suppress(OSError):
             aside.unlink()
-    return Exported(output, shape, batch, opset, difference)
+    return Exported(output, shape, batch, opset, difference, _output_name(model))
 
 
 def _check_request(output: Path, batch: int | None, opset: int | None, check: bool) -> None:
@@ -156,6 +160,12 @@ def _image_shape(model: nn.Module, example_input: Tensor | None) -> tuple[int, i
         return prepared.get("channels", channels), size or height, size or width
     channels, height, width = example_input.shape[1:]
     return channels, height, width
+
+
+def _output_name(model: nn.Module) -> str:
+    """What the network gives is called in the file, and in messages."""
+    architecture = architecture_of(model)
+    return "logits" if architecture is None or architecture.num_classes else "outputs"
 
 
 def _check_runs(name: str, model: nn.Module, shape: tuple[int, int, int]) -> None:
@@ -213,6 +223,7 @@ def _write_onnx(
     batch: int | None,
     opset: int | None,
     metadata: Mapping[str, str],
+    output_name: str,
 ) -> int:
     """Write the program as one ONNX file; the opset that it has."""
     try:
@@ -221,7 +232,7 @@ def _write_onnx(
             dynamo=True,
             verbose=False,
             input_names=[INPUT],
-            output_names=[OUTPUT],
+            output_names=[output_name],
             # The name that the program's free dimension has in the file.
             dynamic_shapes=None if batch else ({0: "batch"},),
             opset_version=opset,
@@ -244,7 +255,7 @@ def _write_onnx(
 def _difference(
     output: Path, aside: Path, model: nn.Module, shape: tuple[int, int, int], batch: int | None
 ) -> float:
-    """The largest difference of logits over the largest logit, file against network."""
+    """The largest difference of outputs over the largest value, file against network."""
     try:
         run = _run_onnx(aside) if output.suffix == ".onnx" else _run_program(aside)
         worst = max(_compare(run, model, shape, n) for n in ([batch] if batch else [1, 3]))
@@ -253,8 +264,8 @@ def _difference(
         raise UserError(f"{output}: what was exported does not run: {_first_line(error)}") from None
     if not worst <= TOLERANCE:
         raise UserError(
-            f"{output}: not written: its logits differ from the network's by {worst:.1e} of the "
-            f"largest, more than {TOLERANCE:.0e}"
+            f"{output}: not written: its {_output_name(model)} differ from the network's by "
+            f"{worst:.1e} of the largest, more than {TOLERANCE:.0e}"
         )
     return worst
 
@@ -264,11 +275,12 @@ def _compare(
 ) -> float:
     images = torch.randn(n, *shape, generator=torch.Generator().manual_seed(n))
     with torch.no_grad():
-        expected, logits = model(images), run(images)
-    if logits.shape != expected.shape:
-        raise ValueError(f"logits of {tuple(logits.shape)}, not {tuple(expected.shape)}")
+        expected, found = model(images), run(images)
+    if found.shape != expected.shape:
+        what = _output_name(model)
+        raise ValueError(f"{what} of {tuple(found.shape)}, not {tuple(expected.shape)}")
     # A head that is still all zeros has no scale.
-    return ((logits - expected).abs().max() / (expected.abs().max() or 1)).item()
+    return ((found - expected).abs().max() / (expected.abs().max() or 1)).item()
 
 
 def _run_onnx(path: Path) -> Callable[[Tensor], Tensor]:
@@ -277,7 +289,7 @@ def _run_onnx(path: Path) -> Callable[[Tensor], Tensor]:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return lambda images: torch.from_numpy(session.run([OUTPUT], {INPUT: images.numpy()})[0])
+    return lambda images: torch.from_numpy(session.run(None, {INPUT: images.numpy()})[0])
 
 
 def _run_program(path: Path) -> Callable[[Tensor], Tensor]:
@@ -315,7 +327,8 @@ def _say(source: str, exported: Exported) -> None:
         print("not checked against the network")
     else:
         runtime = "onnxruntime" if exported.opset else "PyTorch, loaded back"
-        print(f"checked in {runtime}: logits off by {exported.difference:.1e} of the largest")
+        what = f"{exported.output} off by {exported.difference:.1e} of the largest"
+        print(f"checked in {runtime}: {what}")
     print(f"wrote {exported.path}")
 
 

@@ -4,21 +4,29 @@
 """
 
 import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
+from pydantic import ValidationError, model_validator
 from torch import nn
 
 from tpp.checkpoints.model_file import load_model
 from tpp.checkpoints.prune_file import read_dense, write_pruned
 from tpp.common.errors import UserError, run_command
+from tpp.common.settings import Section, Seed, mistakes
+from tpp.common.yaml_files import Merging, read_yaml
 from tpp.describe import summary
 from tpp.measure.counts import count
 from tpp.measure.timing import LatencySettings, measure
-from tpp.models.architecture import Architecture, architecture_of, meta_copy
+from tpp.models.architecture import Architecture, architecture_of, gives_images, meta_copy
 from tpp.models.fitting import assign_tensors
+from tpp.models.settings import MODEL_REPLACED, ModelSection
 from tpp.plan import PruningPlan
 from tpp.selection.budget import Budget, parse_count
 from tpp.selection.criteria import CRITERIA
 from tpp.selection.selection import Selection
+from tpp.selection.settings import PRUNING_REPLACED, PruningSection, another_budget
 
 
 def _parse_pairs(option: str, texts: list[str], example: str) -> dict[str, str]:
@@ -65,7 +73,9 @@ def _budget(arguments: argparse.Namespace) -> Budget | None:
     return None
 
 
-def _make_plan(arguments: argparse.Namespace, model: nn.Module) -> PruningPlan:
+def _make_plan(
+    arguments: argparse.Namespace, configured: "_Configured | None", model: nn.Module
+) -> PruningPlan:
     budget = _budget(arguments)
     chosen = [arguments.plan, arguments.config, arguments.ratio or budget]
     if sum(map(bool, chosen)) != 1:
@@ -75,10 +85,8 @@ def _make_plan(arguments: argparse.Namespace, model: nn.Module) -> PruningPlan:
         )
     if arguments.plan:
         return PruningPlan.load(arguments.plan)
-    if arguments.config:
-        from train.config.config import load_config
-
-        return load_config(arguments.config, overrides=[]).selection().select(model)
+    if configured is not None:
+        return configured.selection().select(model)
     selection = Selection(
         ratios=_parse_ratios(arguments.ratio),
         criterion=arguments.criterion,
@@ -92,14 +100,51 @@ def _make_plan(arguments: argparse.Namespace, model: nn.Module) -> PruningPlan:
     return selection.select(model)
 
 
-def _configured(path: str | None) -> Architecture | None:
-    """The network of a configuration; how many outputs it has, its weights say."""
-    if path is None:
-        return None
-    from train.config.config import load_config
+def _network(
+    name: str, num_classes: int | None = None, args: Mapping[str, Any] | None = None
+) -> Architecture:
+    """A network of which it need not be known how many classes it has: its weights say that."""
+    if num_classes is None and not gives_images(name):
+        num_classes = 1000
+    return Architecture(name, num_classes, args or {})
 
-    model = load_config(path, overrides=[]).model
-    return Architecture(model.name, model.num_classes or 1000, model.args)
+
+class _Configured(Section):
+    """What a run's configuration says of the network and of what goes; the rest is not looked at.
+
+    Attributes:
+        seed: of the run.
+    """
+
+    seed: Seed = 0
+    model: ModelSection
+    pruning: PruningSection = PruningSection()
+
+    @model_validator(mode="after")
+    def _something_goes(self) -> "_Configured":
+        if not self.pruning.ratios and not self.pruning.budget:
+            raise ValueError(
+                "pruning.ratios says of no layer what goes, and there is no pruning.budget"
+            )
+        return self
+
+    def architecture(self) -> Architecture:
+        """The network."""
+        return _network(self.model.name, self.model.num_classes, self.model.args)
+
+    def selection(self) -> Selection:
+        """How the filters that go are chosen."""
+        return self.pruning.selection(self.seed)
+
+
+def _read_config(path: Path) -> _Configured:
+    data = read_yaml(path, Merging((*MODEL_REPLACED, *PRUNING_REPLACED), (another_budget,)))
+    known = {key: value for key, value in data.items() if key in _Configured.model_fields}
+    try:
+        return _Configured.model_validate(known)
+    except ValidationError as error:
+        lines = mistakes(error, _Configured)
+        raise UserError("\n".join(f"{path}: {line}" for line in lines)) from None
 
 
 def _parse_arguments() -> argparse.Namespace:
@@ -120,7 +165,13 @@ def _parse_arguments() -> argparse.Namespace:
 
     what = parser.add_argument_group("what goes")
     add = what.add_argument
-    add("--config", metavar="FILE", help="what the pruning section of this configuration says")
+    add(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="what the pruning section of this configuration says; of the others only model and "
+        "seed are read, and mistakes elsewhere are not looked for",
+    )
     add("--plan", metavar="FILE", help="the filters of a saved plan (JSON)")
     add(
         "--ratio",
@@ -161,11 +212,13 @@ def _parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Command-line entry point."""
     arguments = _parse_arguments()
-    named = Architecture(arguments.model, 1000) if arguments.model else None
-    dense = read_dense(arguments.checkpoint, named, _configured(arguments.config))
+    named = _network(arguments.model) if arguments.model else None
+    configured = _read_config(arguments.config) if arguments.config else None
+    otherwise = configured.architecture() if configured else None
+    dense = read_dense(arguments.checkpoint, named, otherwise)
     model = meta_copy(dense.model)
     assign_tensors(model, dense.tensors)
-    plan = _make_plan(arguments, model)
+    plan = _make_plan(arguments, configured, model)
     pruned, done = write_pruned(dense, plan, arguments.output)
     if arguments.save_plan:
         plan.save(arguments.save_plan)

@@ -9,7 +9,7 @@ command line (``stages.finetune.epochs=5``) are merged last.
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,13 +25,13 @@ from pydantic import (
 from data_pipelines.settings import AugmentSection, DataSection
 from tpp.common.errors import UserError
 from tpp.common.files import write_whole
-from tpp.common.settings import Section, mistakes
-from tpp.common.yaml_files import Dumper, merge, merged_method, parse_override, read_yaml
+from tpp.common.settings import Section, Seed, mistakes
+from tpp.common.yaml_files import Dumper, Merging, Place, merge, parse_override, read_yaml
 from tpp.methods import method_class
 from tpp.methods.base import Method
-from tpp.models.settings import ModelSection
+from tpp.models.settings import MODEL_REPLACED, ModelSection
 from tpp.selection.selection import Selection
-from tpp.selection.settings import PruningSection
+from tpp.selection.settings import PRUNING_REPLACED, PruningSection, another_budget
 from train.config.sections import (
     OF_THE_RUN,
     CheckpointsSection,
@@ -47,6 +47,33 @@ from train.tasks.base import Task
 DEMO = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
 
 
+def _another_method(where: Place, base: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Whether a method replaces the old one: another name does; so does a setting its old value."""
+    if where[:1] == ("method",):
+        inside = where[1:]
+    elif where[:1] == ("stages",) and where[2:3] == ("method",):
+        inside = where[3:]
+    else:
+        return False
+    return bool(inside) or new.get("name", base.get("name")) != base.get("name")
+
+
+def _another_task(where: Place, base: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Whether a task replaces the old one: another kind does."""
+    return where == ("task",) and new.get("kind", base.get("kind")) != base.get("kind")
+
+
+def _pruning_of_a_stage(where: Place, base: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """It replaces the run's as a whole, and so its own of another file."""
+    return where[:1] == ("stages",) and where[2:] == ("pruning",)
+
+
+MERGING = Merging(
+    whole=(*MODEL_REPLACED, *PRUNING_REPLACED),
+    rules=(another_budget, _another_method, _another_task, _pruning_of_a_stage),
+)
+
+
 class Config(Section):
     """A run.
 
@@ -59,7 +86,7 @@ class Config(Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,199}$")]
     output: str = ""
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    seed: Seed = 0
     model: ModelSection
     data: DataSection
     training: TrainingSection = TrainingSection()
@@ -182,16 +209,7 @@ class Config(Section):
     def selection(self, stage: str | None = None) -> Selection:
         """How the filters that go are chosen: in a stage, or where none says otherwise."""
         pruning = (self.stages[stage].pruning if stage is not None else None) or self.pruning
-        return Selection(
-            ratios=pruning.ratios,
-            criterion=pruning.criterion,
-            round_to=pruning.round_to,
-            floors=pruning.floors,
-            skip=tuple(pruning.skip),
-            coupled=pruning.coupled,
-            budget=pruning.budget.budget() if pruning.budget else None,
-            seed=self.seed,
-        )
+        return pruning.selection(self.seed)
 
     def stage_augment(self, name: str) -> AugmentSection:
         """How the images of stage ``name`` are augmented beyond ``data.augmentation``."""
@@ -233,7 +251,8 @@ class Config(Section):
         stage = self.stages[name]
         key, settings = "method", dict(self.method)
         if stage.method is not None:
-            key, settings = f"stages.{name}.method", dict(merged_method(self.method, stage.method))
+            key = f"stages.{name}.method"
+            settings = dict(merge(self.method, stage.method, MERGING, ("method",)))
         method_name = settings.pop("name", None)
         if not isinstance(method_name, str):
             raise ValueError(f"{key}.name: expected a method's name, not {method_name!r}")
@@ -275,9 +294,9 @@ def load_config(path: str | Path | None, overrides: Iterable[str] = ()) -> Confi
         UserError: with one line per mistake, each naming the file and the key.
     """
     path = Path(path) if path is not None else DEMO
-    data = read_yaml(path)
+    data = read_yaml(path, MERGING)
     for override in overrides:
-        data = merge(data, parse_override(override))
+        data = merge(data, parse_override(override, MERGING), MERGING)
     try:
         return Config.model_validate(data)
     except ValidationError as error:
