@@ -607,7 +607,7 @@ def _start(start: Start, setup: Setup, barrier: Barrier, connection: Connection)
     """Go from nothing to the first batch; the processes wait for each other at every stage."""
     os.setpgid(0, 0)
     # What a run's loader imports, before the clock for its first batch starts.
-    importlib.import_module(f"data_pipelines.{MODULES[start.loader]}")
+    importlib.import_module(f"data_pipelines.loading.{MODULES[start.loader]}")
     took = {"imports": time.monotonic() - start.launched}
     marks = [_memory_together(barrier)]
 

@@ -54,7 +54,8 @@ class Output(NamedTuple):
 def decode_with_pil(data: NDArray[np.uint8], channels: int) -> Image.Image:
     """Decode an image file's bytes as RGB (3 channels) or grey (1); EXIF rotation is ignored.
 
-    The bytes are those of an image in which :func:`data_pipelines.images.header.find_damage` finds none.
+    The bytes are those of an image in which
+    :func:`data_pipelines.images.header.find_damage` finds none.
 
     Raises:
         ValueError: the bytes cannot be decoded.

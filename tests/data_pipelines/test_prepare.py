@@ -357,7 +357,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on(
     place.mkdir()
     script = (
         "import os, sys; from data_pipelines.prepare import main; "
-        "from tpp.errors import run_command; from contextlib import suppress\n"
+        "from tpp.common.errors import run_command; from contextlib import suppress\n"
         f"sys.argv = ['prepare', 'imagenet', '--train', '{official['train']}', "
         f"'--out', '{place}/out', '--threads', '1']\n"
         "with suppress(SystemExit): run_command(main)\n"

@@ -119,7 +119,7 @@ NODE = """
 import os, sys
 from pathlib import Path
 from accelerate import Accelerator
-from tpp.errors import UserError
+from tpp.common.errors import UserError
 from train.data import open_for_all_ranks
 os.chdir(f"node{os.environ['RANK']}")
 file = Path("index.safetensors") if sys.argv[1] == "indexed" else None
