@@ -18,7 +18,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from data_pipelines.images.image_index import scan_class_folders
 from data_pipelines.images.order import permutation
 from data_pipelines.sets.shard_writer import write_shards
-from data_pipelines.settings import ColorJitter, RandAugment
+from data_pipelines.settings import (
+    AugmentSection,
+    ColorJitter,
+    ProgressiveResizing,
+    RandAugment,
+)
 from train.config.config import Config
 from train.data import RunData, image_transform, stage_transform
 from train.run_folder.same_run import stage_settings
@@ -213,11 +218,15 @@ def test_a_stage_is_fed_as_its_configuration_says(dense):
     dense["training"]["channels_last"] = True
     config = Config.model_validate(dense)
     data = RunData(config, Accelerator(cpu=True))
-    jitter = ColorJitter(0.4, 0.4, 0.4, 0.1)
-    first = stage_transform(config, "dense")
-    assert (first.color_jitter, first.rand_augment) == (jitter, RandAugment(2, 9))
-    assert (first.random_erasing, first.image_size) == (0.5, 64)
-    assert stage_transform(config, "again") == image_transform(config)
+    first, again = (stage_transform(config, name) for name in ("dense", "again"))
+    jitter = ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)
+    rand = RandAugment(operations=2, magnitude=9)
+    assert (first.augment.color_jitter, first.augment.rand_augment) == (jitter, rand)
+    assert (first.augment.random_erasing, first.image_size) == (0.5, 64)
+    assert again.augment == AugmentSection(
+        mixup=0.4, progressive=ProgressiveResizing(start_size=32, start_epoch=0.5, end_epoch=1.5)
+    )
+    assert first.plain() == again.plain() == image_transform(config).plain()
 
     repeated = [labels for _, labels in data.train_batches("dense", 0, 2)]
     order = permutation(0, 0, 96)[:16]

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from PIL import Image
 
+from data_pipelines.images.batch import LoaderSettings
 from data_pipelines.images.image_index import scan_class_folders
 from data_pipelines.loaders import eval_batches
 from data_pipelines.loading.augment import ImageTransform
@@ -31,10 +32,7 @@ def test_evaluation_equals_a_loop_over_single_images(tiny_data):
     transform = ImageTransform(
         image_size=32, resize=None, augmentation="none", mean=(0.5,) * 3, std=(0.25,) * 3
     )
-    batches = eval_batches(
-        index, transform, loader="dali", batch_size=7, rank=0, world_size=1, threads=1,
-        device=torch.device("cpu"),
-    )  # fmt: skip
+    batches = eval_batches(index, transform, 7, LoaderSettings("dali", 1, torch.device("cpu")))
     found = evaluate(model, batches, Accelerator(cpu=True))
     assert found.images == len(index.files) == 40
     assert found.top1 == pytest.approx(100 * right / 40)
