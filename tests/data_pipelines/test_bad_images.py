@@ -86,12 +86,18 @@ def _train(
     *,
     start: int = 0,
     steps: int = 18,
+    threads: int = 1,
     rank: int = 0,
     world_size: int = 1,
 ) -> list[Any]:
     order = training_order(index, SEED)
-    settings = LoaderSettings(loader, 1, CPU, rank, world_size)
+    settings = LoaderSettings(loader, threads, CPU, rank, world_size)
     return list(train_batches(index, PLAIN, order, Steps(24, 1, start, steps), settings, bad=bad))
+
+
+def _threads(loader: str, *, worker: bool) -> int:
+    """No worker process of torchvision's loader where one would prove nothing: it takes seconds."""
+    return int(loader == "dali" or worker)
 
 
 def _evaluate(
@@ -100,10 +106,11 @@ def _evaluate(
     loader: str,
     batch_size: int,
     *,
+    threads: int = 1,
     rank: int = 0,
     world_size: int = 1,
 ) -> Any:
-    settings = LoaderSettings(loader, 1, CPU, rank, world_size)
+    settings = LoaderSettings(loader, threads, CPU, rank, world_size)
     return eval_batches(index, PLAIN, batch_size, settings, bad=bad)
 
 
@@ -154,6 +161,7 @@ def test_what_replaces_them_does_not_depend_on_the_ranks(
             loader,
             steps=9,
             start=2,
+            threads=_threads(loader, worker=False),
             rank=rank,
             world_size=world_size,
         )
@@ -177,7 +185,15 @@ def test_evaluation_leaves_them_out(
     seen: dict[int, list[Any]] = {}
     for rank in range(world_size):
         known = BadImages(index, on_error="skip", limit=0.05, world_size=world_size)
-        batches = _evaluate(index, known, loader, batch_size=7, rank=rank, world_size=world_size)
+        batches = _evaluate(
+            index,
+            known,
+            loader,
+            batch_size=7,
+            threads=_threads(loader, worker=world_size == 1),
+            rank=rank,
+            world_size=world_size,
+        )
         images, labels = (torch.cat(part) for part in zip(*batches, strict=True))
         mine = np.array([i for i in range(rank, FILES, world_size) if i not in bad])
         _assert_shows(images, index, mine)
@@ -218,7 +234,7 @@ def test_without_leave_to_skip_the_file_is_named(tmp_path: Path, loader: str, da
     index = scan(tmp_path)
     image = int(permutation(SEED, 0, 48)[30])
     DAMAGE[damage](tmp_path / index.files[image])
-    settings = LoaderSettings(loader, 1, CPU)
+    settings = LoaderSettings(loader, _threads(loader, worker=damage == "deleted"), CPU)
     batches = train_batches(index, PLAIN, training_order(index, SEED), Steps(8, 1, 0, 6), settings)
     came = 0
     with pytest.raises(UserError) as caught:
