@@ -98,7 +98,7 @@ def prepare_small(
     shards: ShardSettings | None = None,
     threads: int | None = None,
 ) -> list[Prepared]:
-    """Make a data set of :data:`data_pipelines.small_sets.SETS` ready.
+    """Make a data set of :data:`data_pipelines.sets.small_sets.SETS` ready.
 
     Args:
         name: of the data set.

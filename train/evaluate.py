@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
+from data_pipelines.images.batch import LoaderSettings
 from data_pipelines.images.image_index import ImageIndex
 from data_pipelines.images.source import ON_ERROR, BadImages
 from data_pipelines.loaders import eval_batches, resolve_loader
@@ -66,12 +67,14 @@ def main() -> None:
         eval_batches(
             index,
             transform,
-            loader=loader,
-            batch_size=arguments.batch_size,
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
-            threads=arguments.threads,
-            device=accelerator.device,
+            arguments.batch_size,
+            LoaderSettings(
+                loader=loader,
+                threads=arguments.threads,
+                device=accelerator.device,
+                rank=accelerator.process_index,
+                world_size=accelerator.num_processes,
+            ),
             bad=bad,
         ),
         device=accelerator.device,

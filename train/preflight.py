@@ -56,15 +56,9 @@ def preflight(config: Config, accelerator: Accelerator, stages: Iterable[str]) -
         check_plans(config, known)
         return Preflight(None, known)
     if config.data.demo:
-        demo = config.data.demo
         with accelerator.local_main_process_first():  # the others find it there
             generate_demo(
-                Path(config.data.root),
-                classes=demo.classes,
-                train_per_class=demo.train_per_class,
-                val_per_class=demo.val_per_class,
-                image_size=config.data.image_size,
-                seed=demo.seed,
+                Path(config.data.root), config.data.demo, image_size=config.data.image_size
             )
     data = RunData(config, accelerator)
     index = data.train.index

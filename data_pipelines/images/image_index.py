@@ -38,6 +38,8 @@ from tpp.common.errors import UserError
 from tpp.common.files import write_whole
 
 INDEX_FILE = ".index.safetensors"
+PARTS = ("train", "val", "test")
+"""Names of the folders of class folders that a data set's folder may hold."""
 _FORMAT = "tpp-image-index"
 _VERSION = "1"
 _FINGERPRINT = re.compile("[0-9a-f]{12}")
@@ -471,9 +473,6 @@ def scan_class_folders(root: str | os.PathLike[str]) -> ImageIndex:
     counts = [len(found) for found in images]
     labels = np.repeat(np.arange(len(classes), dtype=np.int64), counts)
     return ImageIndex.of(root, files, labels, classes)
-
-
-PARTS = ("train", "val", "test")
 
 
 def parts_of(folder: Path) -> list[Path]:

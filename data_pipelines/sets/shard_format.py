@@ -62,6 +62,7 @@ def header_at(file: BinaryIO, offset: int, length: int) -> Header | None:
 
 
 def reading_error(index: ImageIndex, image: int, error: OSError) -> UserError:
+    """What is said of an image whose file cannot be read."""
     return UserError(f"{index.name(image)}: cannot read this image ({error.strerror})")
 
 
@@ -149,4 +150,5 @@ def index_line(key: str, endings: list[str], places: list[tuple[int, int]]) -> s
 
 
 def text_of_index(lines: list[str]) -> str:
+    """DALI's index file of a shard, of the lines of its samples."""
     return "\n".join([f"v1.2 {len(lines)}", *lines]) + "\n"

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from data_pipelines.images.batch import LoaderSettings
 from data_pipelines.images.image_index import scan_class_folders
 from data_pipelines.loaders import eval_batches
 from data_pipelines.loading.augment import ImageTransform
@@ -30,10 +31,7 @@ def test_evaluation_equals_a_loop_over_single_images(tiny_data):
     transform = ImageTransform(
         image_size=32, resize=None, augmentation="none", mean=(0.5,) * 3, std=(0.25,) * 3
     )
-    batches = eval_batches(
-        index, transform, loader="dali", batch_size=7, rank=0, world_size=1, threads=1,
-        device=torch.device("cpu"),
-    )  # fmt: skip
+    batches = eval_batches(index, transform, 7, LoaderSettings("dali", 1, torch.device("cpu")))
     task = make_task({"kind": "classification"})
     found = task.evaluate(model, batches, device=torch.device("cpu"))
     assert found.images == len(index.files) == 40

@@ -22,6 +22,7 @@ from pydantic import (
     model_validator,
 )
 
+from data_pipelines.loading.augment import check_augment
 from data_pipelines.settings import AugmentSection, DataSection
 from tpp.common.errors import UserError
 from tpp.common.files import write_whole
@@ -144,7 +145,7 @@ class Config(Section):
         if not self.stages:
             raise ValueError("stages: at least one is needed")
         self.output = self.output or f"runs/{self.name}"
-        self.data.check_augment(self.data.augment, "data.augment")
+        check_augment(self.data.augment, self.data, "data.augment")
         previous: str | None = None
         names = list(self.stages)
         for position, (name, stage) in enumerate(self.stages.items()):
@@ -164,7 +165,7 @@ class Config(Section):
                     "pruning.budget"
                 )
             if stage.augment is not None:
-                self.data.check_augment(stage.augment, f"stages.{name}.augment")
+                check_augment(stage.augment, self.data, f"stages.{name}.augment")
             method = self.stage_method(name)
             if stage.does.trains:
                 self.stage_optimizer(name)

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from data_pipelines.images.batch import LoaderSettings
 from data_pipelines.images.image_index import ImageIndex
 from data_pipelines.images.order import Int64s
 from data_pipelines.loaders import eval_batches
@@ -43,12 +44,8 @@ class TrainabilityProbe:
         batches = eval_batches(
             index.subset(chosen),
             transform,
-            loader=loader,
-            batch_size=len(chosen),
-            rank=0,
-            world_size=1,
-            threads=1,
-            device=device,
+            len(chosen),
+            LoaderSettings(loader=loader, threads=1, device=device),
         )
         # A copy: the loader may use its buffer again.
         self._images: Tensor = inputs(next(batches)[0].clone())
