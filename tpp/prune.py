@@ -4,21 +4,17 @@
 """
 
 import argparse
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from torch import nn
-
-from tpp.checkpoints.model_file import load_model
-from tpp.checkpoints.prune_file import read_dense, write_pruned
 from tpp.common.errors import UserError, run_command
-from tpp.describe import summary
-from tpp.measure.counts import count
-from tpp.measure.timing import LatencySettings, measure
-from tpp.models.architecture import Architecture, architecture_of, meta_copy
-from tpp.models.fitting import assign_tensors
 from tpp.plan import PruningPlan
-from tpp.selection.budget import Budget, parse_count
-from tpp.selection.criteria import CRITERIA
-from tpp.selection.selection import Selection
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from tpp.models.architecture import Architecture
+    from tpp.selection.budget import Budget
 
 
 def _parse_pairs(option: str, texts: list[str], example: str) -> dict[str, str]:
@@ -53,7 +49,9 @@ def _parse_floors(texts: list[str]) -> dict[str, int | float]:
     return floors
 
 
-def _budget(arguments: argparse.Namespace) -> Budget | None:
+def _budget(arguments: argparse.Namespace) -> "Budget | None":
+    from tpp.selection.budget import Budget, parse_count
+
     if arguments.speedup is not None:
         return Budget("speedup", arguments.speedup)
     if arguments.max_macs is not None:
@@ -65,7 +63,7 @@ def _budget(arguments: argparse.Namespace) -> Budget | None:
     return None
 
 
-def _make_plan(arguments: argparse.Namespace, model: nn.Module) -> PruningPlan:
+def _make_plan(arguments: argparse.Namespace, model: "nn.Module") -> PruningPlan:
     budget = _budget(arguments)
     chosen = [arguments.plan, arguments.config, arguments.ratio or budget]
     if sum(map(bool, chosen)) != 1:
@@ -79,6 +77,8 @@ def _make_plan(arguments: argparse.Namespace, model: nn.Module) -> PruningPlan:
         from train.config.config import load_config
 
         return load_config(arguments.config, overrides=[]).selection().select(model)
+    from tpp.selection.selection import Selection
+
     selection = Selection(
         ratios=_parse_ratios(arguments.ratio),
         criterion=arguments.criterion,
@@ -92,19 +92,20 @@ def _make_plan(arguments: argparse.Namespace, model: nn.Module) -> PruningPlan:
     return selection.select(model)
 
 
-def _configured(path: str | None) -> Architecture | None:
+def _configured(path: str | None) -> "Architecture | None":
     """The network of a configuration; how many outputs it has, its weights say."""
     if path is None:
         return None
+    from tpp.models.architecture import Architecture
     from train.config.config import load_config
 
     model = load_config(path, overrides=[]).model
     return Architecture(model.name, model.num_classes or 1000, model.args)
 
 
-def _parse_arguments() -> argparse.Namespace:
+def _parse_arguments(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m tpp.prune",
+        prog=prog,
         description="Remove filters from a checkpoint. Needs neither data nor a GPU.",
     )
     add = parser.add_argument
@@ -139,7 +140,12 @@ def _parse_arguments() -> argparse.Namespace:
 
     how = parser.add_argument_group("which, with --ratio or a budget")
     add = how.add_argument
-    add("--criterion", default="l1", metavar="C", help=f"{', '.join(CRITERIA)} (default: l1)")
+    add(
+        "--criterion",
+        default="l1",
+        metavar="C",
+        help="l1, l2, bn_scale, random, largest (default: l1)",
+    )
     add("--round-to", type=int, default=1, metavar="N", help="keep multiples of N filters")
     add(
         "--floor",
@@ -155,33 +161,39 @@ def _parse_arguments() -> argparse.Namespace:
         help="prune layers that are added to each other (the residual stream) together",
     )
     add("--seed", type=int, default=0, metavar="N", help="of the criterion random")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
-def main() -> None:
-    """Command-line entry point."""
-    arguments = _parse_arguments()
-    named = Architecture(arguments.model, 1000) if arguments.model else None
-    dense = read_dense(arguments.checkpoint, named, _configured(arguments.config))
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m tpp.prune") -> None:
+    """Command-line entry point; ``prog`` is how it was called, for ``--help``."""
+    options = _parse_arguments(arguments, prog)
+    from tpp.checkpoints.model_file import load_model
+    from tpp.checkpoints.prune_file import read_dense, write_pruned
+    from tpp.describe import summary
+    from tpp.measure.counts import count
+    from tpp.measure.timing import LatencySettings, measure
+    from tpp.models.architecture import Architecture, architecture_of, meta_copy
+    from tpp.models.fitting import assign_tensors
+
+    named = Architecture(options.model, 1000) if options.model else None
+    dense = read_dense(options.checkpoint, named, _configured(options.config))
     model = meta_copy(dense.model)
     assign_tensors(model, dense.tensors)
-    plan = _make_plan(arguments, model)
-    pruned, done = write_pruned(dense, plan, arguments.output)
-    if arguments.save_plan:
-        plan.save(arguments.save_plan)
+    plan = _make_plan(options, model)
+    pruned, done = write_pruned(dense, plan, options.output)
+    if options.save_plan:
+        plan.save(options.save_plan)
     network = architecture_of(dense.model)
     assert network is not None
     print(f"{network.name}: {summary(count(dense.model), count(pruned))}")
-    if arguments.max_latency_ms is not None:
-        timing = measure(
-            {"dense": model, "pruned": load_model(arguments.output)}, LatencySettings()
-        )
+    if options.max_latency_ms is not None:
+        timing = measure({"dense": model, "pruned": load_model(options.output)}, LatencySettings())
         dense_ms, pruned_ms = (1000 * timing[name].median for name in ("dense", "pruned"))
         print(f"latency here, one image: {dense_ms:.1f} ms -> {pruned_ms:.1f} ms (medians)")
     for note in done.notes:
         print(f"note: {note}")
     companions = ", ".join(done.companions)
-    print(f"wrote {arguments.output}" + (f", with {companions}" if companions else ""))
+    print(f"wrote {options.output}" + (f", with {companions}" if companions else ""))
 
 
 if __name__ == "__main__":

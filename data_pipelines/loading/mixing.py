@@ -4,7 +4,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-from scipy.special import betaincinv
 from torch import Tensor
 
 from data_pipelines.images.order import Float64s
@@ -73,6 +72,8 @@ def mix(
 
 def _share(alpha: float, draws: Float64s) -> float:
     """A draw from Beta(alpha, alpha), by the inverse of its distribution function."""
+    from scipy.special import betaincinv
+
     return float(betaincinv(alpha, alpha, draws[_SHARE]))
 
 

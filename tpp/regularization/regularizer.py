@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from tpp.channels.channel_map import LayerChannels, check_plan, find_channels
 from tpp.common.errors import UserError
@@ -282,6 +281,8 @@ def _mask(parts: Iterable[tuple[int, Iterable[int]]]) -> Tensor:
 
 def _check_whole(layer: str, module: nn.Conv2d | nn.Linear) -> None:
     """Refuse a weight of which this rank holds but a part."""
+    from torch.distributed.tensor import DTensor  # as long as a third of torch
+
     weight = getattr(module, "weight", None)
     if weight is None or isinstance(weight, DTensor) or weight.dim() < 2 or weight.numel() == 0:
         raise UserError(
