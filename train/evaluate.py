@@ -3,22 +3,15 @@
 import argparse
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from torch import nn
-
-from data_pipelines.images.image_index import ImageIndex
-from data_pipelines.images.source import ON_ERROR, BadImages
-from data_pipelines.loaders import eval_batches, resolve_loader
-from data_pipelines.loading.augment import ImageTransform
-from tpp.checkpoints.model_file import find_metadata, load_model
-from tpp.checkpoints.sources import load_weights
 from tpp.common.errors import UserError, run_command
-from tpp.models.architecture import build_model, input_shape
-from train.data import open_for_all_ranks
-from train.distributed.accelerator import make_accelerator
-from train.distributed.ranks import settle_ranks
-from train.run_folder.log import say
-from train.tasks.classification import evaluate
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from data_pipelines.images.image_index import ImageIndex
+    from data_pipelines.loading.augment import ImageTransform
 
 
 def main() -> None:
@@ -36,7 +29,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=4, help="decoding threads (default: 4)")
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
     parser.add_argument(
-        "--on-error", choices=ON_ERROR, default="fail", help="leave out images that cannot be read"
+        "--on-error",
+        choices=("fail", "skip"),
+        default="fail",
+        help="leave out images that cannot be read",
     )
     parser.add_argument(
         "--max-skipped", type=float, default=0.001, help="share that may be (default: 0.001)"
@@ -45,6 +41,14 @@ def main() -> None:
     for name in ("batch_size", "threads"):
         if getattr(arguments, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+
+    from data_pipelines.images.source import BadImages
+    from data_pipelines.loaders import eval_batches, resolve_loader
+    from train.data import open_for_all_ranks
+    from train.distributed.accelerator import make_accelerator
+    from train.distributed.ranks import settle_ranks
+    from train.run_folder.log import say
+    from train.tasks.classification import evaluate
 
     settle_ranks(os.environ)
     accelerator = make_accelerator(arguments.precision)
@@ -83,8 +87,13 @@ def main() -> None:
     accelerator.end_training()
 
 
-def _load(path: Path, name: str | None, index: ImageIndex) -> tuple[nn.Module, ImageTransform]:
+def _load(path: Path, name: str | None, index: "ImageIndex") -> "tuple[nn.Module, ImageTransform]":
     """The network, and how images are prepared for it."""
+    from data_pipelines.loading.augment import ImageTransform
+    from tpp.checkpoints.model_file import find_metadata, load_model
+    from tpp.checkpoints.sources import load_weights
+    from tpp.models.architecture import build_model, input_shape
+
     info = find_metadata(path)
     classes = len(index.classes)
     if info is not None:
