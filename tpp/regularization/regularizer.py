@@ -122,7 +122,8 @@ class Regularizer:
         )
         self._indices: dict[tuple[str, str, torch.device], Tensor] = {}
 
-    @torch.compiler.disable
+    # torch.compiler.disable would import the compiler now, this does so when it is called.
+    @torch._disable_dynamo
     def penalty_terms(self, step: int) -> dict[str, Tensor]:
         """The penalty of 0-based ``step`` in its parts, ``gram`` and ``decay``; each a scalar."""
         for layer, module in self._layers.items():
@@ -171,7 +172,7 @@ class Regularizer:
         terms = self.penalty_terms(step)
         return terms["gram"] + terms["decay"]
 
-    @torch.compiler.disable
+    @torch._disable_dynamo
     @torch.no_grad()
     def after_step(self, step: int) -> None:
         """Hold the layers whose turn has come at zero; call it after the optimiser's ``step``."""
