@@ -4,29 +4,18 @@
 """
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from pydantic import ValidationError, model_validator
-from torch import nn
-
-from tpp.checkpoints.model_file import load_model
-from tpp.checkpoints.prune_file import read_dense, write_pruned
 from tpp.common.errors import UserError, run_command
-from tpp.common.settings import Section, Seed, mistakes
-from tpp.common.yaml_files import Merging, read_yaml
-from tpp.describe import summary
-from tpp.measure.counts import count
-from tpp.measure.timing import LatencySettings, measure
-from tpp.models.architecture import Architecture, architecture_of, gives_images, meta_copy
-from tpp.models.fitting import assign_tensors
-from tpp.models.settings import MODEL_REPLACED, ModelSection
 from tpp.plan import PruningPlan
-from tpp.selection.budget import Budget, parse_count
-from tpp.selection.criteria import CRITERIA
-from tpp.selection.selection import Selection
-from tpp.selection.settings import PRUNING_REPLACED, PruningSection, another_budget
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from tpp.selection.budget import Budget
+    from tpp.selection.configured import Configured
 
 
 def _parse_pairs(option: str, texts: list[str], example: str) -> dict[str, str]:
@@ -61,7 +50,9 @@ def _parse_floors(texts: list[str]) -> dict[str, int | float]:
     return floors
 
 
-def _budget(arguments: argparse.Namespace) -> Budget | None:
+def _budget(arguments: argparse.Namespace) -> "Budget | None":
+    from tpp.selection.budget import Budget, parse_count
+
     if arguments.speedup is not None:
         return Budget("speedup", arguments.speedup)
     if arguments.max_macs is not None:
@@ -74,7 +65,7 @@ def _budget(arguments: argparse.Namespace) -> Budget | None:
 
 
 def _make_plan(
-    arguments: argparse.Namespace, configured: "_Configured | None", model: nn.Module
+    arguments: argparse.Namespace, configured: "Configured | None", model: "nn.Module"
 ) -> PruningPlan:
     budget = _budget(arguments)
     chosen = [arguments.plan, arguments.config, arguments.ratio or budget]
@@ -87,6 +78,8 @@ def _make_plan(
         return PruningPlan.load(arguments.plan)
     if configured is not None:
         return configured.selection().select(model)
+    from tpp.selection.selection import Selection
+
     selection = Selection(
         ratios=_parse_ratios(arguments.ratio),
         criterion=arguments.criterion,
@@ -100,56 +93,9 @@ def _make_plan(
     return selection.select(model)
 
 
-def _network(
-    name: str, num_classes: int | None = None, args: Mapping[str, Any] | None = None
-) -> Architecture:
-    """A network of which it need not be known how many classes it has: its weights say that."""
-    if num_classes is None and not gives_images(name):
-        num_classes = 1000
-    return Architecture(name, num_classes, args or {})
-
-
-class _Configured(Section):
-    """What a run's configuration says of the network and of what goes; the rest is not looked at.
-
-    Attributes:
-        seed: of the run.
-    """
-
-    seed: Seed = 0
-    model: ModelSection
-    pruning: PruningSection = PruningSection()
-
-    @model_validator(mode="after")
-    def _something_goes(self) -> "_Configured":
-        if not self.pruning.ratios and not self.pruning.budget:
-            raise ValueError(
-                "pruning.ratios says of no layer what goes, and there is no pruning.budget"
-            )
-        return self
-
-    def architecture(self) -> Architecture:
-        """The network."""
-        return _network(self.model.name, self.model.num_classes, self.model.args)
-
-    def selection(self) -> Selection:
-        """How the filters that go are chosen."""
-        return self.pruning.selection(self.seed)
-
-
-def _read_config(path: Path) -> _Configured:
-    data = read_yaml(path, Merging((*MODEL_REPLACED, *PRUNING_REPLACED), (another_budget,)))
-    known = {key: value for key, value in data.items() if key in _Configured.model_fields}
-    try:
-        return _Configured.model_validate(known)
-    except ValidationError as error:
-        lines = mistakes(error, _Configured)
-        raise UserError("\n".join(f"{path}: {line}" for line in lines)) from None
-
-
-def _parse_arguments() -> argparse.Namespace:
+def _parse_arguments(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m tpp.prune",
+        prog=prog,
         description="Remove filters from a checkpoint. Needs neither data nor a GPU.",
     )
     add = parser.add_argument
@@ -190,7 +136,12 @@ def _parse_arguments() -> argparse.Namespace:
 
     how = parser.add_argument_group("which, with --ratio or a budget")
     add = how.add_argument
-    add("--criterion", default="l1", metavar="C", help=f"{', '.join(CRITERIA)} (default: l1)")
+    add(
+        "--criterion",
+        default="l1",
+        metavar="C",
+        help="l1, l2, bn_scale, random, largest (default: l1)",
+    )
     add("--round-to", type=int, default=1, metavar="N", help="keep multiples of N filters")
     add(
         "--floor",
@@ -206,35 +157,42 @@ def _parse_arguments() -> argparse.Namespace:
         help="prune layers that are added to each other (the residual stream) together",
     )
     add("--seed", type=int, default=0, metavar="N", help="of the criterion random")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
-def main() -> None:
-    """Command-line entry point."""
-    arguments = _parse_arguments()
-    named = _network(arguments.model) if arguments.model else None
-    configured = _read_config(arguments.config) if arguments.config else None
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m tpp.prune") -> None:
+    """Command-line entry point; ``prog`` is how it was called, for ``--help``."""
+    options = _parse_arguments(arguments, prog)
+    from tpp.checkpoints.model_file import load_model
+    from tpp.checkpoints.prune_file import read_dense, write_pruned
+    from tpp.describe import summary
+    from tpp.measure.counts import count
+    from tpp.measure.timing import LatencySettings, measure
+    from tpp.models.architecture import architecture_of, meta_copy
+    from tpp.models.fitting import assign_tensors
+    from tpp.selection.configured import network_named, read_configured
+
+    named = network_named(options.model) if options.model else None
+    configured = read_configured(options.config) if options.config else None
     otherwise = configured.architecture() if configured else None
-    dense = read_dense(arguments.checkpoint, named, otherwise)
+    dense = read_dense(options.checkpoint, named, otherwise)
     model = meta_copy(dense.model)
     assign_tensors(model, dense.tensors)
-    plan = _make_plan(arguments, configured, model)
-    pruned, done = write_pruned(dense, plan, arguments.output)
-    if arguments.save_plan:
-        plan.save(arguments.save_plan)
+    plan = _make_plan(options, configured, model)
+    pruned, done = write_pruned(dense, plan, options.output)
+    if options.save_plan:
+        plan.save(options.save_plan)
     network = architecture_of(dense.model)
     assert network is not None
     print(f"{network.name}: {summary(count(dense.model), count(pruned))}")
-    if arguments.max_latency_ms is not None:
-        timing = measure(
-            {"dense": model, "pruned": load_model(arguments.output)}, LatencySettings()
-        )
+    if options.max_latency_ms is not None:
+        timing = measure({"dense": model, "pruned": load_model(options.output)}, LatencySettings())
         dense_ms, pruned_ms = (1000 * timing[name].median for name in ("dense", "pruned"))
         print(f"latency here, one image: {dense_ms:.1f} ms -> {pruned_ms:.1f} ms (medians)")
     for note in done.notes:
         print(f"note: {note}")
     companions = ", ".join(done.companions)
-    print(f"wrote {arguments.output}" + (f", with {companions}" if companions else ""))
+    print(f"wrote {options.output}" + (f", with {companions}" if companions else ""))
 
 
 if __name__ == "__main__":

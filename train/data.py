@@ -3,11 +3,11 @@
 from collections.abc import Generator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
 
 from data_pipelines.images.batch import Batch, LoaderSettings
 from data_pipelines.images.image_index import ImageIndex, load_index, open_images
@@ -23,6 +23,9 @@ from data_pipelines.loading.augment import ImageTransform
 from tpp.common.errors import UserError
 from train.config.config import Config
 from train.distributed.collectives import led_by_main_rank
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class RunData:
             fit its folder, the ranks see different images, more images are broken than may be.
     """
 
-    def __init__(self, config: Config, accelerator: Accelerator) -> None:
+    def __init__(self, config: Config, accelerator: "Accelerator") -> None:
         self._config, self._accelerator = config, accelerator
         self.skipped: dict[str, str] = {}
         self.loader = resolve_loader(config.data.loader)
@@ -175,7 +178,7 @@ def image_place(config: Config, name: str) -> tuple[Path, Path | None]:
 
 
 def open_for_all_ranks(
-    folder: Path, index_file: Path | None, accelerator: Accelerator
+    folder: Path, index_file: Path | None, accelerator: "Accelerator"
 ) -> ImageIndex:
     """The index of a folder, the same on every rank, with one rank looking through the folder.
 

@@ -3,27 +3,16 @@
 import argparse
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from torch import nn
-
-from data_pipelines.images.batch import LoaderSettings
-from data_pipelines.images.image_index import ImageIndex
-from data_pipelines.images.source import ON_ERROR, BadImages
-from data_pipelines.loaders import eval_batches, resolve_loader
-from data_pipelines.loading.augment import ImageTransform
-from tpp.checkpoints.model_file import find_metadata, load_model
-from tpp.checkpoints.sources import load_weights
 from tpp.common.errors import UserError, run_command
-from tpp.models.architecture import build_model, input_shape
-from train.data import open_for_all_ranks
-from train.distributed.accelerator import make_accelerator
-from train.distributed.collectives import sum_over_ranks
-from train.distributed.engine import forward_pass
-from train.distributed.ranks import settle_ranks
-from train.run_folder.log import say
-from train.tasks import make_task
-from train.tasks.base import Task
-from train.tasks.classification import Classification
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from data_pipelines.images.image_index import ImageIndex
+    from data_pipelines.loading.augment import ImageTransform
+    from train.tasks.base import Task
 
 
 def main() -> None:
@@ -41,7 +30,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=4, help="decoding threads (default: 4)")
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
     parser.add_argument(
-        "--on-error", choices=ON_ERROR, default="fail", help="leave out images that cannot be read"
+        "--on-error",
+        choices=("fail", "skip"),
+        default="fail",
+        help="leave out images that cannot be read",
     )
     parser.add_argument(
         "--max-skipped", type=float, default=0.001, help="share that may be (default: 0.001)"
@@ -50,6 +42,16 @@ def main() -> None:
     for name in ("batch_size", "threads"):
         if getattr(arguments, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+
+    from data_pipelines.images.batch import LoaderSettings
+    from data_pipelines.images.source import BadImages
+    from data_pipelines.loaders import eval_batches, resolve_loader
+    from train.data import open_for_all_ranks
+    from train.distributed.accelerator import make_accelerator
+    from train.distributed.collectives import sum_over_ranks
+    from train.distributed.engine import forward_pass
+    from train.distributed.ranks import settle_ranks
+    from train.run_folder.log import say
 
     settle_ranks(os.environ)
     accelerator = make_accelerator(arguments.precision)
@@ -92,9 +94,16 @@ def main() -> None:
 
 
 def _load(
-    path: Path, name: str | None, index: ImageIndex
-) -> tuple[nn.Module, ImageTransform, Task]:
+    path: Path, name: str | None, index: "ImageIndex"
+) -> "tuple[nn.Module, ImageTransform, Task]":
     """The network, how images are prepared for it, and what it was trained for."""
+    from data_pipelines.loading.augment import ImageTransform
+    from tpp.checkpoints.model_file import find_metadata, load_model
+    from tpp.checkpoints.sources import load_weights
+    from tpp.models.architecture import build_model, input_shape
+    from train.tasks import make_task
+    from train.tasks.classification import Classification
+
     info = find_metadata(path)
     classes = len(index.classes)
     if info is not None:

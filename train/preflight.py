@@ -3,9 +3,9 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from data_pipelines.demo import generate_demo
@@ -17,9 +17,11 @@ from tpp.selection.selection import Selection
 from train.config.batch_rule import describe_method
 from train.config.config import Config
 from train.data import RunData
-from train.distributed.accelerator import check_batch_size
 from train.distributed.collectives import from_main_rank
 from train.weights import starting_weights_exist
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Preflight:
     architecture: Architecture
 
 
-def preflight(config: Config, accelerator: Accelerator, stages: Iterable[str]) -> Preflight:
+def preflight(config: Config, accelerator: "Accelerator", stages: Iterable[str]) -> Preflight:
     """Find a user's mistakes before anything is loaded, downloaded or written.
 
     Args:
@@ -48,6 +50,8 @@ def preflight(config: Config, accelerator: Accelerator, stages: Iterable[str]) -
             layer or one whose filters cannot be removed, a budget out of reach, a schedule too
             short to zero every layer out, a missing checkpoint or loader.
     """
+    from train.distributed.accelerator import check_batch_size
+
     check_batch_size(config.training, accelerator.num_processes)
     starting_weights_exist(config.model)
     task = config.make_task()

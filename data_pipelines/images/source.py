@@ -7,17 +7,19 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Generic, TypeVar, get_args
+from typing import TYPE_CHECKING, Generic, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipelines.images.batch import Request
 from data_pipelines.images.image_index import ImageIndex, Location
 from data_pipelines.images.order import Int64s, SampleOrder
 from data_pipelines.images.plain_file import LARGEST_MEMBER, open_plain
 from data_pipelines.settings import OnError
 from tpp.common.errors import UserError
+
+if TYPE_CHECKING:
+    from data_pipelines.images.batch import Request
 
 Bytes = NDArray[np.uint8]
 T = TypeVar("T")
@@ -157,7 +159,7 @@ class ImageSource:
     order: SampleOrder | None
     bad: BadImages
 
-    def fetch(self, request: Request, rows: range, take: Callable[[Bytes], T]) -> Fetched[T]:
+    def fetch(self, request: "Request", rows: range, take: Callable[[Bytes], T]) -> Fetched[T]:
         """Read the images of some rows of a request.
 
         Args:

@@ -3,7 +3,6 @@
 import math
 
 import torch
-from scipy.special import betaincinv
 from torch import Tensor
 
 from data_pipelines.images.order import Float64s
@@ -49,6 +48,8 @@ def mix(
 
 def _share(alpha: float, draws: Float64s) -> float:
     """A draw from Beta(alpha, alpha), by the inverse of its distribution function."""
+    from scipy.special import betaincinv
+
     return float(betaincinv(alpha, alpha, draws[_SHARE]))
 
 

@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torchvision
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_module_registration_hook
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
 from tpp.common.errors import UserError, reason_of
 from tpp.models import edsr
@@ -132,8 +134,10 @@ def _are_plain(args: Mapping[str, Any]) -> bool:
 
 def model_names() -> list[str]:
     """Every name that :func:`build_model` knows, timm's excepted."""
-    torchvisions = torchvision.models.list_models(module=torchvision.models)
-    return [*_OWN_MODELS, *_IMAGE_MODELS, *torchvisions]
+    # With it comes PyTorch's compiler, and the import takes as long as that of PyTorch itself.
+    from torchvision import models
+
+    return [*_OWN_MODELS, *_IMAGE_MODELS, *models.list_models(module=models)]
 
 
 def gives_images(name: str) -> bool:
@@ -179,15 +183,31 @@ def build_on_meta(architecture: Architecture) -> nn.Module:
     except Exception:
         # Either a mistake, which the next lines report, or one of the few networks of timm that
         # look at the value of a tensor while they are being built.
-        from accelerate import init_empty_weights
-
         try:
-            # Buffers are small, and some constructors compute with tensors of their kind.
-            with init_empty_weights(include_buffers=False):
+            with _parameters_on_meta():
                 return _build(architecture).to("meta")
         except Exception as error:
             reason = reason_of(error)
             raise UserError(f"model {name!r} cannot be built with {args}: {reason}") from None
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Take a parameter's memory away when a module gets it.
+
+    Buffers are small, and some constructors compute with tensors of their kind.
+    """
+
+    def emptied(_: nn.Module, name: str, parameter: nn.Parameter) -> Any:
+        if parameter.is_meta:  # emptied before, and tied to another module
+            return None
+        return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+
+    handle = register_module_parameter_registration_hook(emptied)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
@@ -308,7 +328,9 @@ def _builder(name: str) -> Callable[..., nn.Module]:
         return _IMAGE_MODELS[name].build
     if name not in model_names():
         raise UserError(f"no model is called {name!r}; {_nearest(name, model_names())}")
-    builder = torchvision.models.get_model_builder(name)
+    from torchvision.models import get_model_builder
+
+    builder = get_model_builder(name)
     return functools.partial(builder, weights=None, **_TORCHVISION_ARGS.get(name, {}))
 
 

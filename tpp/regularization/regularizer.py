@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from tpp.channels.channel_map import LayerChannels, check_plan, find_channels
 from tpp.common.errors import UserError
@@ -124,7 +123,8 @@ class Regularizer:
         self._indices: dict[tuple[str, str, torch.device], Tensor] = {}
         self._scales, self._is_growing = torch.zeros(2), False
 
-    @torch.compiler.disable
+    # torch.compiler.disable would import the compiler now, this does so when it is called.
+    @torch._disable_dynamo
     def before_step(self, step: int) -> None:
         """Write the factors of 0-based ``step`` into tensors, for :meth:`loss_terms` to read."""
         for layer, module in self._layers.items():
@@ -136,7 +136,7 @@ class Regularizer:
         self._scales[0].fill_(self.gram_weight * scale)
         self._scales[1].fill_(scale)
 
-    @torch.compiler.disable
+    @torch._disable_dynamo
     def loss_terms(self) -> dict[str, Tensor]:
         """The penalty of the step that :meth:`before_step` was told, in its parts.
 
@@ -193,7 +193,7 @@ class Regularizer:
         terms = self.loss_terms()
         return terms["gram"] + terms["decay"]
 
-    @torch.compiler.disable
+    @torch._disable_dynamo
     @torch.no_grad()
     def after_step(self, step: int) -> None:
         """Hold the layers whose turn has come at zero; call it after the optimiser's ``step``."""
@@ -309,6 +309,8 @@ def _mask(parts: Iterable[tuple[int, Iterable[int]]]) -> Tensor:
 
 def _check_whole(layer: str, module: nn.Conv2d | nn.Linear) -> None:
     """Refuse a weight of which this rank holds but a part."""
+    from torch.distributed.tensor import DTensor  # as long as a third of torch
+
     weight = getattr(module, "weight", None)
     if weight is None or isinstance(weight, DTensor) or weight.dim() < 2 or weight.numel() == 0:
         raise UserError(
