@@ -5,8 +5,8 @@ width of every Conv2d and Linear layer, a hash of every tensor, the preprocessin
 and whatever else the writer adds. That is enough to rebuild a pruned network from the file alone.
 
 Beside the network's own tensors a file may hold *companions*: sets of tensors that belong to the
-parameters one by one, such as an optimiser's momentum, a moving average of the weights, or a mask of
-those that are kept. They are called ``companion:tensor``.
+parameters one by one, such as an optimiser's momentum, a moving average of the weights, or a mask
+of those that are kept. They are called ``companion:tensor``.
 """
 
 import json
