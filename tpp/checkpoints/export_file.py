@@ -51,7 +51,7 @@ class Exported:
     batch: int | None
     opset: int | None
     difference: float | None
-    output: str
+    output: str = "logits"
 
 
 def export_model(
