@@ -30,7 +30,7 @@ if [[ -z "${MASTER_ADDR:-}" || -z "${MASTER_PORT:-}" ]]; then
   # As for ranks that srun starts itself.
   read -r found_address found_port < <("$python" -c '
 import os
-from launch.ranks import meeting_place
+from train.distributed.ranks import meeting_place
 print(*meeting_place(os.environ))')
   export MASTER_ADDR="${MASTER_ADDR:-$found_address}" MASTER_PORT="${MASTER_PORT:-$found_port}"
 fi

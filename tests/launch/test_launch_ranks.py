@@ -163,8 +163,8 @@ def accelerate(tmp_path: Path):
     script = tmp_path / "settled.py"
     script.write_text(
         "import os\n"
-        "from launch.ranks import settle_ranks\n"
-        "from tpp.errors import run_command\n"
+        "from train.distributed.ranks import settle_ranks\n"
+        "from tpp.common.errors import run_command\n"
         "run_command(lambda: settle_ranks(os.environ))\n"
         "os.write(1, f\"rank {os.environ.get('RANK')}\\n\".encode())\n"
     )

@@ -1,7 +1,5 @@
 """For every architecture: a pruned network is the dense one with the same filters at zero."""
 
-import functools
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -47,10 +45,11 @@ NETWORKS = {
 }
 
 
-@functools.cache
-def network(name):
-    model = randomised(name, **NETWORKS[name][2])
-    return model, survey_channels(model, coupled=True).channels
+@pytest.fixture(scope="module", params=NETWORKS)
+def network(request):
+    """One network at a time: all of them together are gigabytes. Its name, itself, its layers."""
+    model = randomised(request.param, **NETWORKS[request.param][2])
+    return request.param, model, survey_channels(model, coupled=True).channels
 
 
 def exact(channels):
@@ -102,11 +101,10 @@ def check_equal(model, plan, name, sizes):
     return pruned
 
 
-@pytest.mark.parametrize("name", NETWORKS)
 @settings(max_examples=2, deadline=None)
 @given(data=st.data())
-def test_removing_filters_equals_zeroing_them(name, data, tmp_path_factory):
-    model, channels = network(name)
+def test_removing_filters_equals_zeroing_them(network, data, tmp_path_factory):
+    name, model, channels = network
     plan = data.draw(plans(model, exact(channels)))
     pruned = check_equal(model, plan, name, NETWORKS[name][3])
     for layer, indices in plan.pruned.items():
@@ -121,19 +119,20 @@ def test_removing_filters_equals_zeroing_them(name, data, tmp_path_factory):
         assert relative_difference(loaded(batch), pruned(batch)) < 1e-6
 
 
-@pytest.mark.parametrize("name", ["cifar_resnet20", "resnext50_32x4d", "mobilenet_v3_large"])
+@pytest.mark.parametrize(
+    "network", ["cifar_resnet20", "resnext50_32x4d", "mobilenet_v3_large"], indirect=True
+)
 @settings(max_examples=2, deadline=None)
 @given(data=st.data())
-def test_a_pruned_network_is_pruned_again(name, data):
-    model, channels = network(name)
+def test_a_pruned_network_is_pruned_again(network, data):
+    name, model, channels = network
     once = prune_model(model, data.draw(plans(model, exact(channels), most=3)))
     left = exact(survey_channels(once, coupled=True).channels)
     check_equal(once, data.draw(plans(once, left, most=3)), name, NETWORKS[name][3][:1])
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-def test_how_many_layers_can_go(name):
-    model, channels = network(name)
+def test_how_many_layers_can_go(network):
+    name, model, channels = network
     alone = survey_channels(model)
     assert (len(alone.channels), len(exact(channels))) == NETWORKS[name][:2]
     assert all(found.inexact is None for found in alone.channels.values())
