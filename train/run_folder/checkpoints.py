@@ -1,8 +1,8 @@
 """Checkpoints of a training stage under way: when they are written, which are kept, which is read.
 
-What one looks like, and how it comes to be whole, is in ``tpp/checkpoints/training_state.py``. Beside them in
-``checkpoints/`` there are links for people, ``latest`` and ``best``; nothing here reads them. At
-most one checkpoint more than those that are kept is on the disk at a time.
+What one looks like, and how it comes to be whole, is in ``tpp/checkpoints/training_state.py``.
+Beside them in ``checkpoints/`` there are links for people, ``latest`` and ``best``; nothing here
+reads them. At most one checkpoint more than those that are kept is on the disk at a time.
 """
 
 import errno
