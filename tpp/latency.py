@@ -53,7 +53,7 @@ def _read_networks(paths: list[str]) -> dict[str, _Network]:
     from tpp.models.architecture import architecture_of, build_model
 
     models = {path: load_model(path) for path in paths}
-    architectures: "dict[str, Architecture]" = {}
+    architectures: dict[str, Architecture] = {}
     of_path: dict[str, list[str]] = {}
     for path, model in models.items():
         architecture = architecture_of(model)
