@@ -10,12 +10,15 @@ from importlib.metadata import Distribution, distribution
 from pathlib import Path
 
 import pytest
+import torch
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from torch import nn
 
 import tpp
 from tpp.__main__ import COMMANDS, command
 from tpp.measure.timing import DEVICES, DTYPES, LatencySettings
+from tpp.models import architecture
 from tpp.selection.criteria import CRITERIA
 from tpp.selection.selection import Selection
 
@@ -218,6 +221,27 @@ def test_options_name_what_there_is(monkeypatch, capsys):
     assert f"--dtype {{{','.join(DTYPES)}}}\n" in out and f"default {default.dtype})\n" in out
     assert f"--device {{{','.join(DEVICES)}}}" in out and f"default {default.device}\n" in out
     assert f"images per pass (default {default.batch})\n" in out
+
+
+class LooksAtValues(nn.Module):
+    """Cannot be built under torch.device("meta"), as a few networks of timm cannot."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.tied = nn.Linear(4, num_classes)
+        self.tied.bias.requires_grad_(torch.linspace(0, 1, 3)[1].item() != 0.5)
+        self.linear = nn.Linear(4, num_classes)
+        self.linear.weight = self.tied.weight
+        self.register_buffer("table", torch.arange(3))
+
+
+def test_a_network_that_looks_at_values_is_built_without_memory_all_the_same(monkeypatch):
+    monkeypatch.setitem(architecture._OWN_MODELS, "odd", LooksAtValues)
+    model = architecture.build_on_meta(architecture.Architecture("odd", 10))
+    assert {tensor.device.type for tensor in model.state_dict().values()} == {"meta"}
+    assert model.linear.weight is model.tied.weight and model.linear.weight.shape == (10, 4)
+    assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["tied.bias"]
+    assert nn.Linear(2, 2).weight.device.type == "cpu"
 
 
 def test_what_is_pinned_is_what_the_package_asks_for():

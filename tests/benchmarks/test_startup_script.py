@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.startup import MODULES, TORCH, first_line
+from data_pipelines.images.source import ON_ERROR
+from data_pipelines.sets.small_sets import IMAGENETTE_SIZES
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -52,6 +54,20 @@ def test_first_lines_at_tiny_size(tmp_path):
     # Told before anything but PyTorch is there: Accelerate, DALI, TensorBoard, its compiler.
     assert mistake["processor_ratio"] < 1.5
     assert rows["tpp.describe, resnet50"]["line"].startswith("layer ")
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "values"),
+    [
+        (("train.evaluate",), "--on-error", ON_ERROR),
+        (("data_pipelines.prepare", "imagenette"), "--size", IMAGENETTE_SIZES),
+    ],
+)
+def test_parsers_write_out_what_they_would_have_to_wait_for(command, option, values):
+    done = subprocess.run(
+        [sys.executable, "-m", *command, "--help"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert f"{option} {{{','.join(values)}}}" in done.stdout
 
 
 def test_unknown_parts():
