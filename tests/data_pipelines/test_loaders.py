@@ -31,6 +31,9 @@ from data_pipelines.loading.mixing import MIXING_UNIFORMS, Mixing, mix
 from data_pipelines.settings import ColorJitter, RandAugment
 from tpp.common.errors import UserError
 
+# The torchvision loader's workers.
+pytestmark = pytest.mark.processes
+
 CPU = torch.device("cpu")
 LOADERS = ["dali", "torchvision"]
 PHOTOS = 40
