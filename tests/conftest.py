@@ -4,16 +4,47 @@ import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import processes
 import pytest
 from fork_server import Forks
 
 ROOT = Path(__file__).resolve().parents[1]
+# A worker of pytest-xdist runs a file from its beginning to its end, so that what begins last
+# should be short. The jobs of the cluster mostly wait.
+LONGEST = (
+    "test_jobs.py",
+    "test_engines.py",
+    "test_chaos.py",
+    "test_ranks.py",
+)
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """In the background of a shell SIGINT is ignored, and what the tests start would inherit it."""
+    # Where it is by default, clones in two places build what DeepSpeed compiles again and again.
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".cache" / "torch_extensions"))
+    for marker in processes.MARKERS:
+        config.addinivalue_line("markers", marker)
+    processes.install_guard()
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what starts no process; begin with the files that take longest, see Makefile."""
+    for item in items:
+        if not processes.needs_processes(item):
+            item.add_marker("no_process")
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """What is taken to start no process cannot, be it in a fixture."""
+    with processes.none_may_start(item.get_closest_marker("no_process") is not None):
+        return (yield)
 
 
 @pytest.fixture(scope="session")

@@ -139,6 +139,7 @@ def reached(group: int, wanted: set[str]) -> bool:
     return False
 
 
+@pytest.mark.processes
 def test_a_contestant_is_stopped_except_in_its_turn(setup):
     turns = Turns("timm", Setup(**{**vars(setup), "batch": 8, "threads": 2}))
     group = turns.process.pid
@@ -152,6 +153,7 @@ def test_a_contestant_is_stopped_except_in_its_turn(setup):
     assert reached(group, set())
 
 
+@pytest.mark.processes
 def test_a_mistake_in_a_contestant_arrives(setup, tmp_path):
     with pytest.raises(UserError, match="no class folders"):
         Turns("ours", Setup(**{**vars(setup), "folder": tmp_path})).close()

@@ -14,6 +14,9 @@ import yaml
 from safetensors.torch import load_file
 from tiny_run import make_tiny_data, tiny_run
 
+from launch.check import main
+from tpp.common.errors import run_command
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "slurm" / "resnet50_tpp.sh"
 VARIABLES = {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "TPP_SETTLED_AFTER": "0"}
@@ -61,16 +64,18 @@ class Site:
             seconds,
         )
 
-    def wait_for_checkpoint(self, run: str, beyond: int = 0) -> int:
-        """Wait until the regularised stage has a checkpoint; returns its step."""
-        folder = self.folder / run / "regularize" / "checkpoints"
-
-        def newest() -> int:
-            return max((int(p.name.partition("-")[2]) for p in folder.glob("step-*")), default=0)
-
-        self.slurm.wait_until(f"checkpoint of {run}", lambda: newest() > beyond, 300)
-        assert not (self.folder / run / "regularize" / "done.json").exists(), "too late to disturb"
-        return newest()
+    def wait_for_checkpoint(self, run: str, job: str) -> None:
+        """Wait until the regularised stage has a checkpoint."""
+        folder = self.folder / run / "regularize"
+        there = (folder / "checkpoints").glob
+        ended = ("FAILED", "COMPLETED")
+        self.slurm.wait_until(
+            f"checkpoint of {run}",
+            lambda: any(there("step-*")) or self.slurm.jobs().get(job) in ended,
+            300,
+        )
+        assert any(there("step-*")), self.log(job)
+        assert not (folder / "done.json").exists(), "too late to disturb"
 
     def weights(self, run: str) -> dict[str, Any]:
         return load_file(self.folder / run / "finetune" / "model.safetensors")
@@ -85,7 +90,6 @@ class Site:
 def site(slurm, tmp_path_factory: pytest.TempPathFactory) -> Site:
     folder = tmp_path_factory.mktemp("a site")
     config = tiny_run(make_tiny_data(folder / "tiny data"), folder / "unused")
-    config["data"]["loader"] = "torchvision"
     config["training"] |= {"sync_batchnorm": True, "rank_timeout": 8, "evaluate_every": 100}
     config["method"]["stabilize_steps"] = 40  # long enough to be hit in the middle
     del config["stages"]["dense"]
@@ -183,7 +187,7 @@ def test_a_disturbed_run_ends_with_the_same_weights(
     """All launchers end in the same run: the undisturbed one was started by srun."""
     run = disturb.__name__
     job = site.submit(run, *TWO, TPP_LAUNCHER=launcher)
-    site.wait_for_checkpoint(run)
+    site.wait_for_checkpoint(run, job)
     disturb(site, job)
     site.wait_for(job, "PENDING", "FAILED", "COMPLETED", seconds=200)
     first = site.log(job)
@@ -205,7 +209,7 @@ def test_a_second_job_on_the_same_folder_is_refused(site: Site) -> None:
     # Long enough to be there still when the second one comes; it is cancelled in the end.
     endless = ("method.stabilize_steps=100000",)
     first = site.submit("contested", *sizes, settings=endless)
-    site.wait_for_checkpoint("contested")
+    site.wait_for_checkpoint("contested", first)
     second = site.submit("contested", *sizes, settings=endless)
     early = site.bash(SCRIPT, "--config", "tiny.yaml", f"output={site.folder / 'contested'}")
     assert early.returncode == 2 and f"SLURM job {first}, since" in early.stderr
@@ -223,12 +227,8 @@ def test_a_second_job_on_the_same_folder_is_refused(site: Site) -> None:
 
 def test_mistakes_are_told_before_the_queue(site: Site) -> None:
     before = site.slurm.jobs()
-    imagenet = f"data.root={site.folder / 'nowhere'}"
     for arguments, said in [
         (("--partition=nope",), "there is no partition 'nope' here; there are all, urgent"),
-        (("--nodes=5",), "--nodes: 5 nodes are asked for, partition 'all' has 2"),
-        (("--gpus=3", "training.batch_size=256"), "256 is not divisible by 3 rank(s)"),
-        ((imagenet,), f"there is no folder {site.folder / 'nowhere'}/train on this machine"),
         (("--until", "nothing"), "--until: there is no stage 'nothing'; there are regularize"),
         (("word",), "word: neither a setting (key.sub=value) nor an option"),
     ]:
@@ -236,6 +236,28 @@ def test_mistakes_are_told_before_the_queue(site: Site) -> None:
         assert done.returncode == 2, (arguments, done.stdout, done.stderr)
         assert said in done.stderr and done.stderr.count("\n") == 1
     assert set(site.slurm.jobs()) <= set(before), "something was submitted"
+
+
+def test_the_check_before_the_queue_asks_the_scheduler(
+    site: Site, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """launch.check as the scripts call it, see the test above; here it needs no imports."""
+    monkeypatch.chdir(site.folder)
+    for name in ("PATH", "SLURM_CONF"):
+        monkeypatch.setenv(name, site.slurm.environment[name])
+    nowhere = site.folder / "nowhere"
+    for options, settings, said in [
+        (("--nodes=5",), (), "--nodes: 5 nodes are asked for, partition 'all' has 2"),
+        (("--gpus=3",), ("training.batch_size=256",), "256 is not divisible by 3 rank(s)"),
+        ((), (f"data.root={nowhere}",), f"there is no folder {nowhere}/train on this machine"),
+    ]:
+        command = ["check", "--config", "tiny.yaml", *settings, "--script", str(SCRIPT), "--"]
+        monkeypatch.setattr(sys, "argv", [*command, *options])
+        with pytest.raises(SystemExit) as ended:
+            run_command(main)
+        assert ended.value.code == 2
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == 1
 
 
 def test_mistakes_are_told_in_the_log(site: Site) -> None:

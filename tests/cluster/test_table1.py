@@ -39,7 +39,7 @@ def tiny_sweep(tmp_path: Path) -> Path:
         "name": "tpp",
         "delta": 0.1,
         "update_interval": 1,
-        "stabilize_steps": 400,  # long enough to be thrown out in the middle of it
+        "stabilize_steps": 150,  # long enough to be thrown out in the middle of it
         "zero_out_interval": 1,
     }
     stages = {

@@ -22,6 +22,9 @@ from data_pipelines.loaders import eval_batches, train_batches, training_order
 from data_pipelines.loading.augment import ImageTransform
 from tpp.common.errors import UserError
 
+# The torchvision loader's workers.
+pytestmark = pytest.mark.processes
+
 CPU = torch.device("cpu")
 LOADERS = ["dali", "torchvision"]
 SEED, FILES = 11, 400

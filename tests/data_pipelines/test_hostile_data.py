@@ -92,6 +92,7 @@ def _matlab_of_cells(depth: int) -> bytes:
     return head + struct.pack("<II", 14, length) + cells
 
 
+@pytest.mark.processes
 def test_a_matlab_file_that_crashes_its_reader_is_refused(tmp_path: Path) -> None:
     files = [
         ("data/meta.mat", _matlab_of_cells(100_000)),
@@ -296,6 +297,7 @@ def _ghostscript(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return trace
 
 
+@pytest.mark.processes
 def test_no_image_is_a_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = _encoded("EPS")
     trace = _ghostscript(tmp_path, monkeypatch)

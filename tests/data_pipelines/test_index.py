@@ -159,6 +159,7 @@ ODD = {
 }
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("options", [(), ("--decode", "--threads", "1")], ids=["", "decode"])
 def test_broken_and_odd_files(
     tmp_path: Path, run: Callable[..., Any], options: tuple[str, ...]
@@ -216,6 +217,7 @@ def test_nothing_but_broken_images(tmp_path: Path, run: Callable[..., Any]) -> N
     assert facts["pixels"].strip() == "none: every image is broken"
 
 
+@pytest.mark.processes
 def test_damage_within_is_found_by_decoding(tmp_path: Path, run: Callable[..., Any]) -> None:
     damaged = bytearray(_encoded(format="PNG", size=300))
     damaged[len(damaged) // 2] ^= 255

@@ -38,6 +38,9 @@ from data_pipelines.settings import (
 )
 from tpp.common.errors import UserError
 
+# The torchvision loader's workers.
+pytestmark = pytest.mark.processes
+
 CPU = torch.device("cpu")
 LOADERS = ["dali", "torchvision"]
 PHOTOS = 40

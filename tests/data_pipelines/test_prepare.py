@@ -48,6 +48,9 @@ from data_pipelines.sets.preparation import STATE_FILE, WORK_FOLDER
 from data_pipelines.sets.small_sets import SETS, Download
 from tpp.common.errors import UserError, run_command
 
+# ImageNet's devkit is read in a process of its own.
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).resolve().parents[2]
 CLASSES, PER_CLASS, VAL = 4, 6, 8
 Photos = dict[str, dict[str, bytes]]

@@ -156,6 +156,7 @@ def test_tar_readers_find_images_and_labels(photos: ImageIndex, packed: ImageInd
     assert set(listed.stdout.split()) <= set(wanted)
 
 
+@pytest.mark.processes
 def test_index_files_are_those_of_dalis_own_tool(packed: ImageIndex, tmp_path: Path) -> None:
     for name in packed.containers:
         tar = packed.root / name

@@ -17,7 +17,13 @@ ALWAYS_ACCEPTED = {"shard_listing"}
 CASES = [(target, path) for target in TARGETS for path in corpus_of(target)]
 
 
-@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
+def marked(target: Target):
+    """SciPy reads devkits in a process of its own."""
+    marks = [pytest.mark.processes] if target.name == "devkit" else []
+    return pytest.param(target, marks=marks, id=target.name)
+
+
+@pytest.mark.parametrize("target", [marked(target) for target in TARGETS])
 def test_mutated_inputs_are_read_or_refused(target: Target, tmp_path: Path) -> None:
     tally = fuzz(target, tmp_path, COUNTS.get(target.name, 80))
     assert not tally.failures, "\n".join(f"{data[:200]!r}: {why}" for data, why in tally.failures)

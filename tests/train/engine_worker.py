@@ -2,7 +2,7 @@
 
     engine_worker.py FOLDER
 
-Writes, on the main rank, ``FOLDER/ENGINE-CASE.safetensors`` with the weights after 50 steps of
+Writes, on the main rank, ``FOLDER/ENGINE-CASE.safetensors`` with the weights after 24 steps of
 TPP, and those of runs that were broken off half way and taken up, with the same or another engine.
 """
 
@@ -31,7 +31,7 @@ from train.loop.loop import LoopSettings, train
 from train.loop.optim import make_optimizer
 from train.tasks import make_task
 
-STEPS, HALF, BATCH, LR = 50, 25, 32, 0.001
+STEPS, HALF, BATCH, LR = 24, 12, 32, 0.001
 CONFIGS = Path(__file__).resolve().parents[2] / "launch" / "deepspeed"
 ENGINES: dict[str, str | None] = {
     "ddp": None,
@@ -56,9 +56,9 @@ RESUMED = [
 
 
 def method() -> Method:
-    """TPP whose growth ends after 20 steps; its layers are zeroed from step 22 on."""
+    """TPP whose growth ends after 10 steps; its layers are zeroed from step 12 on, one by one."""
     tpp = method_class("tpp")
-    settings = {"delta": 0.1, "update_interval": 2, "stabilize_steps": 40, "zero_out_interval": 2}
+    settings = {"delta": 0.2, "update_interval": 2, "stabilize_steps": 40, "zero_out_interval": 2}
     return tpp(tpp.settings_type(**settings))
 
 

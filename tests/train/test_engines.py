@@ -69,7 +69,7 @@ def apart(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
 
 @pytest.mark.parametrize(("ranks", "case"), [*((2, case) for case in CASES), (4, "all")])
 def test_the_engines_agree(trained, ranks, case):
-    """After 50 steps, of which the last ones zero layers out, and in the momentum."""
+    """After 24 steps, of which the last ones zero layers out, and in the momentum."""
     folder = trained(ranks)
     reference = weights(folder, f"ddp-{case}")
     zeros = reference["layer1.0.conv1.weight"].flatten(1).abs().sum(1) == 0

@@ -50,7 +50,7 @@ def test_a_known_network_reaches_its_known_accuracy(shared_data, tmp_path, run_m
         result = run_main(
             None, "--checkpoint", str(shared_data("resnet56-cifar10.th")),
             "--model", "cifar_resnet56",
-            "--data", str(tmp_path / "cifar10" / "test"), "--batch-size", "500", "--threads", "2",
+            "--data", str(tmp_path / "cifar10" / "test"), "--batch-size", "50", "--threads", "2",
             "--loader", loader, script="train.evaluate",
         )  # fmt: skip
         found = re.search(r"top-1 ([\d.]+)%.* over ([\d,]+) images", result.stdout)

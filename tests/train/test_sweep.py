@@ -355,6 +355,7 @@ def test_a_mistake_in_the_file_names_file_and_key(
     assert str(tiny_sweep.parent) in str(caught.value)
 
 
+@pytest.mark.processes
 def test_a_dense_run_that_failed_stops_what_starts_from_it(
     tiny_sweep: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
