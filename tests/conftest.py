@@ -12,10 +12,10 @@ ROOT = Path(__file__).resolve().parents[1]
 # A worker of pytest-xdist runs a file from its beginning to its end, so that what begins last
 # should be short. The jobs of the cluster mostly wait.
 LONGEST = (
-    "test_jobs.py",
-    "test_engines.py",
-    "test_chaos.py",
-    "test_ranks.py",
+    *("test_jobs.py", "test_table1.py", "test_architectures.py", "test_engines.py"),
+    *("test_data.py", "test_watchdog.py", "test_chaos.py", "test_run.py"),
+    *("test_sweep.py", "test_export.py", "test_evaluate.py", "test_faults.py"),
+    *("test_stopping.py", "test_prepare.py", "test_ranks.py", "test_prune_faults.py"),
 )
 
 
