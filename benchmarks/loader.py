@@ -53,7 +53,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from data_pipelines.images.batch import Batch
+from data_pipelines.images.batch import Batch, LoaderSettings
 from data_pipelines.images.folders import folder_mark
 from data_pipelines.images.image_index import (
     ImageIndex,
@@ -63,7 +63,8 @@ from data_pipelines.images.image_index import (
     save_index,
     scan_class_folders,
 )
-from data_pipelines.loaders import eval_batches, train_batches
+from data_pipelines.images.order import Steps
+from data_pipelines.loaders import eval_batches, train_batches, training_order
 from data_pipelines.loading.augment import ImageTransform
 from tpp.common.errors import UserError, run_command
 from tpp.common.files import write_whole
@@ -110,16 +111,9 @@ def _ours(index: ImageIndex, loader: str, setup: Setup) -> Batches:
     return train_batches(
         index,
         RECIPE,
-        loader=loader,
-        global_batch=setup.batch,
-        accumulation=1,
-        seed=0,
-        start_step=0,
-        steps=2**31,
-        rank=0,
-        world_size=1,
-        threads=setup.threads,
-        device=torch.device(setup.device),
+        training_order(index, 0),
+        Steps(setup.batch, accumulation=1, start=0, count=2**31),
+        LoaderSettings(loader, setup.threads, torch.device(setup.device)),
     )
 
 
@@ -607,7 +601,7 @@ def _start(start: Start, setup: Setup, barrier: Barrier, connection: Connection)
     """Go from nothing to the first batch; the processes wait for each other at every stage."""
     os.setpgid(0, 0)
     # What a run's loader imports, before the clock for its first batch starts.
-    importlib.import_module(f"data_pipelines.{MODULES[start.loader]}")
+    importlib.import_module(f"data_pipelines.loading.{MODULES[start.loader]}")
     took = {"imports": time.monotonic() - start.launched}
     marks = [_memory_together(barrier)]
 
@@ -623,16 +617,11 @@ def _start(start: Start, setup: Setup, barrier: Barrier, connection: Connection)
     stream = train_batches(
         index,
         RECIPE,
-        loader=start.loader,
-        global_batch=setup.batch * start.world_size,
-        accumulation=1,
-        seed=0,
-        start_step=0,
-        steps=1_000_000,
-        rank=start.rank,
-        world_size=start.world_size,
-        threads=setup.threads,
-        device=torch.device("cpu"),
+        training_order(index, 0),
+        Steps(setup.batch * start.world_size, accumulation=1, start=0, count=1_000_000),
+        LoaderSettings(
+            start.loader, setup.threads, torch.device("cpu"), start.rank, start.world_size
+        ),
     )
     next(stream)
     took["first_batch"] = time.monotonic() - begun
@@ -772,18 +761,17 @@ def _progress(items: Iterable[Item], what: str) -> Iterable[Item]:
 def measure_agreement(setup: Setup, images: int) -> Result:
     """How far our loaders' pixels differ, over all photos, in levels of 255."""
     index, scale = scan_class_folders(setup.folder), 255 * torch.tensor(STD)[:, None, None]
-    common: Result = {"rank": 0, "world_size": 1, "device": torch.device("cpu")}
-    training: Result = {"global_batch": setup.batch, "accumulation": 1, "seed": 0, "start_step": 0}
-    training["steps"] = images // setup.batch
+    steps = Steps(setup.batch, accumulation=1, start=0, count=images // setup.batch)
     found = {}
     for name in ("training", "evaluation"):
         streams = [
-            train_batches(index, RECIPE, loader=loader, threads=threads, **training, **common)
+            train_batches(index, RECIPE, training_order(index, 0), steps, settings)
             if name == "training"
-            else eval_batches(
-                index, RECIPE, loader=loader, threads=threads, batch_size=setup.batch, **common
+            else eval_batches(index, RECIPE, setup.batch, settings)
+            for settings in (
+                LoaderSettings("dali", setup.threads, torch.device("cpu")),
+                LoaderSettings("torchvision", 0, torch.device("cpu")),
             )
-            for loader, threads in (("dali", setup.threads), ("torchvision", 0))
         ]
         pairs = zip(*streams, strict=True)
         apart = torch.cat([((one - other) * scale).abs() for (one, _), (other, _) in pairs])

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from data_pipelines.images.order import uniforms
+from data_pipelines.settings import DemoData
 from tpp.common.errors import UserError, run_command
 from tpp.common.reading import read_json
 
@@ -97,15 +98,7 @@ CLASSES = (
 )
 
 
-def generate_demo(
-    root: str | os.PathLike[str],
-    *,
-    classes: int = 10,
-    train_per_class: int = 500,
-    val_per_class: int = 100,
-    image_size: int = 32,
-    seed: int = 0,
-) -> None:
+def generate_demo(root: str | os.PathLike[str], demo: DemoData, *, image_size: int = 32) -> None:
     """Write ROOT/{train,val}/<class>/NNNN.jpg, unless the same data is already there.
 
     The folder appears whole or not at all, also when several processes write it at once. An image
@@ -113,43 +106,43 @@ def generate_demo(
 
     Args:
         root: the folder to make; its parents are made too.
-        classes: how many of :data:`CLASSES`, 2 to 10.
-        train_per_class: images per class for training.
-        val_per_class: images per class for validation.
+        demo: how many classes and images, and the seed.
         image_size: side in pixels.
-        seed: of everything random.
 
     Raises:
         UserError: a number is out of range, or ``root`` exists and holds something else.
     """
     root = Path(root)
-    if not 2 <= classes <= len(CLASSES):
-        raise UserError(f"demo data: classes must be 2 to {len(CLASSES)}, not {classes}")
-    if min(train_per_class, val_per_class) < 1 or image_size < 8:
-        raise UserError("demo data: needs 1 image per class or more, of 8 pixels or more")
+    counts = {"train": demo.train_per_class, "val": demo.val_per_class}
+    _check(demo.classes, min(counts.values()), image_size)
     settings = {
         "version": _VERSION,
-        "classes": classes,
-        "train_per_class": train_per_class,
-        "val_per_class": val_per_class,
+        **demo.model_dump(exclude={"seed"}),
         "image_size": image_size,
-        "seed": seed,
+        "seed": demo.seed,
     }
     if _holds(root, settings):
         return
-    counts = {"train": train_per_class, "val": val_per_class}
     try:
         root.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=root.parent, prefix=f".{root.name}.") as aside:
             made = Path(aside) / "data"
             for split, (name, count) in enumerate(counts.items()):
-                for label in range(classes):
+                for label in range(demo.classes):
                     folder = made / name / CLASSES[label]
-                    _write_class(folder, split, label, count, image_size, seed)
+                    _write_class(folder, split, label, count, image_size, demo.seed)
             (made / SETTINGS_FILE).write_text(json.dumps(settings, indent=1) + "\n")
             _move(made, root, settings)
     except OSError as error:
         raise UserError(f"{root}: cannot write the demo data ({error.strerror})") from None
+
+
+def _check(classes: int, fewest: int, image_size: int) -> None:
+    """Check what is asked for: also the command's options, which no section has seen."""
+    if not 2 <= classes <= len(CLASSES):
+        raise UserError(f"demo data: classes must be 2 to {len(CLASSES)}, not {classes}")
+    if fewest < 1 or image_size < 8:
+        raise UserError("demo data: needs 1 image per class or more, of 8 pixels or more")
 
 
 def _move(made: Path, root: Path, settings: dict[str, int]) -> None:
@@ -290,10 +283,13 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=32, help="pixels (default 32)")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default 0)")
     options = vars(parser.parse_args())
-    folder = options.pop("folder")
-    generate_demo(folder, **options)
-    train, val = (options["classes"] * options[f"{split}_per_class"] for split in ("train", "val"))
-    print(f"{folder}: {options['classes']} classes, {train} training and {val} validation images")
+    folder, image_size = options.pop("folder"), options.pop("image_size")
+    fewest = min(options["train_per_class"], options["val_per_class"])
+    _check(options["classes"], fewest, image_size)
+    demo = DemoData(**options)
+    generate_demo(folder, demo, image_size=image_size)
+    train, val = demo.classes * demo.train_per_class, demo.classes * demo.val_per_class
+    print(f"{folder}: {demo.classes} classes, {train} training and {val} validation images")
 
 
 if __name__ == "__main__":

@@ -49,8 +49,6 @@ from data_pipelines.sets.claim import progress_bar
 from tpp.common.errors import UserError, run_command
 from tpp.common.files import in_bytes, write_whole
 
-"""Names of the folders of class folders that a data set's folder may hold."""
-
 REPORT_FILE = ".index-report.tsv"
 # Holds the header of 99.5% of ImageNet's photos; the others are read whole.
 _HEAD = 32 * 1024

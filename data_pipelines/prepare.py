@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -32,10 +33,12 @@ from data_pipelines.sets.preparation import (
     go_through,
 )
 from data_pipelines.sets.shard_format import QUALITY
-from data_pipelines.sets.small_sets import IMAGENETTE_SIZES, SETS, FoundImage, download, images_in
 from data_pipelines.shards import byte_count
 from tpp.common.errors import UserError, run_command
 from tpp.common.files import aside_of, in_bytes, sync
+
+if TYPE_CHECKING:
+    from data_pipelines.sets.small_sets import FoundImage
 
 
 def prepare_imagenet(
@@ -98,7 +101,7 @@ def prepare_small(
     shards: ShardSettings | None = None,
     threads: int | None = None,
 ) -> list[Prepared]:
-    """Make a data set of :data:`data_pipelines.small_sets.SETS` ready.
+    """Make a data set of :data:`data_pipelines.sets.small_sets.SETS` ready.
 
     Args:
         name: of the data set.
@@ -116,6 +119,9 @@ def prepare_small(
         UserError: an archive cannot be had, is another one, damaged, unsafe, or incomplete;
             ``out`` holds something else; there is no room, or writing fails.
     """
+    # With torchvision, which knows where the archives are.
+    from data_pipelines.sets.small_sets import SETS, download, images_in
+
     sources = _sources({"train": list(archives), "val": list(archives)})
     with progress_bar() as progress, Work(out, name, sources, shards) as work:
         if not work.missing:
@@ -147,7 +153,7 @@ def _archive_bytes(path: Path) -> int:
 
 
 def unpack(
-    found: Iterator[FoundImage], where: str, folder: Path, advance: Callable[[int], None]
+    found: "Iterator[FoundImage]", where: str, folder: Path, advance: Callable[[int], None]
 ) -> dict[str, ImageIndex]:
     """Gather images into one plain file in ``folder``, and index it: by split, train and val.
 
@@ -267,7 +273,10 @@ def _parser() -> argparse.ArgumentParser:
         )
         if name == "imagenette":
             small.add_argument(
-                "--size", choices=IMAGENETTE_SIZES, default="full", help="shorter side in pixels"
+                "--size",
+                choices=("full", "320", "160"),
+                default="full",
+                help="shorter side in pixels",
             )
         chosen.append(small)
     for one in chosen:

@@ -1,110 +1,28 @@
 """The settings of the images: where they are, and how they become tensors."""
 
-import math
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
-from tpp.common.errors import UserError
-from tpp.common.settings import PositiveFloat, PositiveInt, Ratio, Section
+from tpp.common.settings import MAY_DIFFER, PositiveFloat, PositiveInt, Ratio, Section
 
 MOST_OPERATIONS = 4
-
-
-@dataclass(frozen=True)
-class ColorJitter:
-    """How far colours may change; the ranges of torchvision's ColorJitter.
-
-    Attributes:
-        brightness, contrast, saturation: each factor is drawn from [max(0, 1 - x), 1 + x].
-        hue: the turn of the colour circle is drawn from [-hue, hue]; 1 is a whole turn.
-
-    Raises:
-        UserError: a value lies outside its range.
-    """
-
-    brightness: float = 0.0
-    contrast: float = 0.0
-    saturation: float = 0.0
-    hue: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name in ("brightness", "contrast", "saturation"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UserError(
-                    f"color_jitter: {name} must be at least 0, not {getattr(self, name)}"
-                )
-        if not 0 <= self.hue <= 0.5:
-            raise UserError(f"color_jitter: hue must lie between 0 and 0.5 turns, not {self.hue}")
-
-
-@dataclass(frozen=True)
-class RandAugment:
-    """Cubuk et al., "RandAugment", NeurIPS 2020: a few of 14 operations, all of one strength.
-
-    Attributes:
-        operations: how many are applied, one after the other.
-        magnitude: their strength, a bin from 0 (none) to bins - 1 (the strongest).
-        bins: number of steps into which each operation's range is divided.
-
-    Raises:
-        UserError: a value lies outside its range.
-    """
-
-    operations: int = 2
-    magnitude: int = 9
-    bins: int = 31
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.operations <= MOST_OPERATIONS:
-            raise UserError(
-                f"rand_augment: operations must lie between 1 and {MOST_OPERATIONS}, "
-                f"not {self.operations}"
-            )
-        if self.bins < 2:
-            raise UserError(f"rand_augment: bins must be at least 2, not {self.bins}")
-        if not 0 <= self.magnitude < self.bins:
-            raise UserError(
-                f"rand_augment: magnitude must lie between 0 and {self.bins - 1} "
-                f"with {self.bins} bins, not {self.magnitude}"
-            )
-
-
-@dataclass(frozen=True)
-class ProgressiveResizing:
-    """Training on small images first, as FFCV's ImageNet recipe does (Leclerc et al., CVPR 2023).
-
-    Attributes:
-        start_size: side of the square fed to the network up to ``start_epoch``, in pixels.
-        start_epoch, end_epoch: between them the side grows evenly, up to the transform's
-            image_size.
-        multiple: between them the side is rounded to multiples of this, in pixels.
-
-    Raises:
-        UserError: a value lies outside its range.
-    """
-
-    start_size: int
-    start_epoch: float
-    end_epoch: float
-    multiple: int = 32
-
-    def __post_init__(self) -> None:
-        for name in ("start_size", "multiple"):
-            if getattr(self, name) < 1:
-                raise UserError(
-                    f"progressive resizing: {name} must be at least 1, not {getattr(self, name)}"
-                )
-        if not 0 <= self.start_epoch < self.end_epoch < math.inf:
-            raise UserError(
-                "progressive resizing: end_epoch must come after start_epoch, and that not before "
-                f"0, not {self.end_epoch} and {self.start_epoch}"
-            )
+Loader = Literal["auto", "dali", "torchvision"]
+OnError = Literal["fail", "skip"]
+# The loaders keep these as long as a stage lasts: nothing changes under them.
+_FROZEN = ConfigDict(frozen=True)
 
 
 class DemoData(Section):
-    """Generate the embedded data set into ``data.root`` before the run."""
+    """The embedded data set, which a run generates into ``data.root``.
+
+    Attributes:
+        classes: how many of :data:`data_pipelines.demo.CLASSES`.
+        train_per_class, val_per_class: images.
+        seed: of everything random.
+    """
+
+    model_config = _FROZEN
 
     classes: Annotated[int, Field(ge=2)] = 10
     train_per_class: PositiveInt = 400
@@ -112,13 +30,15 @@ class DemoData(Section):
     seed: int = 0
 
 
-class ColorJitterSection(Section):
-    """Random changes of colour, as torchvision's ColorJitter draws them.
+class ColorJitter(Section):
+    """How far colours may change; the ranges of torchvision's ColorJitter.
 
     Attributes:
-        brightness, contrast, saturation: factors between 1 - value and 1 + value.
-        hue: turns of the colour wheel, between -value and value.
+        brightness, contrast, saturation: each factor is drawn from [max(0, 1 - x), 1 + x].
+        hue: the turn of the colour circle is drawn from [-hue, hue]; 1 is a whole turn.
     """
+
+    model_config = _FROZEN
 
     brightness: Annotated[float, Field(ge=0)] = 0.0
     contrast: Annotated[float, Field(ge=0)] = 0.0
@@ -126,41 +46,45 @@ class ColorJitterSection(Section):
     hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0
 
 
-class RandAugmentSection(Section):
-    """RandAugment (Cubuk et al. 2020).
+class RandAugment(Section):
+    """Cubuk et al., "RandAugment", NeurIPS 2020: a few of 14 operations, all of one strength.
 
     Attributes:
-        operations: how many are applied to each image.
-        magnitude: of each one, of ``bins`` levels.
-        bins: number of levels.
+        operations: how many are applied, one after the other.
+        magnitude: their strength, a bin from 0 (none) to bins - 1 (the strongest).
+        bins: number of steps into which each operation's range is divided.
     """
+
+    model_config = _FROZEN
 
     operations: Annotated[int, Field(ge=1, le=MOST_OPERATIONS)] = 2
     magnitude: Annotated[int, Field(ge=0)] = 9
     bins: Annotated[int, Field(ge=2)] = 31
 
     @model_validator(mode="after")
-    def _magnitude_is_a_level(self) -> "RandAugmentSection":
+    def _magnitude_is_a_level(self) -> "RandAugment":
         if self.magnitude >= self.bins:
             raise ValueError(f"magnitude ({self.magnitude}) must be below bins ({self.bins})")
         return self
 
 
-class ProgressiveSection(Section):
-    """Progressive resizing: smaller images first, with the 'imagenet' augmentation.
+class ProgressiveResizing(Section):
+    """Training on small images first, as FFCV's ImageNet recipe does (Leclerc et al., CVPR 2023).
 
     Attributes:
-        start_size: side of the images up to ``start_epoch``, in pixels.
-        start_epoch, end_epoch: of the stage; between them the side grows to ``data.image_size``,
-            in multiples of 32.
+        start_size: side of the square fed to the network up to ``start_epoch``, in pixels.
+        start_epoch, end_epoch: of the stage; between them the side grows evenly to
+            ``data.image_size``, in multiples of 32.
     """
+
+    model_config = _FROZEN
 
     start_size: PositiveInt
     start_epoch: Annotated[float, Field(ge=0)] = 0.0
     end_epoch: PositiveFloat
 
     @model_validator(mode="after")
-    def _grows(self) -> "ProgressiveSection":
+    def _grows(self) -> "ProgressiveResizing":
         if self.end_epoch <= self.start_epoch:
             raise ValueError(
                 f"end_epoch ({self.end_epoch}) must come after start_epoch ({self.start_epoch})"
@@ -172,22 +96,28 @@ class AugmentSection(Section):
     """Augmentation of the training images beyond ``data.augmentation``; all off by default.
 
     Attributes:
-        color_jitter: random colours.
-        rand_augment: random operations.
-        random_erasing: probability that a box of the image is erased (Zhong et al. 2020).
-        mixup, cutmix: alpha of the Beta distribution that pairs of images are mixed by (Zhang et
-            al. 2018, Yun et al. 2019); 0 for off. With both, each batch takes one of them.
+        color_jitter, rand_augment: of the cut and scaled image, ``rand_augment`` before the other.
+        random_erasing: probability that a box of the image is erased, filled with 0 after
+            normalisation, which is the mean (Zhong et al., "Random Erasing Data Augmentation",
+            AAAI 2020).
+        mixup: alpha of Zhang et al., "mixup: Beyond Empirical Risk Minimization", ICLR 2018: images
+            are averaged in pairs, the shares drawn from Beta(alpha, alpha). 0: no mixup.
+        cutmix: alpha of Yun et al., "CutMix", ICCV 2019: a box of one image is laid over the other,
+            the box's area drawn from Beta(alpha, alpha). 0: no CutMix. With both, each batch takes
+            one or the other, evenly drawn.
         repeats: times that an image comes in a row, augmented differently (Hoffer et al. 2020).
-        progressive: smaller images first.
+        progressive: smaller images first, with the 'imagenet' augmentation.
     """
 
-    color_jitter: ColorJitterSection | None = None
-    rand_augment: RandAugmentSection | None = None
+    model_config = _FROZEN
+
+    color_jitter: ColorJitter | None = None
+    rand_augment: RandAugment | None = None
     random_erasing: Annotated[float, Field(ge=0, le=1)] = 0.0
     mixup: Annotated[float, Field(ge=0)] = 0.0
     cutmix: Annotated[float, Field(ge=0)] = 0.0
     repeats: PositiveInt = 1
-    progressive: ProgressiveSection | None = None
+    progressive: ProgressiveResizing | None = None
 
 
 class DataSection(Section):
@@ -218,23 +148,23 @@ class DataSection(Section):
         augment: augmentation beyond ``augmentation``; a stage's ``augment`` replaces it.
     """
 
-    root: str
+    root: Annotated[str, MAY_DIFFER]
     train: str = "train"
     val: str = "val"
-    loader: Literal["auto", "dali", "torchvision"] = "auto"
+    loader: Loader = "auto"
     augmentation: Literal["imagenet", "cifar", "none"] = "imagenet"
     image_size: PositiveInt = 224
     resize: PositiveInt | None = 256
     mean: list[float] = [0.485, 0.456, 0.406]
     std: list[PositiveFloat] = [0.229, 0.224, 0.225]
     channels: Literal[1, 3] = 3
-    threads: Annotated[int, Field(ge=1, le=256)] = 4
+    threads: Annotated[int, Field(ge=1, le=256), MAY_DIFFER] = 4
     demo: DemoData | None = None
-    index: str | None = None
-    on_error: Literal["fail", "skip"] = "fail"
-    max_skipped: Ratio = 0.001
+    index: Annotated[str | None, MAY_DIFFER] = None
+    on_error: Annotated[OnError, MAY_DIFFER] = "fail"
+    max_skipped: Annotated[Ratio, MAY_DIFFER] = 0.001
     shuffle_window: PositiveInt | None = None
-    prefetch: Annotated[int, Field(ge=1, le=64)] = 2
+    prefetch: Annotated[int, Field(ge=1, le=64), MAY_DIFFER] = 2
     augment: AugmentSection = AugmentSection()
 
     @model_validator(mode="after")
@@ -246,22 +176,6 @@ class DataSection(Section):
                 f"resize ({self.resize}) must not be smaller than image_size ({self.image_size})"
             )
         return self
-
-    def check_augment(self, augment: AugmentSection, key: str) -> None:
-        """Check that augmentations go with the recipe; ValueError names what does not."""
-        if self.augmentation == "none" and augment != AugmentSection(repeats=augment.repeats):
-            raise ValueError(f"{key}: with augmentation: none there is no augmentation to add to")
-        if self.channels == 1 and (augment.color_jitter or augment.rand_augment):
-            raise ValueError(f"{key}: color_jitter and rand_augment need 3 channels")
-        if augment.progressive is None:
-            return
-        if self.augmentation != "imagenet":
-            raise ValueError(f"{key}.progressive: goes with augmentation: imagenet only")
-        if augment.progressive.start_size > self.image_size:
-            raise ValueError(
-                f"{key}.progressive.start_size ({augment.progressive.start_size}) must not be "
-                f"larger than image_size ({self.image_size})"
-            )
 
     def preprocessing(self) -> dict[str, Any]:
         """What a user of the trained network must do to an image; kept in every checkpoint."""

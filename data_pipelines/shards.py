@@ -4,17 +4,15 @@ A parallel file system then sees a few large files instead of millions of small 
 are WebDataset's (https://github.com/webdataset/webdataset): plain tar files in which a sample is
 two members that follow each other, ``KEY.jpg`` or ``KEY.png`` and ``KEY.cls``, the label. Beside
 each one lies the index file that DALI's readers.webdataset takes, and beside all of them an index
-of images (:mod:`data_pipelines.images.image_index`) by which this package reads each image on its own.
+of images (:mod:`data_pipelines.images.image_index`) by which this package reads each image on its
+own.
 """
 
 import argparse
 import re
 from pathlib import Path
 
-from data_pipelines.images.image_index import (
-    open_images,
-    parts_of,
-)
+from data_pipelines.images.image_index import open_images, parts_of
 from data_pipelines.sets.shard_check import Verified, verify_shards
 from data_pipelines.sets.shard_format import QUALITY, SKIPPED_FILE
 from data_pipelines.sets.shard_writer import Written, write_shards

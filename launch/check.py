@@ -14,15 +14,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tpp.common.errors import UserError, run_command
-from tpp.models.architecture import Architecture
-from train.config.config import Config, load_config, stages_until
-from train.data import image_place
-from train.distributed.accelerator import check_batch_size
-from train.preflight import check_plans
 from train.run_folder.lock import holder_of, refusal
-from train.weights import starting_weights_exist
+
+if TYPE_CHECKING:
+    from train.config.config import Config
+    from train.config.stage_kinds import StageKind
 
 _SHORT = {
     "-N": "--nodes",
@@ -110,7 +109,12 @@ def _count(text: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def check(config: Config, request: Request, *, data_on_nodes: bool = False) -> None:
+def resources(does: "StageKind") -> str:
+    """What a job for a stage asks for: ``training``, ``evaluation``, or ``files`` for no images."""
+    return "training" if does.trains else "evaluation" if does.needs_images else "files"
+
+
+def check(config: "Config", request: Request, *, data_on_nodes: bool = False) -> None:
     """Find mistakes in a configuration and in what sbatch is asked for.
 
     Args:
@@ -121,13 +125,17 @@ def check(config: Config, request: Request, *, data_on_nodes: bool = False) -> N
     Raises:
         UserError: names what to change.
     """
+    from train.preflight import check_plans
+    from train.weights import starting_weights_exist
+
     if request.ranks is not None:
+        from train.distributed.accelerator import check_batch_size
+
         check_batch_size(config.training, request.ranks)
     starting_weights_exist(config.model)
-    if config.model.num_classes is not None:
-        check_plans(
-            config, Architecture(config.model.name, config.model.num_classes, config.model.args)
-        )
+    architecture = config.make_task().architecture(config.model)
+    if architecture is not None:
+        check_plans(config, architecture)
     if not data_on_nodes and config.data.demo is None:
         check_data(config)
     if not request.elsewhere:
@@ -135,8 +143,10 @@ def check(config: Config, request: Request, *, data_on_nodes: bool = False) -> N
     check_free(Path(config.output))
 
 
-def check_data(config: Config) -> None:
+def check_data(config: "Config") -> None:
     """Check that the folders of images are there."""
+    from train.data import image_place
+
     for name in (config.data.train, config.data.val):
         folder, _ = image_place(config, name)
         if not folder.is_dir():
@@ -193,13 +203,19 @@ def main() -> None:
     parser.add_argument("--until", metavar="STAGE", help="the last stage that is to run")
     parser.add_argument("--script", metavar="FILE", help="whose #SBATCH lines count")
     parser.add_argument("--data-on-nodes", action="store_true", help="do not look for the images")
-    parser.add_argument("--stages", action="store_true", help="print names and kinds of the stages")
+    parser.add_argument(
+        "--stages",
+        action="store_true",
+        help="print names and kinds of the stages, and what they need",
+    )
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
     own, options = sys.argv[1:], list[str]()
     if "--" in own:
         place = own.index("--")
         own, options = own[:place], own[place + 1 :]
     arguments = parser.parse_intermixed_args(own)
+    from train.config.config import load_config, stages_until
+
     config = load_config(arguments.config, arguments.overrides)
     stages_until(config, arguments.until)
     script = Path(arguments.script).read_text() if arguments.script else ""
@@ -207,7 +223,7 @@ def main() -> None:
     check(config, request, data_on_nodes=arguments.data_on_nodes)
     if arguments.stages:
         for name, stage in config.stages.items():
-            print(name, stage.kind)
+            print(name, stage.kind, resources(stage.does))
 
 
 if __name__ == "__main__":

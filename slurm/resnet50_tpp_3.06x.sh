@@ -5,7 +5,7 @@
 #   bash slurm/resnet50_tpp_3.06x.sh --nodes=4 data.root=/data/imagenet     (the same, checked first)
 #
 # Expect: top-1 74.51 (published; dense: 76.13), from configs/imagenet/resnet50_tpp_3.06x.yaml.
-# Takes: 90,000 regularised iterations and 90 epochs of finetuning; see the configuration's head.
+# Takes: 90,001 regularised iterations and 90 epochs of finetuning; see the configuration's head.
 # Whole nodes with all their GPUs, unless options of sbatch say otherwise, such as
 # --oversubscribe --gpus-per-node=4 --cpus-per-gpu=8. launch/site.sh holds what your site needs.
 #

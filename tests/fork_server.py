@@ -33,12 +33,16 @@ PRELOADED = (
         "nvidia.dali.plugin.pytorch",
         "torchvision",
         "torch.utils.tensorboard",
+        "torch.utils.flop_counter",
+        "scipy.special",
     ),
     "torch._dynamo",  # the optimizers import it when the first one is made
     *(
         "train.dry_run",
         "train.evaluate",
         "train.report",
+        "train.reporting.page",
+        "train.reporting.picture",
         "train.stages.sequence",
         "train.distributed.watchdog",
     ),

@@ -4,11 +4,12 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines.demo import generate_demo
+from data_pipelines.settings import DemoData
 
 
 def make_tiny_data(root: Path) -> Path:
     """Four classes of 24 training and 10 validation images, 32x32."""
-    generate_demo(root, classes=4, train_per_class=24, val_per_class=10, image_size=32, seed=1)
+    generate_demo(root, DemoData(classes=4, train_per_class=24, val_per_class=10, seed=1))
     return root
 
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tpp.channels.channel_map import survey_channels
     from tpp.channels.removal import prune_model
+    from tpp.checkpoints.export_file import export_model
     from tpp.checkpoints.model_file import load_model, load_optimizer_state, save_model
     from tpp.checkpoints.prune_file import prune_checkpoint
     from tpp.common.errors import UserError
-    from tpp.export import export_model
     from tpp.measure.trainability import (
         Trainability,
         jacobian_singular_values,
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from tpp.selection.budget import Budget
     from tpp.selection.selection import Selection, select_filters
 
+__version__ = "0.1.0"
 __all__ = [
     "Budget",
     "GrowthSchedule",
@@ -57,14 +58,14 @@ _HOME = {
     "Selection": "tpp.selection.selection",
     "Trainability": "tpp.measure.trainability",
     "UserError": "tpp.common.errors",
-    "export_model": "tpp.export",
+    "export_model": "tpp.checkpoints.export_file",
     "gram_penalty": "tpp.regularization.gram",
     "jacobian_singular_values": "tpp.measure.trainability",
     "load_model": "tpp.checkpoints.model_file",
     "load_optimizer_state": "tpp.checkpoints.model_file",
     "measure_trainability": "tpp.measure.trainability",
-    "prune_checkpoint": "tpp.prune",
-    "prune_model": "tpp.prune",
+    "prune_checkpoint": "tpp.checkpoints.prune_file",
+    "prune_model": "tpp.channels.removal",
     "save_model": "tpp.checkpoints.model_file",
     "select_filters": "tpp.selection.selection",
     "survey_channels": "tpp.channels.channel_map",

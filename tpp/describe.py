@@ -2,24 +2,27 @@
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tpp.checkpoints.model_file import CheckpointInfo, network_of, read_metadata
-from tpp.common.errors import printable, run_command
-from tpp.measure.counts import Counts, LayerCount, count
-from tpp.models.architecture import build_on_meta
+from tpp.common.errors import UserError, printable, run_command
+
+if TYPE_CHECKING:
+    from tpp.checkpoints.model_file import CheckpointInfo
+    from tpp.measure.counts import Counts, LayerCount
 
 _HEADINGS = ("layer", "filters", "inputs", "parameters", "MACs", "share")
 # From here on a table is broken up into the network's stages.
 _MANY_LAYERS = 20
 
 
-def summary(dense: Counts, counts: Counts) -> str:
+def summary(dense: "Counts", counts: "Counts") -> str:
     """One line: parameters and multiply-accumulates before and after, and the speedup."""
     removed = 1 - counts.parameters / dense.parameters
     return (
@@ -50,23 +53,35 @@ def plot_description(path: str, picture: Path) -> None:
     Raises:
         UserError: the file is not one of our checkpoints, or the picture cannot be written.
     """
-    # Matplotlib takes a while to import, and only a picture needs it.
-    from tpp.plot import draw_layers, write_figure
-
+    plot = _plot()
     info, dense, counts = _read(path)
-    title = f"{info.architecture.name}, {info.architecture.num_classes} classes"
+    title = f"{info.architecture.name}, {info.architecture.output}"
     headline = summary(dense, counts).replace("->", "→")
-    write_figure(draw_layers(dense, counts, title=title, headline=headline), picture)
+    figure = plot.draw_layers(dense, counts, title=title, headline=headline)
+    plot.write_figure(figure, picture)
 
 
-def _read(path: str) -> tuple[CheckpointInfo, Counts, Counts]:
+def _plot() -> ModuleType:
+    """What draws; Matplotlib takes a while to import, and only a picture needs it."""
+    try:
+        from tpp import plot
+    except ImportError:
+        raise UserError("--plot needs Matplotlib: pip install matplotlib") from None
+    return plot
+
+
+def _read(path: str) -> "tuple[CheckpointInfo, Counts, Counts]":
     """What a checkpoint says, and the size of its network before pruning and now."""
+    from tpp.checkpoints.model_file import network_of, read_metadata
+    from tpp.measure.counts import count
+    from tpp.models.architecture import build_on_meta
+
     info = read_metadata(path)
     dense = count(build_on_meta(info.architecture))
     return info, dense, count(network_of(info, source=path))
 
 
-def _layer_table(dense: Counts, counts: Counts, console: Console) -> Table:
+def _layer_table(dense: "Counts", counts: "Counts", console: Console) -> Table:
     """A row for every layer; bars get the width that the figures leave, names what there is."""
     pairs = list(zip(counts.layers, dense.layers, strict=True))
     rows = [_layer_cells(now, before, counts.macs) for now, before in pairs]
@@ -104,7 +119,7 @@ def _bar_widths(room: int) -> tuple[int, int]:
     return kept, min(20, room - 2 - kept)
 
 
-def _layer_cells(now: LayerCount, before: LayerCount, total_macs: int) -> tuple[str, ...]:
+def _layer_cells(now: "LayerCount", before: "LayerCount", total_macs: int) -> tuple[str, ...]:
     return (
         now.name,
         f"{now.outputs:4} / {before.outputs:<4}",
@@ -115,7 +130,7 @@ def _layer_cells(now: LayerCount, before: LayerCount, total_macs: int) -> tuple[
     )
 
 
-def _other_cells(counts: Counts) -> list[tuple[str, ...]]:
+def _other_cells(counts: "Counts") -> list[tuple[str, ...]]:
     """A row for what is in no Conv2d or Linear layer (BatchNorm, attention), if there is any."""
     parameters = counts.parameters - sum(layer.parameters for layer in counts.layers)
     macs = counts.macs - sum(layer.macs for layer in counts.layers)
@@ -124,7 +139,7 @@ def _other_cells(counts: Counts) -> list[tuple[str, ...]]:
     return [("others", "", "", f"{parameters:,}", _short(macs), f"{macs / counts.macs:7.2%}")]
 
 
-def _total_cells(dense: Counts, counts: Counts) -> tuple[str, ...]:
+def _total_cells(dense: "Counts", counts: "Counts") -> tuple[str, ...]:
     kept, total = (sum(layer.outputs for layer in size.layers) for size in (counts, dense))
     filters = f"{kept:4} / {total:<4}"
     return "total", filters, "", f"{counts.parameters:,}", _short(counts.macs), f"{1:7.2%}"
@@ -138,14 +153,14 @@ def _with_bars(cells: tuple[str, ...], name_width: int, kept: str, share: str) -
     return [escape(name), f"{filters} {kept}".rstrip(), *middle, f"{percent} {share}".rstrip()]
 
 
-def _stage(layer: LayerCount) -> str:
+def _stage(layer: "LayerCount") -> str:
     """The part of the network that a layer belongs to: its name up to the first dot."""
     return layer.name.partition(".")[0]
 
 
-def _facts(path: str, info: CheckpointInfo, dense: Counts, counts: Counts) -> Table:
+def _facts(path: str, info: "CheckpointInfo", dense: "Counts", counts: "Counts") -> Table:
     architecture = info.architecture
-    network = f"{architecture.name}, {architecture.num_classes} classes"
+    network = f"{architecture.name}, {architecture.output}"
     if architecture.args:
         network += f", {_plain(architecture.args)}"
     facts = {
@@ -210,24 +225,22 @@ def make_console() -> Console:
     return console
 
 
-def main() -> None:
-    """Command-line entry point."""
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m tpp.describe") -> None:
+    """Command-line entry point; ``prog`` is how it was called, for ``--help``."""
     parser = argparse.ArgumentParser(
-        prog="python -m tpp.describe", description="Show what is in a checkpoint, layer by layer."
+        prog=prog, description="Show what is in a checkpoint, layer by layer."
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a file that tpp wrote")
     parser.add_argument(
         "--plot", type=Path, metavar="FILE", help="draw it too, as a .png, .svg or .pdf file"
     )
-    arguments = parser.parse_args()
-    if arguments.plot:
-        from tpp.plot import check_ending
-
-        check_ending(arguments.plot)
-    print_description(arguments.checkpoint, make_console())
-    if arguments.plot:
-        plot_description(arguments.checkpoint, arguments.plot)
-        print(f"\nwrote {arguments.plot}")
+    options = parser.parse_args(arguments)
+    if options.plot:
+        _plot().check_ending(options.plot)
+    print_description(options.checkpoint, make_console())
+    if options.plot:
+        plot_description(options.checkpoint, options.plot)
+        print(f"\nwrote {options.plot}")
 
 
 if __name__ == "__main__":

@@ -7,23 +7,24 @@ takes. Every pruned network is measured beside the dense one that it came from.
 import argparse
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from rich.markup import escape
 from rich.table import Table
-from torch import nn
 
-from tpp.checkpoints.model_file import load_model
 from tpp.common.errors import UserError, run_command
 from tpp.common.files import write_whole
 from tpp.describe import make_console
-from tpp.measure.counts import Counts, count
-from tpp.measure.timing import DEVICES, DTYPES, LatencySettings, in_words, machine_of, measure
-from tpp.models.architecture import Architecture, architecture_of, build_model, example_input_for
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from tpp.measure.counts import Counts
+    from tpp.measure.timing import LatencySettings
+    from tpp.models.architecture import Architecture
 
 
 def arriving_share(counted: float, real: float) -> float | None:
@@ -39,13 +40,18 @@ def arriving_share(counted: float, real: float) -> float | None:
 class _Network:
     """A network to measure, and the name of the dense one that it came from."""
 
-    model: nn.Module
-    counts: Counts
+    model: "nn.Module"
+    counts: "Counts"
     dense: str
 
 
 def _read_networks(paths: list[str]) -> dict[str, _Network]:
     """The networks of the checkpoints by row name, each architecture's dense one before them."""
+    from tpp.checkpoints.model_file import load_model
+    from tpp.measure.counts import count
+    from tpp.measure.timing import in_words
+    from tpp.models.architecture import architecture_of, build_model
+
     models = {path: load_model(path) for path in paths}
     architectures: dict[str, Architecture] = {}
     of_path: dict[str, list[str]] = {}
@@ -73,9 +79,12 @@ def _row_name(path: str, paths: list[str]) -> str:
 
 
 def _measure_rows(
-    networks: Mapping[str, _Network], settings: LatencySettings
+    networks: Mapping[str, _Network], settings: "LatencySettings"
 ) -> list[dict[str, Any]]:
     """One row per network at one batch size, as it is written to JSON."""
+    from tpp.measure.timing import measure
+    from tpp.models.architecture import example_input_for
+
     timings = measure({name: network.model for name, network in networks.items()}, settings)
     rows = []
     for name, network in networks.items():
@@ -103,7 +112,7 @@ def _measure_rows(
     return rows
 
 
-def _table(rows: list[dict[str, Any]], settings: LatencySettings) -> Table:
+def _table(rows: list[dict[str, Any]], settings: "LatencySettings") -> Table:
     title = f"batch {settings.batch}, {_conditions(settings)}, median of {settings.repeats}"
     table = Table(box=None, pad_edge=False, title=title, title_justify="left", title_style="bold")
     table.add_column("network", overflow="fold")
@@ -130,7 +139,9 @@ def _short(number: float) -> str:
     return f"{number:.3f}" if number < 10 else f"{number:,.1f}"
 
 
-def _conditions(settings: LatencySettings) -> str:
+def _conditions(settings: "LatencySettings") -> str:
+    import torch
+
     threads = settings.threads or torch.get_num_threads()
     where = f"{threads} thread{'s' if threads > 1 else ''}"
     if settings.device == "cuda":
@@ -146,10 +157,11 @@ def _batches(text: str) -> list[int]:
         raise UserError(f"--batch {text}: must be numbers of images, such as 1 or 1,16") from None
 
 
-def _parse_arguments() -> argparse.Namespace:
-    default = LatencySettings()
+def _parse_arguments(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
+    # What is not given is not in the result: LatencySettings knows the defaults.
     parser = argparse.ArgumentParser(
-        prog="python -m tpp.latency",
+        prog=prog,
+        argument_default=argparse.SUPPRESS,
         description="Time pruned networks beside the dense ones that they came from, in turn, so "
         "that noise of the machine hits all alike. 'arrives' is how much of the speedup in "
         "multiply-accumulates is one in time: (real - 1) / (counted - 1).",
@@ -157,9 +169,7 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "checkpoints", nargs="+", metavar="CHECKPOINT", help="a file that tpp wrote"
     )
-    parser.add_argument(
-        "--batch", default=str(default.batch), metavar="N[,N]", help="images per pass (default 1)"
-    )
+    parser.add_argument("--batch", default="1", metavar="N[,N]", help="images per pass (default 1)")
     parser.add_argument(
         "--threads",
         type=int,
@@ -169,8 +179,7 @@ def _parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--dtype",
-        choices=list(DTYPES),
-        default=default.dtype,
+        choices=("fp32", "bf16", "fp16"),
         help="what weights and images are converted to (no autocast; default fp32)",
     )
     parser.add_argument(
@@ -181,21 +190,20 @@ def _parse_arguments() -> argparse.Namespace:
         action="store_true",
         help="run through torch.compile; compiling can take minutes for each network and batch",
     )
-    parser.add_argument("--device", choices=DEVICES, default=default.device, help="default cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default cpu")
+    parser.add_argument("--repeats", type=int, metavar="N", help="timed passes of each")
+    parser.add_argument("--warmup", type=int, metavar="N", help="untimed rounds before them")
     parser.add_argument(
-        "--repeats", type=int, default=default.repeats, metavar="N", help="timed passes of each"
+        "--json", type=Path, default=None, metavar="FILE", help="write the results here as well"
     )
-    parser.add_argument(
-        "--warmup", type=int, default=default.warmup, metavar="N", help="untimed rounds before them"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here as well")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
-def main() -> None:
-    """Command-line entry point."""
-    arguments = _parse_arguments()
-    options = dict(vars(arguments))
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m tpp.latency") -> None:
+    """Command-line entry point; ``prog`` is how it was called, for ``--help``."""
+    options = dict(vars(_parse_arguments(arguments, prog)))
+    from tpp.measure.timing import LatencySettings
+
     paths, file, batches = options.pop("checkpoints"), options.pop("json"), options.pop("batch")
     each = [LatencySettings(**options, batch=batch) for batch in _batches(batches)]
     if file:
@@ -223,7 +231,9 @@ def _check_place(path: Path) -> None:
         raise UserError(f"--json {path}: is a folder; name a file")
 
 
-def _write_json(path: Path, rows: list[dict[str, Any]], settings: LatencySettings) -> None:
+def _write_json(path: Path, rows: list[dict[str, Any]], settings: "LatencySettings") -> None:
+    from tpp.measure.timing import machine_of
+
     conditions = asdict(settings)
     del conditions["batch"]  # each row has its own
     content = {"settings": conditions, "on": machine_of(settings), "results": rows}

@@ -4,21 +4,18 @@
 """
 
 import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from torch import nn
-
-from tpp.checkpoints.model_file import load_model
-from tpp.checkpoints.prune_file import read_dense, write_pruned
 from tpp.common.errors import UserError, run_command
-from tpp.describe import summary
-from tpp.measure.counts import count
-from tpp.measure.timing import LatencySettings, measure
-from tpp.models.architecture import Architecture, architecture_of, meta_copy
-from tpp.models.fitting import assign_tensors
 from tpp.plan import PruningPlan
-from tpp.selection.budget import Budget, parse_count
-from tpp.selection.criteria import CRITERIA
-from tpp.selection.selection import Selection
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from tpp.selection.budget import Budget
+    from tpp.selection.configured import Configured
 
 
 def _parse_pairs(option: str, texts: list[str], example: str) -> dict[str, str]:
@@ -53,7 +50,9 @@ def _parse_floors(texts: list[str]) -> dict[str, int | float]:
     return floors
 
 
-def _budget(arguments: argparse.Namespace) -> Budget | None:
+def _budget(arguments: argparse.Namespace) -> "Budget | None":
+    from tpp.selection.budget import Budget, parse_count
+
     if arguments.speedup is not None:
         return Budget("speedup", arguments.speedup)
     if arguments.max_macs is not None:
@@ -65,7 +64,9 @@ def _budget(arguments: argparse.Namespace) -> Budget | None:
     return None
 
 
-def _make_plan(arguments: argparse.Namespace, model: nn.Module) -> PruningPlan:
+def _make_plan(
+    arguments: argparse.Namespace, configured: "Configured | None", model: "nn.Module"
+) -> PruningPlan:
     budget = _budget(arguments)
     chosen = [arguments.plan, arguments.config, arguments.ratio or budget]
     if sum(map(bool, chosen)) != 1:
@@ -75,10 +76,10 @@ def _make_plan(arguments: argparse.Namespace, model: nn.Module) -> PruningPlan:
         )
     if arguments.plan:
         return PruningPlan.load(arguments.plan)
-    if arguments.config:
-        from train.config.config import load_config
+    if configured is not None:
+        return configured.selection().select(model)
+    from tpp.selection.selection import Selection
 
-        return load_config(arguments.config, overrides=[]).selection().select(model)
     selection = Selection(
         ratios=_parse_ratios(arguments.ratio),
         criterion=arguments.criterion,
@@ -92,19 +93,9 @@ def _make_plan(arguments: argparse.Namespace, model: nn.Module) -> PruningPlan:
     return selection.select(model)
 
 
-def _configured(path: str | None) -> Architecture | None:
-    """The network of a configuration; how many outputs it has, its weights say."""
-    if path is None:
-        return None
-    from train.config.config import load_config
-
-    model = load_config(path, overrides=[]).model
-    return Architecture(model.name, model.num_classes or 1000, model.args)
-
-
-def _parse_arguments() -> argparse.Namespace:
+def _parse_arguments(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m tpp.prune",
+        prog=prog,
         description="Remove filters from a checkpoint. Needs neither data nor a GPU.",
     )
     add = parser.add_argument
@@ -120,7 +111,13 @@ def _parse_arguments() -> argparse.Namespace:
 
     what = parser.add_argument_group("what goes")
     add = what.add_argument
-    add("--config", metavar="FILE", help="what the pruning section of this configuration says")
+    add(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="what the pruning section of this configuration says; of the others only model and "
+        "seed are read, and mistakes elsewhere are not looked for",
+    )
     add("--plan", metavar="FILE", help="the filters of a saved plan (JSON)")
     add(
         "--ratio",
@@ -139,7 +136,12 @@ def _parse_arguments() -> argparse.Namespace:
 
     how = parser.add_argument_group("which, with --ratio or a budget")
     add = how.add_argument
-    add("--criterion", default="l1", metavar="C", help=f"{', '.join(CRITERIA)} (default: l1)")
+    add(
+        "--criterion",
+        default="l1",
+        metavar="C",
+        help="l1, l2, bn_scale, random, largest (default: l1)",
+    )
     add("--round-to", type=int, default=1, metavar="N", help="keep multiples of N filters")
     add(
         "--floor",
@@ -155,33 +157,42 @@ def _parse_arguments() -> argparse.Namespace:
         help="prune layers that are added to each other (the residual stream) together",
     )
     add("--seed", type=int, default=0, metavar="N", help="of the criterion random")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
-def main() -> None:
-    """Command-line entry point."""
-    arguments = _parse_arguments()
-    named = Architecture(arguments.model, 1000) if arguments.model else None
-    dense = read_dense(arguments.checkpoint, named, _configured(arguments.config))
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m tpp.prune") -> None:
+    """Command-line entry point; ``prog`` is how it was called, for ``--help``."""
+    options = _parse_arguments(arguments, prog)
+    from tpp.checkpoints.model_file import load_model
+    from tpp.checkpoints.prune_file import read_dense, write_pruned
+    from tpp.describe import summary
+    from tpp.measure.counts import count
+    from tpp.measure.timing import LatencySettings, measure
+    from tpp.models.architecture import architecture_of, meta_copy
+    from tpp.models.fitting import assign_tensors
+    from tpp.selection.configured import network_named, read_configured
+
+    named = network_named(options.model) if options.model else None
+    configured = read_configured(options.config) if options.config else None
+    otherwise = configured.architecture() if configured else None
+    dense = read_dense(options.checkpoint, named, otherwise)
     model = meta_copy(dense.model)
     assign_tensors(model, dense.tensors)
-    plan = _make_plan(arguments, model)
-    pruned, done = write_pruned(dense, plan, arguments.output)
-    if arguments.save_plan:
-        plan.save(arguments.save_plan)
+    plan = _make_plan(options, configured, model)
+    pruned, done = write_pruned(dense, plan, options.output)
+    if options.save_plan:
+        plan.save(options.save_plan)
     network = architecture_of(dense.model)
     assert network is not None
     print(f"{network.name}: {summary(count(dense.model), count(pruned))}")
-    if arguments.max_latency_ms is not None:
-        timing = measure(
-            {"dense": model, "pruned": load_model(arguments.output)}, LatencySettings()
-        )
+    if options.max_latency_ms is not None:
+        timing = measure({"dense": model, "pruned": load_model(options.output)}, LatencySettings())
         dense_ms, pruned_ms = (1000 * timing[name].median for name in ("dense", "pruned"))
         print(f"latency here, one image: {dense_ms:.1f} ms -> {pruned_ms:.1f} ms (medians)")
     for note in done.notes:
         print(f"note: {note}")
     companions = ", ".join(done.companions)
-    print(f"wrote {arguments.output}" + (f", with {companions}" if companions else ""))
+    print(f"wrote {options.output}" + (f", with {companions}" if companions else ""))
 
 
 if __name__ == "__main__":

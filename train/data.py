@@ -1,18 +1,17 @@
 """The images of a run: opened once for all ranks, and fed to its stages."""
 
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
 
-from data_pipelines.images.batch import Batch
+from data_pipelines.images.batch import Batch, LoaderSettings
 from data_pipelines.images.image_index import ImageIndex, load_index, open_images
-from data_pipelines.images.order import SampleOrder
+from data_pipelines.images.order import SampleOrder, Steps
 from data_pipelines.images.source import BadImages
 from data_pipelines.loaders import (
     eval_batches,
@@ -20,12 +19,13 @@ from data_pipelines.loaders import (
     train_batches,
     training_order,
 )
-from data_pipelines.loading.augment import ImageTransform, training_size
-from data_pipelines.loading.mixing import Mixing
-from data_pipelines.settings import ColorJitter, ProgressiveResizing, RandAugment
+from data_pipelines.loading.augment import ImageTransform
 from tpp.common.errors import UserError
 from train.config.config import Config
 from train.distributed.collectives import led_by_main_rank
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class RunData:
             fit its folder, the ranks see different images, more images are broken than may be.
     """
 
-    def __init__(self, config: Config, accelerator: Accelerator) -> None:
+    def __init__(self, config: Config, accelerator: "Accelerator") -> None:
         self._config, self._accelerator = config, accelerator
         self.skipped: dict[str, str] = {}
         self.loader = resolve_loader(config.data.loader)
@@ -84,22 +84,14 @@ class RunData:
         self, stage: str, start_step: int, steps: int
     ) -> Generator[Batch, None, None]:
         """This rank's batches of a training stage."""
-        config = self._config
-        training, augment = config.training, config.stage_augment(stage)
-        mixing = Mixing(augment.mixup, augment.cutmix) if augment.mixup or augment.cutmix else None
+        training = self._config.training
         return train_batches(
             self.train.index,
-            stage_transform(config, stage),
-            global_batch=training.batch_size,
-            accumulation=training.accumulation,
-            seed=config.seed,
-            start_step=start_step,
-            steps=steps,
-            order=self._order(stage),
-            mixing=mixing,
-            image_side=self._image_side(stage),
+            stage_transform(self._config, stage),
+            self._order(stage),
+            Steps(training.batch_size, training.accumulation, start_step, steps),
+            self._settings(),
             bad=self.train.bad,
-            **self._common(),
         )
 
     def images_of(self, stage: str, step: int) -> list[str]:
@@ -127,9 +119,9 @@ class RunData:
         return eval_batches(
             self.val.index,
             image_transform(self._config),
-            batch_size=batch_size,
+            batch_size,
+            self._settings(),
             bad=self.val.bad,
-            **self._common(),
         )
 
     def take_new_bad(self) -> list[tuple[str, str]]:
@@ -151,29 +143,20 @@ class RunData:
         self.skipped |= new
         return fresh
 
-    def _image_side(self, stage: str) -> Callable[[int], int]:
-        config = self._config
-        side, progressive = config.data.image_size, config.stage_augment(stage).progressive
-        if progressive is None:
-            return lambda step: side
-        epochs_per_step = config.training.batch_size / len(self.train.index)
-        resizing = ProgressiveResizing(**progressive.model_dump())
-        return lambda step: training_size(step * epochs_per_step, side, resizing)
-
-    def _common(self) -> dict[str, Any]:
+    def _settings(self) -> LoaderSettings:
         accelerator, training = self._accelerator, self._config.training
         on_gpu = accelerator.device.type == "cuda"
-        return {
-            "loader": self.loader,
-            "rank": accelerator.process_index,
-            "world_size": accelerator.num_processes,
-            "threads": self._config.data.threads,
-            "device": accelerator.device,
+        return LoaderSettings(
+            loader=self.loader,
+            threads=self._config.data.threads,
+            device=accelerator.device,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
             # Autocast on a GPU rounds the images in its first convolution anyway.
-            "dtype": torch.float16 if on_gpu and training.precision != "fp32" else torch.float32,
-            "channels_last": training.channels_last,
-            "prefetch": self._config.data.prefetch,
-        }
+            dtype=torch.float16 if on_gpu and training.precision != "fp32" else torch.float32,
+            channels_last=training.channels_last,
+            prefetch=self._config.data.prefetch,
+        )
 
 
 def image_transform(config: Config) -> ImageTransform:
@@ -184,14 +167,7 @@ def image_transform(config: Config) -> ImageTransform:
 
 def stage_transform(config: Config, stage: str) -> ImageTransform:
     """How the training images of a stage are augmented and prepared."""
-    augment = config.stage_augment(stage)
-    jitter, rand = augment.color_jitter, augment.rand_augment
-    return replace(
-        image_transform(config),
-        color_jitter=ColorJitter(**jitter.model_dump()) if jitter else None,
-        rand_augment=RandAugment(**rand.model_dump()) if rand else None,
-        random_erasing=augment.random_erasing,
-    )
+    return replace(image_transform(config), augment=config.stage_augment(stage))
 
 
 def image_place(config: Config, name: str) -> tuple[Path, Path | None]:
@@ -202,7 +178,7 @@ def image_place(config: Config, name: str) -> tuple[Path, Path | None]:
 
 
 def open_for_all_ranks(
-    folder: Path, index_file: Path | None, accelerator: Accelerator
+    folder: Path, index_file: Path | None, accelerator: "Accelerator"
 ) -> ImageIndex:
     """The index of a folder, the same on every rank, with one rank looking through the folder.
 

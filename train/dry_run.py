@@ -31,7 +31,7 @@ def dry_run(config: Config, *, ranks: int) -> None:
         raise UserError(f"--ranks must be at least 1, not {ranks}")
     # A pipe has no width; 100 columns keep every row on one line there.
     console = Console(width=None if sys.stdout.isatty() else 100, highlight=False)
-    architecture = Architecture(config.model.name, _classes(config), config.model.args)
+    architecture = _architecture(config)
     plan = check_plans(config, architecture)
     console.print(yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True))
     _say_batch_rule(config, console)
@@ -52,7 +52,7 @@ def dry_run(config: Config, *, ranks: int) -> None:
     console.print(f"speedup: {counts.macs / pruned.macs:.4f}x fewer MACs\n")
     for name, stage in config.stages.items():
         costs = config.stage_method(name).rank_costs(dense, plan, ranks)
-        if stage.kind == "regularize" and costs is not None:
+        if stage.does.regularizes and costs is not None:
             average = mean(costs)
             console.print(
                 f"penalty of {name}: {sum(costs):,} multiply-adds per step, shared over {ranks} "
@@ -82,12 +82,16 @@ def _say_what_stands_in(config: Config, console: Console) -> None:
     console.print(f"budget, {budget}: {shown}", soft_wrap=True)
 
 
-def _classes(config: Config) -> int:
-    if config.model.num_classes is not None:
-        return config.model.num_classes
-    if config.data.demo is not None:
-        return config.data.demo.classes
-    return len(open_images(*image_place(config, config.data.train)).classes)
+def _architecture(config: Config) -> Architecture:
+    task = config.make_task()
+    found = task.architecture(config.model)
+    if found is None and config.data.demo is not None:
+        found = task.architecture(config.model, config.data.demo.classes)
+    if found is None:
+        index = open_images(*image_place(config, config.data.train))
+        found = task.architecture(config.model, len(index.classes), str(index.root))
+    assert found is not None
+    return found
 
 
 def _plan_table(plan: PruningPlan) -> Table:

@@ -3,22 +3,16 @@
 import argparse
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from torch import nn
-
-from data_pipelines.images.image_index import ImageIndex
-from data_pipelines.images.source import ON_ERROR, BadImages
-from data_pipelines.loaders import eval_batches, resolve_loader
-from data_pipelines.loading.augment import ImageTransform
-from tpp.checkpoints.model_file import find_metadata, load_model
-from tpp.checkpoints.sources import load_weights
 from tpp.common.errors import UserError, run_command
-from tpp.models.architecture import build_model, input_shape
-from train.data import open_for_all_ranks
-from train.distributed.accelerator import make_accelerator
-from train.distributed.ranks import settle_ranks
-from train.run_folder.log import say
-from train.tasks.classification import evaluate
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from data_pipelines.images.image_index import ImageIndex
+    from data_pipelines.loading.augment import ImageTransform
+    from train.tasks.base import Task
 
 
 def main() -> None:
@@ -36,7 +30,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=4, help="decoding threads (default: 4)")
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
     parser.add_argument(
-        "--on-error", choices=ON_ERROR, default="fail", help="leave out images that cannot be read"
+        "--on-error",
+        choices=("fail", "skip"),
+        default="fail",
+        help="leave out images that cannot be read",
     )
     parser.add_argument(
         "--max-skipped", type=float, default=0.001, help="share that may be (default: 0.001)"
@@ -46,10 +43,20 @@ def main() -> None:
         if getattr(arguments, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1")
 
+    from data_pipelines.images.batch import LoaderSettings
+    from data_pipelines.images.source import BadImages
+    from data_pipelines.loaders import eval_batches, resolve_loader
+    from train.data import open_for_all_ranks
+    from train.distributed.accelerator import make_accelerator
+    from train.distributed.collectives import sum_over_ranks
+    from train.distributed.engine import forward_pass
+    from train.distributed.ranks import settle_ranks
+    from train.run_folder.log import say
+
     settle_ranks(os.environ)
     accelerator = make_accelerator(arguments.precision)
     index = open_for_all_ranks(Path(arguments.data), None, accelerator)
-    model, transform = _load(Path(arguments.checkpoint), arguments.model, index)
+    model, transform, task = _load(Path(arguments.checkpoint), arguments.model, index)
     loader = resolve_loader(arguments.loader)
     bad = BadImages(
         index,
@@ -57,47 +64,57 @@ def main() -> None:
         limit=arguments.max_skipped,
         world_size=accelerator.num_processes,
     )
-    accuracy = evaluate(
-        model.to(accelerator.device),
+    scores = task.evaluate(
+        forward_pass(model.to(accelerator.device).eval(), accelerator),
         eval_batches(
             index,
             transform,
-            loader=loader,
-            batch_size=arguments.batch_size,
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
-            threads=arguments.threads,
-            device=accelerator.device,
+            arguments.batch_size,
+            LoaderSettings(
+                loader=loader,
+                threads=arguments.threads,
+                device=accelerator.device,
+                rank=accelerator.process_index,
+                world_size=accelerator.num_processes,
+            ),
             bad=bad,
         ),
-        accelerator,
+        device=accelerator.device,
+        over_ranks=sum_over_ranks,
     )
     for path, reason in bad.take_new():
         say(f"skipped: {path} ({reason})")
     if accelerator.is_main_process:
+        found = ", ".join(metric.say(scores.values[metric.name]) for metric in task.metrics)
         print(
-            f"{arguments.checkpoint}: top-1 {accuracy.top1:.2f}%, top-5 {accuracy.top5:.2f}%, "
-            f"loss {accuracy.loss:.4f} over {accuracy.images:,}"
-            + (" images" if accuracy.images == len(index) else f" of {len(index):,} images")
+            f"{arguments.checkpoint}: {found} over {scores.images:,}"
+            + (" images" if scores.images == len(index) else f" of {len(index):,} images")
         )
     accelerator.end_training()
 
 
-def _load(path: Path, name: str | None, index: ImageIndex) -> tuple[nn.Module, ImageTransform]:
-    """The network, and how images are prepared for it."""
+def _load(
+    path: Path, name: str | None, index: "ImageIndex"
+) -> "tuple[nn.Module, ImageTransform, Task]":
+    """The network, how images are prepared for it, and what it was trained for."""
+    from data_pipelines.loading.augment import ImageTransform
+    from tpp.checkpoints.model_file import find_metadata, load_model
+    from tpp.checkpoints.sources import load_weights
+    from tpp.models.architecture import build_model, input_shape
+    from train.tasks import make_task
+    from train.tasks.classification import Classification
+
     info = find_metadata(path)
     classes = len(index.classes)
     if info is not None:
         model = load_model(path)
-        if info.architecture.num_classes != classes:
-            raise UserError(
-                f"{path} tells {info.architecture.num_classes} classes apart, "
-                f"{index.root} holds {classes} class folders"
-            )
+        task = make_task(info.extra.get("task", {"kind": Classification.kind}))
+        task.check_images(info.architecture, classes, str(path), str(index.root))
         prepared = info.preprocessing or {}
     elif name is None:
         raise UserError(f"{path} does not say which network it holds; name it with --model")
     else:
+        task = make_task({"kind": Classification.kind})
         model = build_model(name, classes)
         load_weights(model, path)
         channels, size, _ = input_shape(name)
@@ -110,7 +127,7 @@ def _load(path: Path, name: str | None, index: ImageIndex) -> tuple[nn.Module, I
             "channels": channels,
         }
     try:
-        return model, ImageTransform.prepared(prepared, augmentation="none")
+        return model, ImageTransform.prepared(prepared, augmentation="none"), task
     except TypeError:
         raise UserError(f"{path} does not say how images are prepared for it") from None
 

@@ -15,11 +15,10 @@ from tpp.common.reading import parse_json
 from tpp.common.settings import Ratio, Section, mistakes
 from tpp.common.yaml_files import read_yaml
 from train.config.config import Config, load_config
-from train.config.sections import TRAINING_KINDS
+from train.config.sections import MODEL_FILE
 from train.run_folder.results import Results, read_results
 
 MAIN = Path(__file__).resolve().with_name("main.py")
-MODEL_FILE = "model.safetensors"
 # What the sweep sets in every run, so that an override of it would be lost.
 _OF_THE_SWEEP = ("name", "output", "seed", "pruning")
 _LOG_TAIL = 2**16
@@ -321,7 +320,7 @@ def _dense_run(
     folder = Path(sweep.output) / "dense"
     applied += _as_overrides({"name": f"{sweep.name}_dense", "output": str(folder)})
     config = load_config(path, applied)
-    makers = [name for name, stage in config.stages.items() if stage.kind != "evaluate"]
+    makers = [name for name, stage in config.stages.items() if stage.does.makes_network]
     if not makers:
         raise UserError(f"{path}: stages: the sweep's dense run makes no network")
     run = SweepRun(
@@ -346,7 +345,7 @@ def _applied(config: Config, overrides: list[str], unused: set[str]) -> list[str
     for override in overrides:
         key = override.partition("=")[0].strip().split(".")
         stage = config.stages.get(key[1]) if key[0] == "stages" and len(key) > 1 else None
-        if key[0] != "stages" or (stage is not None and stage.kind in TRAINING_KINDS):
+        if key[0] != "stages" or (stage is not None and stage.does.trains):
             applied.append(override)
     unused.difference_update(applied)
     return applied

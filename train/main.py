@@ -12,6 +12,8 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from train.config.config import Config
-    from train.distributed.stopping import Stopped, StopRequest
+    from train.distributed.stopping import StopRequest
     from train.run import Run
 
 
@@ -90,8 +92,11 @@ def main() -> None:
     except UserError:
         _leave_it_to_one_rank()
         raise
+    from train.stages.sequence import run_stages
+
     try:
-        run(config, accelerator, stop, until=arguments.until)
+        with _opened(config, accelerator, stop, until=arguments.until) as run:
+            run_stages(run, arguments.until)
     except EveryRankError:
         _leave_it_to_one_rank()
         raise
@@ -101,10 +106,11 @@ def main() -> None:
         sys.exit(EXIT_LOST)
 
 
-def run(
-    config: "Config", accelerator: "Accelerator", stop: "StopRequest", until: str | None = None
-) -> None:
-    """Go through the stages, alone in the run folder and with an eye on the other ranks.
+@contextmanager
+def _opened(
+    config: "Config", accelerator: "Accelerator", stop: "StopRequest", until: str | None
+) -> Iterator["Run"]:
+    """Open a run, alone in its folder and with an eye on the other ranks, and end it.
 
     Args:
         config: what to run.
@@ -117,15 +123,17 @@ def run(
         UserError: a mistake in the configuration, data that cannot be read, a run folder that
             another run holds, a full disk.
     """
-    from train.config.config import stages_until
     from train.distributed.collectives import EveryRankError, from_main_rank
+    from train.distributed.stopping import Stopped
     from train.distributed.watchdog import Watchdog, ranks_named
     from train.preflight import preflight
     from train.run_folder.lock import RunLock
-    from train.stages.sequence import open_run
+    from train.run_folder.record import write_results
+    from train.stages.sequence import open_run, stages_until
 
     watchdog = Watchdog.from_environment(config.training.rank_timeout)
     lock = RunLock(Path(config.output))
+    stopped: Stopped | None = None
     try:
         with ranks_named(watchdog):
             try:
@@ -133,12 +141,17 @@ def run(
             except UserError as error:  # all ranks look at the same things
                 raise EveryRankError(str(error)) from None
             from_main_rank(accelerator, lock.acquire)
-            opened = open_run(config, accelerator, found, watchdog, stop)
-            stopped = _stopped(opened, until)
-            if opened.is_main and stopped is None:
+            run = open_run(config, accelerator, found, watchdog, stop)
+            try:
+                yield run
+            except Stopped as request:  # no failure that the watchdog should tell others of
+                stopped = request
+                if run.is_main:
+                    write_results(run, "stopped")
+            if run.is_main and stopped is None:
                 from train.report import show_end  # half a second that the other ranks save
 
-                show_end(opened.folder)
+                show_end(run.folder)
     except OSError as error:
         place = error.filename or config.output
         raise UserError(
@@ -150,21 +163,6 @@ def run(
     accelerator.end_training()
     if stopped is not None:
         raise stopped
-
-
-def _stopped(opened: "Run", until: str | None) -> "Stopped | None":
-    """Run the stages; what stopped them is no failure that the watchdog should tell others of."""
-    from train.distributed.stopping import Stopped
-    from train.run_folder.record import write_results
-    from train.stages.sequence import run_stages
-
-    try:
-        run_stages(opened, until)
-    except Stopped as request:
-        if opened.is_main:
-            write_results(opened, "stopped")
-        return request
-    return None
 
 
 def _leave_it_to_one_rank() -> None:

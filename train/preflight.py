@@ -3,9 +3,9 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from data_pipelines.demo import generate_demo
@@ -17,9 +17,11 @@ from tpp.selection.selection import Selection
 from train.config.batch_rule import describe_method
 from train.config.config import Config
 from train.data import RunData
-from train.distributed.accelerator import check_batch_size
 from train.distributed.collectives import from_main_rank
 from train.weights import starting_weights_exist
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Preflight:
     architecture: Architecture
 
 
-def preflight(config: Config, accelerator: Accelerator, stages: Iterable[str]) -> Preflight:
+def preflight(config: Config, accelerator: "Accelerator", stages: Iterable[str]) -> Preflight:
     """Find a user's mistakes before anything is loaded, downloaded or written.
 
     Args:
@@ -48,32 +50,24 @@ def preflight(config: Config, accelerator: Accelerator, stages: Iterable[str]) -
             layer or one whose filters cannot be removed, a budget out of reach, a schedule too
             short to zero every layer out, a missing checkpoint or loader.
     """
+    from train.distributed.accelerator import check_batch_size
+
     check_batch_size(config.training, accelerator.num_processes)
     starting_weights_exist(config.model)
-    classes = config.model.num_classes
-    if classes is not None and from_main_rank(accelerator, lambda: _only_prunes(config, stages)):
-        architecture = Architecture(config.model.name, classes, config.model.args)
-        check_plans(config, architecture)
-        return Preflight(None, architecture)
+    task = config.make_task()
+    known = task.architecture(config.model)
+    if known is not None and from_main_rank(accelerator, lambda: _only_prunes(config, stages)):
+        check_plans(config, known)
+        return Preflight(None, known)
     if config.data.demo:
-        demo = config.data.demo
         with accelerator.local_main_process_first():  # the others find it there
             generate_demo(
-                Path(config.data.root),
-                classes=demo.classes,
-                train_per_class=demo.train_per_class,
-                val_per_class=demo.val_per_class,
-                image_size=config.data.image_size,
-                seed=demo.seed,
+                Path(config.data.root), config.data.demo, image_size=config.data.image_size
             )
     data = RunData(config, accelerator)
-    classes = len(data.train.index.classes)
-    if config.model.num_classes not in (None, classes):
-        raise UserError(
-            f"model.num_classes is {config.model.num_classes}, but {data.train.index.root} "
-            f"holds {classes} class folders"
-        )
-    architecture = Architecture(config.model.name, classes, config.model.args)
+    index = data.train.index
+    architecture = task.architecture(config.model, len(index.classes), str(index.root))
+    assert architecture is not None
     check_plans(config, architecture)
     return Preflight(data, architecture)
 
@@ -82,7 +76,7 @@ def _only_prunes(config: Config, stages: Iterable[str]) -> bool:
     """Whether all that is left to do is to remove filters from checkpoints of this run."""
     folder = Path(config.output)
     left = [config.stages[name] for name in stages if not (folder / name / "done.json").exists()]
-    return bool(left) and all(stage.kind == "prune" and stage.input is not None for stage in left)
+    return bool(left) and not any(stage.does.needs_images or stage.input is None for stage in left)
 
 
 def check_plans(config: Config, architecture: Architecture) -> PruningPlan | None:
@@ -91,16 +85,22 @@ def check_plans(config: Config, architecture: Architecture) -> PruningPlan | Non
     The indices in the plan are stand-ins: which filters go is decided from the weights. So are
     the widths where there is a budget, see :func:`stand_in_plan`.
     """
-    if not any(stage.kind in ("regularize", "prune") for stage in config.stages.values()):
+    planned = [name for name, stage in config.stages.items() if stage.does.needs_plan]
+    if not planned:
         return None
-    model, selection = build_on_meta(architecture), config.selection()
-    plan = stand_in_plan(model, selection)
-    # The real weights may take filters from any layer that a budget may take some from.
-    all_layers = plan if selection.budget is None else _ceiling(model, selection)
-    for name, stage in config.stages.items():
-        if stage.kind == "regularize":
-            _check_method(config, name, model, all_layers)
-    return plan
+    model = build_on_meta(architecture)
+    known: dict[str, tuple[PruningPlan, PruningPlan]] = {}
+    for name in planned:
+        pruning = (config.stages[name].pruning or config.pruning).model_dump_json()
+        if pruning not in known:
+            selection = config.selection(name)
+            plan = stand_in_plan(model, selection)
+            # The real weights may take filters from any layer that a budget may take some from.
+            most = plan if selection.budget is None else _ceiling(model, selection)
+            known[pruning] = plan, most
+        if config.stages[name].does.regularizes:
+            _check_method(config, name, model, known[pruning][1])
+    return next(iter(known.values()))[0]
 
 
 def _check_method(config: Config, name: str, model: nn.Module, plan: PruningPlan) -> None:

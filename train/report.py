@@ -11,21 +11,22 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-
-from rich.console import Console
+from typing import TYPE_CHECKING
 
 from tpp.common.errors import UserError, run_command
 from tpp.common.files import write_whole
-from train.reporting.grids import comparison, console_for, grids_of, summary_table, to_rich
-from train.reporting.page import page_of
-from train.reporting.picture import draw, to_png
-from train.reporting.rows import RunRecord, load_run
+
+if TYPE_CHECKING:
+    from train.reporting.rows import RunRecord
 
 TABLES = {"1": Path(__file__).resolve().parents[1] / "configs" / "cifar10" / "table1.yaml"}
 
 
 def show_end(folder: Path) -> None:
     """Print what a run came to, and write its report into the run folder."""
+    from train.reporting.grids import comparison, console_for, summary_table, to_rich
+    from train.reporting.rows import load_run
+
     run = load_run(folder)
     console = console_for()
     console.print(summary_table(run.results))
@@ -47,12 +48,15 @@ def _beside_python(name: str) -> str:
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
-def write_report(runs: Sequence[RunRecord], output: Path) -> tuple[Path, Path]:
+def write_report(runs: "Sequence[RunRecord]", output: Path) -> tuple[Path, Path]:
     """Write report.html and report.png into the folder ``output``; returns both paths.
 
     Raises:
-        UserError: the folder cannot be written.
+        UserError: the folder cannot be written, or the runs are not all for one task.
     """
+    from train.reporting.page import page_of
+    from train.reporting.picture import draw, to_png  # Matplotlib, which takes half a second
+
     pictures = [to_png(draw(runs))]
     if len(runs) > 1:
         pictures += [to_png(draw([run])) for run in runs]
@@ -65,20 +69,6 @@ def write_report(runs: Sequence[RunRecord], output: Path) -> tuple[Path, Path]:
         return paths
     except OSError as error:
         raise UserError(f"{output}: cannot write the report ({error.strerror})") from None
-
-
-# Reading
-
-
-# Stages and branches
-
-
-# Tables, for the terminal and for the page alike
-
-
-# The picture
-
-# The page
 
 
 def main() -> None:
@@ -110,7 +100,9 @@ def main() -> None:
     if arguments.config and not arguments.table:
         parser.error("--config goes with --table")
     if arguments.table:
-        from train.reporting.paper_table import report_table  # it imports this module
+        from rich.console import Console
+
+        from train.reporting.paper_table import report_table
 
         report_table(
             arguments.config or TABLES[arguments.table],
@@ -118,6 +110,9 @@ def main() -> None:
             Console(width=None if sys.stdout.isatty() else 100),
         )
         return
+    from train.reporting.grids import console_for, grids_of, to_rich
+    from train.reporting.rows import load_run
+
     runs = [load_run(folder) for folder in arguments.runs]
     console = console_for()
     for grid in grids_of(runs):

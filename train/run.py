@@ -1,5 +1,6 @@
 """A run's folder: done markers that let stages be skipped, and results.json."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from train.config.config import Config
 from train.data import RunData
 from train.distributed.stopping import StopRequest
 from train.distributed.watchdog import Watchdog
+from train.tasks.base import Task
 
 # Bad images, or settings that differ, that are named at once; log.jsonl has all of the images.
 MOST_NAMED = 10
@@ -31,6 +33,11 @@ class Run:
     dense: Counts
     done: dict[str, dict[str, Any]] = field(default_factory=dict)
     step: int = 0
+
+    @functools.cached_property
+    def task(self) -> Task:
+        """What the network is trained for, as it is evaluated."""
+        return self.config.make_task()
 
     @property
     def data(self) -> RunData:

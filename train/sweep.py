@@ -20,25 +20,25 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
 from tpp.common.errors import UserError, run_command
-from train.grid import State, SweepRun, expand, load_sweep, state_of
 
-# From the grid to runs
-
-
-# Running
+if TYPE_CHECKING:
+    from train.grid import State, SweepRun
 
 
-def run_sweep(runs: Sequence[SweepRun], launcher: Sequence[str]) -> list[str]:
+def run_sweep(runs: "Sequence[SweepRun]", launcher: Sequence[str]) -> list[str]:
     """Run what is not done, one after the other; returns a line for each run that failed.
 
     Raises:
         UserError: a run's dense network is not there, and making it is not among ``runs``.
     """
+    from train.grid import state_of
+
     states = {run.number: state_of(run) for run in runs}
     for run in runs:
         needed = run.starts_from
@@ -59,8 +59,10 @@ def run_sweep(runs: Sequence[SweepRun], launcher: Sequence[str]) -> list[str]:
     return failed
 
 
-def _run_alone(run: SweepRun, label: str, launcher: Sequence[str]) -> int:
+def _run_alone(run: "SweepRun", label: str, launcher: Sequence[str]) -> int:
     """Run in a process of its own, unless another one is at it; returns its exit code."""
+    from train.grid import state_of
+
     with _lock(run.folder) as lock:
         if lock is None:
             print(f"{label}: another process is at work on {run.folder}; left alone", flush=True)
@@ -115,10 +117,7 @@ def _lock(folder: Path) -> Iterator[int | None]:
         os.close(file)
 
 
-# The command
-
-
-def _chosen(runs: Sequence[SweepRun], text: str | None) -> list[SweepRun]:
+def _chosen(runs: "Sequence[SweepRun]", text: str | None) -> "list[SweepRun]":
     """The runs that --only names: ``3``, ``1-5,9``, or ``7-`` for all from 7 on."""
     if text is None:
         return list(runs)
@@ -158,14 +157,17 @@ def _launcher(text: str | None) -> list[str]:
     return [program, *words[1:]]
 
 
-def _print_list(runs: Sequence[SweepRun], finetunings: Sequence[str]) -> None:
+def _print_list(runs: "Sequence[SweepRun]", finetunings: Sequence[str]) -> None:
+    from train.grid import state_of
+    from train.tasks.classification import TOP1
+
     table = Table()
     table.add_column("Run", justify="right")
     table.add_column("Method")
     table.add_column("Ratio")
     table.add_column("Seed", justify="right")
     for label in finetunings:
-        table.add_column(f"Top-1 %\n{label}", justify="right")
+        table.add_column(f"{TOP1.column}\n{label}", justify="right")
     table.add_column("State")
     states = [state_of(run) for run in runs]
     for run, state in zip(runs, states, strict=True):
@@ -179,16 +181,19 @@ def _print_list(runs: Sequence[SweepRun], finetunings: Sequence[str]) -> None:
     print(f"{done} done, {begun} under way, {len(runs) - done - begun} waiting")
 
 
-def _top1s(run: SweepRun, state: State, finetunings: Sequence[str]) -> list[str]:
+def _top1s(run: "SweepRun", state: "State", finetunings: Sequence[str]) -> list[str]:
+    from train.tasks.classification import TOP1
+
     if state.results is None:
         return [""] * len(finetunings)
     if run.method is None:
         dense = state.results.dense
-        found = [None if dense is None else dense.top1] + [None] * (len(finetunings) - 1)
+        found = [None if dense is None else dense.scores.get(TOP1.name)]
+        found += [None] * (len(finetunings) - 1)
     else:
         stages = [state.results.stages.get(run.evaluations[label]) for label in finetunings]
-        found = [None if stage is None else stage.top1 for stage in stages]
-    return ["" if top1 is None else f"{top1:.2f}" for top1 in found]
+        found = [None if stage is None else stage.scores.get(TOP1.name) for stage in stages]
+    return ["" if top1 is None else TOP1.number(top1) for top1 in found]
 
 
 def main() -> None:
@@ -221,6 +226,8 @@ def main() -> None:
         help="settings of every run; those of a stage go to the runs that train in it",
     )
     arguments = parser.parse_intermixed_args()
+    from train.grid import expand, load_sweep, state_of
+
     sweep = load_sweep(arguments.config, arguments.output)
     runs = _chosen(expand(sweep, arguments.overrides), arguments.only)
     if arguments.list:

@@ -1,7 +1,6 @@
 """What a loader is asked for and what it makes; and how one image is decoded with PIL."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -37,24 +36,38 @@ class Request:
     asked: int = 0
 
 
-class Output(NamedTuple):
-    """The form in which a loader hands over images.
+@dataclass(frozen=True)
+class LoaderSettings:
+    """How a rank's batches are made, whatever is in them.
 
     Attributes:
-        device: where they lie; DALI decodes on it, if it is a GPU.
-        dtype: float32, or float16 for networks that compute in half precision anyway.
+        loader: 'dali', 'torchvision' or 'auto', see
+            :func:`data_pipelines.loaders.resolve_loader`.
+        threads: decoding threads (DALI) or worker processes (torchvision; 0: in this process).
+        device: where the batches go; DALI decodes on it, if it is a GPU.
+        rank: this process, 0 to world_size - 1.
+        world_size: number of processes that share the images.
+        dtype: of the images, float32, or float16 for networks that compute in half precision
+            anyway.
         channels_last: whether the channels of a pixel lie side by side in memory.
+        prefetch: batches made ahead (per worker process, with torchvision).
     """
 
+    loader: str
+    threads: int
     device: torch.device
+    rank: int = 0
+    world_size: int = 1
     dtype: torch.dtype = torch.float32
     channels_last: bool = False
+    prefetch: int = 2
 
 
 def decode_with_pil(data: NDArray[np.uint8], channels: int) -> Image.Image:
     """Decode an image file's bytes as RGB (3 channels) or grey (1); EXIF rotation is ignored.
 
-    The bytes are those of an image in which :func:`data_pipelines.images.header.find_damage` finds none.
+    The bytes are those of an image in which
+    :func:`data_pipelines.images.header.find_damage` finds none.
 
     Raises:
         ValueError: the bytes cannot be decoded.

@@ -20,6 +20,7 @@ def folder_mark(folder: Path) -> int:
 
 
 def byte_size(path: str) -> int:
+    """How many bytes a file has; -1 if that cannot be told."""
     try:
         return Path(path).stat().st_size
     except OSError:

@@ -15,11 +15,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 from zlib import crc32
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
@@ -37,7 +36,12 @@ from data_pipelines.images.plain_file import open_plain
 from tpp.common.errors import UserError
 from tpp.common.files import write_whole
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 INDEX_FILE = ".index.safetensors"
+PARTS = ("train", "val", "test")
+"""Names of the folders of class folders that a data set's folder may hold."""
 _FORMAT = "tpp-image-index"
 _VERSION = "1"
 _FINGERPRINT = re.compile("[0-9a-f]{12}")
@@ -196,16 +200,17 @@ class ImageIndex:
         )
 
 
-_ARRAYS: dict[str, torch.dtype] = {
-    "names": torch.uint8,
-    "name_ends": torch.int64,
-    "labels": torch.int64,
-    "byte_sizes": torch.int64,
-    "sizes": torch.int32,
-    "broken": torch.bool,
-    "container": torch.int32,
-    "offsets": torch.int64,
-    "marks": torch.int64,
+# As PyTorch writes its types: an index is made without it.
+_ARRAYS = {
+    "names": "torch.uint8",
+    "name_ends": "torch.int64",
+    "labels": "torch.int64",
+    "byte_sizes": "torch.int64",
+    "sizes": "torch.int32",
+    "broken": "torch.bool",
+    "container": "torch.int32",
+    "offsets": "torch.int64",
+    "marks": "torch.int64",
 }
 
 
@@ -300,7 +305,7 @@ def _checksum(arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -
     return f"{check:08x}"
 
 
-def _inconsistency(tensors: dict[str, torch.Tensor], classes: Any, containers: Any) -> str | None:
+def _inconsistency(tensors: "dict[str, Tensor]", classes: Any, containers: Any) -> str | None:
     """What is wrong with an index's arrays, so that nothing later reads out of bounds."""
     for what, names in (("classes", classes), ("containers", containers)):
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -319,7 +324,9 @@ def _inconsistency(tensors: dict[str, torch.Tensor], classes: Any, containers: A
     shapes |= {"offsets": (held,)}
     for name, dtype in _ARRAYS.items():
         tensor, shape = tensors[name], shapes.get(name, (n,))
-        if tensor.dtype != dtype or (tensor.dim() != 1 if shape is None else tensor.shape != shape):
+        if str(tensor.dtype) != dtype or (
+            tensor.dim() != 1 if shape is None else tensor.shape != shape
+        ):
             return f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}"
     if not n:
         return "no images"
@@ -471,9 +478,6 @@ def scan_class_folders(root: str | os.PathLike[str]) -> ImageIndex:
     counts = [len(found) for found in images]
     labels = np.repeat(np.arange(len(classes), dtype=np.int64), counts)
     return ImageIndex.of(root, files, labels, classes)
-
-
-PARTS = ("train", "val", "test")
 
 
 def parts_of(folder: Path) -> list[Path]:

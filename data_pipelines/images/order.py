@@ -14,12 +14,15 @@ state: a run resumes at any step, with any number of ranks, and every sample is 
 NumPy's generators are not used, since their streams may change between versions.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from tpp.common.errors import UserError
 
 Int64s = NDArray[np.int64]
 Float64s = NDArray[np.float64]
@@ -138,6 +141,44 @@ class SampleOrder:
         sequence = np.lexsort((shuffled, turn))
         windows = np.arange(self.size) // self.window
         return sequence[np.lexsort((shuffled[sequence], windows))]
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Some steps of training, and how the samples of each are dealt out in batches.
+
+    Attributes:
+        global_batch: images per step over all ranks.
+        accumulation: batches that one step is made of on each rank.
+        start: the first step, from 0; any step can be the first.
+        count: number of steps.
+    """
+
+    global_batch: int
+    accumulation: int
+    start: int
+    count: int
+
+    def local_batch(self, world_size: int) -> int:
+        """Images in each batch of a rank.
+
+        Raises:
+            UserError: the global batch does not divide evenly.
+        """
+        batches = world_size * self.accumulation
+        if self.global_batch < 1 or self.global_batch % batches:
+            raise UserError(
+                f"a global batch of {self.global_batch} images cannot be shared evenly by "
+                f"{world_size} ranks x {self.accumulation} accumulation steps"
+            )
+        return self.global_batch // batches
+
+    def batches(self, rank: int, world_size: int) -> Iterator[tuple[int, Int64s]]:
+        """Step and sample numbers of each of a rank's batches."""
+        for step in range(self.start, self.start + self.count):
+            samples = rank_samples(step, self.global_batch, rank, world_size)
+            for part in np.split(samples, self.accumulation):
+                yield step, part
 
 
 def _key(*parts: int) -> int:

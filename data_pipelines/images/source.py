@@ -7,21 +7,24 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipelines.images.batch import Request
 from data_pipelines.images.image_index import ImageIndex, Location
 from data_pipelines.images.order import Int64s, SampleOrder
 from data_pipelines.images.plain_file import LARGEST_MEMBER, open_plain
+from data_pipelines.settings import OnError
 from tpp.common.errors import UserError
+
+if TYPE_CHECKING:
+    from data_pipelines.images.batch import Request
 
 Bytes = NDArray[np.uint8]
 T = TypeVar("T")
 
-ON_ERROR = ("fail", "skip")
+ON_ERROR = get_args(OnError)
 # What a network file system says while it is coming back; everything else is said for good.
 _PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ENOTCONN}
 # Shards of which a process keeps the files open.
@@ -156,7 +159,7 @@ class ImageSource:
     order: SampleOrder | None
     bad: BadImages
 
-    def fetch(self, request: Request, rows: range, take: Callable[[Bytes], T]) -> Fetched[T]:
+    def fetch(self, request: "Request", rows: range, take: Callable[[Bytes], T]) -> Fetched[T]:
         """Read the images of some rows of a request.
 
         Args:

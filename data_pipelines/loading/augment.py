@@ -1,32 +1,47 @@
-"""What happens to each image: where it is cut, how its colours change, which box is erased.
+"""What happens to each image: how it is cut, how its colours change, which box is erased.
 
 Plain data and arithmetic on numbers, for both loaders: an image gets the same window, flip, colours
-and box whichever of them reads it. The random numbers are the sample's own (order.uniforms).
+and box whichever of them reads it.
 """
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from data_pipelines.images.order import Float64s, Int64s
-from data_pipelines.settings import ColorJitter, ProgressiveResizing, RandAugment
+from data_pipelines.loading.draws import (
+    COLORS,
+    ERASED,
+    ERASED_AREAS,
+    ERASED_LEFT,
+    ERASED_RATIOS,
+    ERASED_TOP,
+    OPERATIONS,
+    SIGNS,
+    between,
+    first_fitting,
+    log_between,
+)
+from data_pipelines.loading.recipes import RECIPES, Recipe
+from data_pipelines.settings import (
+    AugmentSection,
+    ColorJitter,
+    DataSection,
+    ProgressiveResizing,
+    RandAugment,
+)
 from tpp.common.errors import UserError
-
-AUGMENTATIONS = ("imagenet", "cifar", "none")
-
-# The recipe of Szegedy et al., "Going Deeper with Convolutions", CVPR 2015, as in torchvision's
-# RandomResizedCrop.
-_AREA = (0.08, 1.0)
-_RATIO = (3 / 4, 4 / 3)
 
 # Zhong et al., "Random Erasing Data Augmentation", AAAI 2020. Width over height here; the paper's
 # ratio, 0.3 to 3.3, is height over width.
 _ERASED_AREA = (0.02, 1 / 3)
 _ERASED_RATIO = (1 / 3.3, 1 / 0.3)
+
+# The sides that progressive resizing goes through are multiples of this, in pixels.
+_SIDES = 32
 
 RAND_AUGMENT_OPERATIONS = (
     *("translate_x", "translate_y", "shear_x", "shear_y", "rotate"),
@@ -34,19 +49,6 @@ RAND_AUGMENT_OPERATIONS = (
     *("equalize", "auto_contrast", "identity"),
 )
 """RandAugment's operations by their numbers, with the names of DALI's suite."""
-
-# What each of a sample's random numbers decides. A run that goes on with newer code must find its
-# numbers where they were, so new ones are put at the end.
-_FLIP, _TOP, _LEFT = 0, 1, 2
-_AREAS = slice(3, 13)
-_RATIOS = slice(13, 23)
-_COLORS = slice(23, 27)
-_OPERATIONS = slice(27, 31)
-_SIGNS = slice(31, 35)
-_ERASED, _ERASED_TOP, _ERASED_LEFT = 35, 36, 37
-_ERASED_AREAS = slice(38, 48)
-_ERASED_RATIOS = slice(48, 58)
-UNIFORMS = 58
 
 
 @dataclass(frozen=True)
@@ -62,13 +64,11 @@ class ImageTransform:
             pixels, random crop and flip. 'none': as evaluation.
         mean, std: per channel, of values in 0..1.
         channels: 3 for RGB, 1 for grey.
-        rand_augment, color_jitter: of training, in this order, on the cut and scaled image.
-        random_erasing: of training, last of all: the probability with which a box of the image is
-            filled with 0 after normalisation, which is the mean.
+        augment: of training, beyond ``augmentation``.
 
     Raises:
-        UserError: a value lies outside its range; mean or std has another length than channels; a
-            change of colours of grey images, or any of the last three without an augmentation.
+        UserError: a value lies outside its range; mean or std has another length than channels;
+            ``augment`` does not go with the others.
     """
 
     image_size: int
@@ -77,9 +77,7 @@ class ImageTransform:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     channels: int = 3
-    color_jitter: ColorJitter | None = None
-    rand_augment: RandAugment | None = None
-    random_erasing: float = 0.0
+    augment: AugmentSection = field(default_factory=AugmentSection)
 
     @classmethod
     def prepared(cls, preprocessing: Mapping[str, Any], *, augmentation: str) -> "ImageTransform":
@@ -106,9 +104,9 @@ class ImageTransform:
                 f"resize {self.resize} is smaller than image_size {self.image_size}: "
                 "the centre crop would have black borders"
             )
-        if self.augmentation not in AUGMENTATIONS:
+        if self.augmentation not in RECIPES:
             raise UserError(
-                f"augmentation must be one of {', '.join(AUGMENTATIONS)}, not {self.augmentation!r}"
+                f"augmentation must be one of {', '.join(RECIPES)}, not {self.augmentation!r}"
             )
         if self.channels not in (1, 3):
             raise UserError(f"channels must be 3 (RGB) or 1 (grey), not {self.channels}")
@@ -117,129 +115,47 @@ class ImageTransform:
                 raise UserError(f"{name} must have {self.channels} values, not {len(values)}")
         if min(self.std) <= 0:
             raise UserError(f"std must be positive, not {min(self.std)}")
-        if not 0 <= self.random_erasing <= 1:
-            raise UserError(
-                f"random_erasing must be a probability from 0 to 1, not {self.random_erasing}"
-            )
-        for name in ("color_jitter", "rand_augment", "random_erasing"):
-            if self.augmentation == "none" and getattr(self, name):
-                raise UserError(
-                    f"{name} cannot go with augmentation 'none', which trains on images as they "
-                    "are evaluated: choose 'imagenet' or 'cifar'"
-                )
-            if self.channels == 1 and name != "random_erasing" and getattr(self, name):
-                raise UserError(f"{name} needs images of 3 channels (RGB), not 1 (grey)")
+        try:
+            check_augment(self.augment, self, "augment")
+        except ValueError as error:
+            raise UserError(str(error)) from None
+
+    @property
+    def recipe(self) -> Recipe:
+        """How images are cut in training."""
+        return RECIPES[self.augmentation]
 
     def plain(self) -> "ImageTransform":
         """The transform of evaluation: as this one, with nothing random in it."""
-        return replace(
-            self, augmentation="none", color_jitter=None, rand_augment=None, random_erasing=0.0
+        return replace(self, augmentation="none", augment=AugmentSection())
+
+
+def check_augment(augment: AugmentSection, images: DataSection | ImageTransform, key: str) -> None:
+    """Check that augmentations go with the recipe and the images.
+
+    Args:
+        augment: the augmentations.
+        images: the rest of the settings.
+        key: of the augmentations, in a configuration.
+
+    Raises:
+        ValueError: names what does not go with it.
+    """
+    name, recipe = images.augmentation, RECIPES[images.augmentation]
+    if not recipe.random and augment != AugmentSection(repeats=augment.repeats):
+        raise ValueError(f"{key}: with augmentation: {name} there is no augmentation to add to")
+    if images.channels == 1 and (augment.color_jitter or augment.rand_augment):
+        raise ValueError(f"{key}: color_jitter and rand_augment need 3 channels")
+    if augment.progressive is None:
+        return
+    if not recipe.any_side:
+        fitting = " or ".join(name for name, recipe in RECIPES.items() if recipe.any_side)
+        raise ValueError(f"{key}.progressive: goes with augmentation: {fitting} only")
+    if augment.progressive.start_size > images.image_size:
+        raise ValueError(
+            f"{key}.progressive.start_size ({augment.progressive.start_size}) must not be "
+            f"larger than image_size ({images.image_size})"
         )
-
-
-def flips(uniforms: Float64s) -> NDArray[np.bool_]:
-    """Which samples are mirrored left to right, shape (n,), from their uniforms (n, UNIFORMS)."""
-    return uniforms[:, _FLIP] < 0.5
-
-
-def random_resized_windows(sizes: Int64s, uniforms: Float64s) -> Int64s:
-    """Windows of the 'imagenet' recipe, as torchvision's RandomResizedCrop draws them.
-
-    Ten tries at a window of random area and aspect ratio; the first that fits in the image is
-    placed at random. If none fits: the largest central window of an allowed aspect ratio.
-
-    Args:
-        sizes: height and width of each image, shape (n, 2).
-        uniforms: shape (n, UNIFORMS).
-
-    Returns:
-        top, left, height, width of each window, shape (n, 4).
-    """
-    limits = sizes.T.astype(np.float64)
-    window, corner, found = _first_fitting(
-        limits,
-        _between(*_AREA, uniforms[:, _AREAS]),
-        _log_between(*_RATIO, uniforms[:, _RATIOS]),
-        uniforms[:, [_TOP, _LEFT]].T,
-    )
-    fallback = _central_windows(limits)
-    window = np.where(found, window, fallback)
-    corner = np.where(found, corner, (limits - fallback) // 2)
-    return np.concatenate([corner, window]).T.astype(np.int64, order="C")
-
-
-def _first_fitting(
-    limits: Float64s, areas: Float64s, ratios: Float64s, places: Float64s
-) -> tuple[Float64s, Float64s, NDArray[np.bool_]]:
-    """Of several tries at a window in each image, the first that fits, placed evenly.
-
-    Args:
-        limits: height and width of each image, shape (2, n).
-        areas: of the tries as shares of the image's area, shape (n, tries).
-        ratios: widths of the tries over their heights, shape (n, tries).
-        places: where the window goes, vertically and across, in [0, 1), shape (2, n).
-
-    Returns:
-        height and width, then top and left, shape (2, n); and whether any try fitted, shape (n,).
-    """
-    height, width = limits[:, :, None]
-    area = height * width * areas
-    tries = np.stack([np.rint(np.sqrt(area / ratios)), np.rint(np.sqrt(area * ratios))])
-    fits = np.logical_and.reduce((tries > 0) & (tries <= limits[:, :, None]), axis=0)
-    window = tries[:, np.arange(len(fits)), fits.argmax(1)]
-    return window, np.floor(places * (limits - window + 1)), fits.any(axis=1)
-
-
-def _central_windows(sizes: Float64s) -> Float64s:
-    """Height and width, shape (2, n), of the largest windows of allowed aspect ratio."""
-    height, width = sizes
-    narrow, wide = _RATIO
-    tall = width / height < narrow
-    flat = width / height > wide
-    return np.stack(
-        [
-            np.where(tall, np.rint(width / narrow), height),
-            np.where(flat, np.rint(height * wide), width),
-        ]
-    )
-
-
-def frames(sizes: Int64s, uniforms: Float64s, transform: ImageTransform) -> Int64s:
-    """Scaled size and corner of the square cut of the recipes other than 'imagenet'.
-
-    The whole image is scaled, then a square of ``transform.image_size`` is cut out, which may
-    reach over the image's border into black.
-
-    Args:
-        sizes: height and width of each image, shape (n, 2).
-        uniforms: shape (n, UNIFORMS); looked at by 'cifar' only.
-        transform: the recipe.
-
-    Returns:
-        height and width after scaling, top and left of the square, shape (n, 4); top and left
-        may be negative.
-    """
-    scaled = sizes if transform.resize is None else _scaled_sizes(sizes, transform.resize)
-    corner = _centre_corners(scaled, transform.image_size)
-    if transform.augmentation == "cifar":
-        border = transform.image_size // 8
-        slack = scaled + 2 * border - transform.image_size
-        drawn = np.floor(uniforms[:, [_TOP, _LEFT]] * (slack + 1)).astype(np.int64) - border
-        corner = np.where(slack >= 0, drawn, corner)
-    return np.concatenate([scaled, corner], axis=1)
-
-
-def _scaled_sizes(sizes: Int64s, shorter: int) -> Int64s:
-    """Sizes (n, 2) scaled to the given shorter side, the longer rounded down as in torchvision."""
-    shortest = sizes.min(1, keepdims=True)
-    longer = (shorter * sizes.max(1, keepdims=True) / shortest).astype(np.int64)
-    return np.where(sizes > shortest, longer, shorter)
-
-
-def _centre_corners(sizes: Int64s, side: int) -> Int64s:
-    """Top and left (n, 2) of the central square, rounded as in torchvision's center_crop."""
-    inside = np.rint((sizes - side) / 2).astype(np.int64)
-    return np.where(sizes >= side, inside, -((side - sizes) // 2))
 
 
 def color_jitter_factors(uniforms: Float64s, jitter: ColorJitter) -> Float64s:
@@ -252,7 +168,7 @@ def color_jitter_factors(uniforms: Float64s, jitter: ColorJitter) -> Float64s:
     strengths = np.array([jitter.brightness, jitter.contrast, jitter.saturation])
     low = np.append(np.maximum(1 - strengths, 0), -jitter.hue)
     high = np.append(1 + strengths, jitter.hue)
-    return low + (high - low) * uniforms[:, _COLORS]
+    return low + (high - low) * uniforms[:, COLORS]
 
 
 def rand_augment_choices(uniforms: Float64s, rand: RandAugment) -> tuple[Int64s, Int64s]:
@@ -267,8 +183,8 @@ def rand_augment_choices(uniforms: Float64s, rand: RandAugment) -> tuple[Int64s,
         application; and 1 where the operation's direction is turned (left for right, darker for
         brighter), else 0. Both of shape (n, rand.operations).
     """
-    numbers = np.floor(uniforms[:, _OPERATIONS] * len(RAND_AUGMENT_OPERATIONS)).astype(np.int64)
-    turned = (uniforms[:, _SIGNS] < 0.5).astype(np.int64)
+    numbers = np.floor(uniforms[:, OPERATIONS] * len(RAND_AUGMENT_OPERATIONS)).astype(np.int64)
+    turned = (uniforms[:, SIGNS] < 0.5).astype(np.int64)
     return numbers[:, : rand.operations], turned[:, : rand.operations]
 
 
@@ -286,13 +202,13 @@ def erasing_boxes(uniforms: Float64s, side: int, probability: float) -> Int64s:
     Returns:
         top, left, height, width of each box, shape (n, 4); zeros where there is none.
     """
-    box, corner, found = _first_fitting(
+    box, corner, found = first_fitting(
         np.full((2, len(uniforms)), float(side)),
-        _between(*_ERASED_AREA, uniforms[:, _ERASED_AREAS]),
-        _log_between(*_ERASED_RATIO, uniforms[:, _ERASED_RATIOS]),
-        uniforms[:, [_ERASED_TOP, _ERASED_LEFT]].T,
+        between(*_ERASED_AREA, uniforms[:, ERASED_AREAS]),
+        log_between(*_ERASED_RATIO, uniforms[:, ERASED_RATIOS]),
+        uniforms[:, [ERASED_TOP, ERASED_LEFT]].T,
     )
-    erased = found & (uniforms[:, _ERASED] < probability)
+    erased = found & (uniforms[:, ERASED] < probability)
     return np.where(erased, np.concatenate([corner, box]), 0).T.astype(np.int64, order="C")
 
 
@@ -301,28 +217,13 @@ def training_size(epoch: float, image_size: int, progressive: ProgressiveResizin
 
     Args:
         epoch: epochs trained so far, a whole number or not.
-        image_size: the side at the end.
+        image_size: the side at the end, not below that at the start.
         progressive: how it gets there.
-
-    Raises:
-        UserError: the side would shrink.
     """
-    first, multiple = progressive.start_size, progressive.multiple
-    if first > image_size:
-        raise UserError(
-            f"progressive resizing: start_size {first} is larger than image_size {image_size}"
-        )
+    first = progressive.start_size
     length = progressive.end_epoch - progressive.start_epoch
     done = min(max((epoch - progressive.start_epoch) / length, 0.0), 1.0)
     if done in (0.0, 1.0):
         return image_size if done else first
-    nearest = math.floor((first + done * (image_size - first)) / multiple + 0.5) * multiple
+    nearest = math.floor((first + done * (image_size - first)) / _SIDES + 0.5) * _SIDES
     return min(max(nearest, first), image_size)
-
-
-def _between(low: float, high: float, uniforms: Float64s) -> Float64s:
-    return low + (high - low) * uniforms
-
-
-def _log_between(low: float, high: float, uniforms: Float64s) -> Float64s:
-    return np.exp(_between(math.log(low), math.log(high), uniforms))

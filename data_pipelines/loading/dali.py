@@ -21,21 +21,18 @@ from nvidia.dali.plugin.pytorch import DALIGenericIterator
 from nvidia.dali.types import DALIDataType, DALIImageType
 from torch.nn.functional import interpolate
 
-from data_pipelines.images.batch import Batch, Output, Request
+from data_pipelines.images.batch import Batch, LoaderSettings, Request
 from data_pipelines.images.header import find_damage, read_header
 from data_pipelines.images.order import Float64s, Int64s
 from data_pipelines.images.source import Bytes, Fetched, ImageSource, rows_of
 from data_pipelines.loading.augment import (
-    UNIFORMS,
     ImageTransform,
     color_jitter_factors,
     erasing_boxes,
-    flips,
-    frames,
     rand_augment_choices,
-    random_resized_windows,
 )
 from data_pipelines.loading.dali_augment import color_jitter, erase, rand_augment
+from data_pipelines.loading.draws import UNIFORMS
 
 # Threads that read files. On a network file system each one mostly waits.
 _READERS = 16
@@ -49,9 +46,7 @@ def dali_batches(
     requests: Iterator[Request],
     transform: ImageTransform,
     batch_size: int,
-    threads: int,
-    output: Output,
-    prefetch: int,
+    settings: LoaderSettings,
 ) -> Generator[Batch, None, None]:
     """Make the batches of ``requests``, in order; none may be larger than ``batch_size``.
 
@@ -63,8 +58,8 @@ def dali_batches(
     """
     while True:
         feed = _Feed(source, requests, transform)
-        scaler = None if output.device.type == "cuda" else _Scaler(threads)
-        pipeline = _pipeline(feed, scaler, transform, batch_size, threads, output, prefetch)
+        scaler = None if settings.device.type == "cuda" else _Scaler(settings.threads)
+        pipeline = _pipeline(feed, scaler, transform, batch_size, settings)
         iterator = DALIGenericIterator(
             [pipeline], ["images", "labels"], auto_reset=False, prepare_first_batch=False
         )
@@ -77,11 +72,11 @@ def dali_batches(
                         raise feed.error from None
                     return
                 except RuntimeError as error:
-                    _condemn(source, feed, output.device, error)
+                    _condemn(source, feed, settings.device, error)
                     break
                 feed.delivered()
-                images = made["images"]
-                yield images.permute(0, 3, 1, 2) if output.channels_last else images, made["labels"]
+                images, labels = made["images"], made["labels"]
+                yield images.permute(0, 3, 1, 2) if settings.channels_last else images, labels
         finally:
             # DALI's graph refers to itself in circles: without this, its threads and buffers would
             # stay until Python's garbage collector comes round.
@@ -130,31 +125,29 @@ def _pipeline(
     scaler: _Scaler | None,
     transform: ImageTransform,
     batch_size: int,
-    threads: int,
-    output: Output,
-    prefetch: int,
+    settings: LoaderSettings,
 ) -> Pipeline:
     # With conditionals DALI rewrites the function; only RandAugment needs them.
-    define = pipeline_def(enable_conditionals=transform.rand_augment is not None)
+    define = pipeline_def(enable_conditionals=transform.augment.rand_augment is not None)
     return define(_graph)(
         feed,
         scaler,
         transform,
-        output,
+        settings,
         batch_size=batch_size,
-        num_threads=max(threads, 1),
-        device_id=_device_number(output.device) if output.device.type == "cuda" else None,
-        prefetch_queue_depth=prefetch,
+        num_threads=max(settings.threads, 1),
+        device_id=_device_number(settings.device) if settings.device.type == "cuda" else None,
+        prefetch_queue_depth=settings.prefetch,
         # The dynamic executor's outputs become torch tensors without a copy, and stay valid.
         exec_dynamic=True,
     )
 
 
 def _graph(
-    feed: "_Feed", scaler: _Scaler | None, transform: ImageTransform, output: Output
+    feed: "_Feed", scaler: _Scaler | None, transform: ImageTransform, settings: LoaderSettings
 ) -> tuple[DataNode, DataNode]:
     """Images and labels, as DALI makes them of what the feed gives it."""
-    on_gpu = output.device.type == "cuda"
+    on_gpu = settings.device.type == "cuda"
     names = _inputs(transform)
     sources = fn.external_source(
         feed,
@@ -171,16 +164,15 @@ def _graph(
         "adjust_orientation": False,
         "jpeg_fancy_upsampling": True,
     }
-    if transform.augmentation == "imagenet":
+    if "start" in given:
         images = fn.decoders.image_slice(
-            given["encoded"], start=given["corner"], shape=given["size"], axes=(0, 1), **decoding
+            given["encoded"], start=given["start"], shape=given["shape"], axes=(0, 1), **decoding
         )
-        images = _scaled(images, given["side"], scaler)
     else:
         images = fn.decoders.image(given["encoded"], **decoding)
-        if transform.resize is not None:
-            size = fn.cast(given["size"], dtype=DALIDataType.FLOAT)
-            images = _scaled(images, size, scaler)
+    if "size" in given:
+        images = _scaled(images, given["size"], scaler)
+    if "corner" in given:
         images = fn.slice(
             images,
             start=given["corner"],
@@ -189,19 +181,21 @@ def _graph(
             out_of_bounds_policy="pad",
             fill_values=0,
         )
-    if transform.rand_augment is not None:
-        images = rand_augment(images, given["operations"], given["turned"], transform.rand_augment)
-    if transform.color_jitter is not None:
+    if transform.augment.rand_augment is not None:
+        images = rand_augment(
+            images, given["operations"], given["turned"], transform.augment.rand_augment
+        )
+    if transform.augment.color_jitter is not None:
         images = color_jitter(images, given["factors"])
     images = fn.crop_mirror_normalize(
         images,
-        dtype=DALIDataType.FLOAT16 if output.dtype == torch.float16 else DALIDataType.FLOAT,
-        output_layout="HWC" if output.channels_last else "CHW",
+        dtype=DALIDataType.FLOAT16 if settings.dtype == torch.float16 else DALIDataType.FLOAT,
+        output_layout="HWC" if settings.channels_last else "CHW",
         mean=[255 * mean for mean in transform.mean],
         std=[255 * std for std in transform.std],
         mirror=given["mirror"],
     )
-    if transform.random_erasing:
+    if transform.augment.random_erasing:
         images = erase(images, given["boxes"])
     labels = given["labels"]
     return images, labels.gpu() if on_gpu else labels
@@ -220,10 +214,11 @@ def _scaled(images: DataNode, sizes: DataNode, scaler: _Scaler | None) -> DataNo
 _TYPES = {
     "encoded": (DALIDataType.UINT8, 1),
     "labels": (DALIDataType.INT64, 0),
+    "start": (DALIDataType.INT32, 1),
+    "shape": (DALIDataType.INT32, 1),
+    "size": (DALIDataType.FLOAT, 1),
     "corner": (DALIDataType.INT32, 1),
-    "size": (DALIDataType.INT32, 1),
     "mirror": (DALIDataType.INT32, 0),
-    "side": (DALIDataType.FLOAT, 1),
     "operations": (DALIDataType.INT32, 1),
     "turned": (DALIDataType.INT32, 1),
     "factors": (DALIDataType.FLOAT, 1),
@@ -240,30 +235,23 @@ def _inputs(transform: ImageTransform) -> list[str]:
 def _numbers(
     transform: ImageTransform, sizes: Int64s, uniforms: Float64s, side: int
 ) -> dict[str, NDArray[Any]]:
-    """The numbers among the inputs, each of shape (b,) or (b, ...), in DALI's types.
-
-    The window is cut before scaling in the 'imagenet' recipe; in the others the size is the whole
-    image's after scaling.
-    """
-    if transform.augmentation == "imagenet":
-        corner, size = np.split(random_resized_windows(sizes, uniforms), 2, axis=1)
-    else:
-        size, corner = np.split(frames(sizes, uniforms, transform), 2, axis=1)
-    augments = transform.augmentation != "none"
-    mirror = flips(uniforms) if augments else np.zeros(len(sizes))
-    numbers = {"corner": corner, "mirror": mirror}
-    if transform.augmentation == "imagenet":
-        numbers["size"], numbers["side"] = size, np.full((len(sizes), 2), side)
-    elif transform.resize is not None:
-        numbers["size"] = size
-    if transform.rand_augment:
+    """The numbers among the inputs, each of shape (b,) or (b, ...), in DALI's types."""
+    cuts = transform.recipe.cuts(sizes, uniforms, side, transform.resize)
+    numbers: dict[str, NDArray[Any]] = {"mirror": cuts.mirrored}
+    if cuts.window is not None:
+        numbers["start"], numbers["shape"] = np.split(cuts.window, 2, axis=1)
+    if cuts.size is not None:
+        numbers["size"] = cuts.size
+    if cuts.corner is not None:
+        numbers["corner"] = cuts.corner
+    if transform.augment.rand_augment:
         numbers["operations"], numbers["turned"] = rand_augment_choices(
-            uniforms, transform.rand_augment
+            uniforms, transform.augment.rand_augment
         )
-    if transform.color_jitter:
-        numbers["factors"] = color_jitter_factors(uniforms, transform.color_jitter)
-    if transform.random_erasing:
-        numbers["boxes"] = erasing_boxes(uniforms, side, transform.random_erasing)
+    if transform.augment.color_jitter:
+        numbers["factors"] = color_jitter_factors(uniforms, transform.augment.color_jitter)
+    if transform.augment.random_erasing:
+        numbers["boxes"] = erasing_boxes(uniforms, side, transform.augment.random_erasing)
     types = {DALIDataType.INT32: np.int32, DALIDataType.FLOAT: np.float32}
     return {
         name: np.ascontiguousarray(array, types[_TYPES[name][0]]) for name, array in numbers.items()

@@ -22,7 +22,8 @@ def color_jitter(images: DataNode, factors: DataNode) -> DataNode:
 
     Args:
         images: uint8, HWC, RGB.
-        factors: a row of :func:`data_pipelines.loading.augment.color_jitter_factors`, float32, shape (4,).
+        factors: a row of :func:`data_pipelines.loading.augment.color_jitter_factors`, float32,
+            shape (4,).
 
     Returns:
         uint8 images of the same size.
@@ -46,8 +47,9 @@ def rand_augment(
 
     Args:
         images: uint8, HWC, RGB.
-        operations, turned: rows of :func:`data_pipelines.loading.augment.rand_augment_choices`, int32,
-            shape (rand.operations,).
+        operations, turned: rows of
+            :func:`data_pipelines.loading.augment.rand_augment_choices`, int32, shape
+            (rand.operations,).
         rand: how many operations, and how strong.
 
     Returns:
@@ -75,8 +77,8 @@ def erase(images: DataNode, boxes: DataNode) -> DataNode:
 
     Args:
         images: normalised, float32 or float16, CHW or HWC.
-        boxes: a row of :func:`data_pipelines.loading.augment.erasing_boxes`, float32, shape (4,); nothing
-            is erased where its height and width are 0.
+        boxes: a row of :func:`data_pipelines.loading.augment.erasing_boxes`, float32, shape (4,);
+            nothing is erased where its height and width are 0.
 
     Returns:
         images of the same type, size and layout.

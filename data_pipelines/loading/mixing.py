@@ -1,45 +1,20 @@
 """Mixup and CutMix: every image of a batch mixed with another of it, and the labels with them."""
 
 import math
-from dataclasses import dataclass
 
 import torch
-from scipy.special import betaincinv
 from torch import Tensor
 
 from data_pipelines.images.order import Float64s
-from tpp.common.errors import UserError
+from data_pipelines.settings import AugmentSection
 
 # What each of a batch's random numbers decides.
 _METHOD, _SHARE, _ROW, _COLUMN = 0, 1, 2, 3
 MIXING_UNIFORMS = 4
 
 
-@dataclass(frozen=True)
-class Mixing:
-    """How batches are mixed; with both, each batch takes one or the other, evenly drawn.
-
-    Attributes:
-        mixup: alpha of Zhang et al., "mixup: Beyond Empirical Risk Minimization", ICLR 2018: images
-            are averaged, the shares drawn from Beta(alpha, alpha). 0: no mixup.
-        cutmix: alpha of Yun et al., "CutMix", ICCV 2019: a box of one image is laid over the other,
-            the box's area drawn from Beta(alpha, alpha). 0: no CutMix.
-
-    Raises:
-        UserError: a value lies outside its range.
-    """
-
-    mixup: float = 0.0
-    cutmix: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name in ("mixup", "cutmix"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UserError(f"{name} must be at least 0, not {getattr(self, name)}")
-
-
 def mix(
-    images: Tensor, labels: Tensor, classes: int, mixing: Mixing, draws: Float64s
+    images: Tensor, labels: Tensor, classes: int, augment: AugmentSection, draws: Float64s
 ) -> tuple[Tensor, Tensor]:
     """Mix each image of a batch with its partner: the first with the last, and so on.
 
@@ -48,23 +23,23 @@ def mix(
             they are: the result takes a second batch's memory, as it would in place.
         labels: int64, shape (b,), on the same device.
         classes: number of classes.
-        mixing: which methods, and how strong.
+        augment: which methods, and how strong: its ``mixup`` and ``cutmix``.
         draws: the batch's random numbers in [0, 1), shape (MIXING_UNIFORMS,).
 
     Returns:
         mixed images, like ``images``; the share of each class in each image, float32, shape
-        (b, classes), for ``F.cross_entropy``. Where ``mixing`` has neither method: ``images``
+        (b, classes), for ``F.cross_entropy``. Where ``augment`` has neither: ``images``
         themselves, and all of each image its own class's.
     """
     height, width = images.shape[2:]
     mixed, share = images, 1.0
-    if mixing.cutmix and not (mixing.mixup and draws[_METHOD] < 0.5):
-        top, left, bottom, right = _box(height, width, mixing.cutmix, draws)
+    if augment.cutmix and not (augment.mixup and draws[_METHOD] < 0.5):
+        top, left, bottom, right = _box(height, width, augment.cutmix, draws)
         share = 1 - (bottom - top) * (right - left) / (height * width)
         mixed = images.clone()
         mixed[:, :, top:bottom, left:right] = images[:, :, top:bottom, left:right].flip(0)
-    elif mixing.mixup:
-        share = _share(mixing.mixup, draws)
+    elif augment.mixup:
+        share = _share(augment.mixup, draws)
         mixed = _average(images, share)
     own = labels.new_zeros((len(labels), classes), dtype=torch.float32)
     own.scatter_(1, labels[:, None], 1.0)
@@ -73,6 +48,8 @@ def mix(
 
 def _share(alpha: float, draws: Float64s) -> float:
     """A draw from Beta(alpha, alpha), by the inverse of its distribution function."""
+    from scipy.special import betaincinv
+
     return float(betaincinv(alpha, alpha, draws[_SHARE]))
 
 

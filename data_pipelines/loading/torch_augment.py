@@ -1,6 +1,6 @@
 """The augmentations on torch tensors, the same as dali_augment's, for where DALI is not installed.
 
-The numbers of each sample are rows of what data_pipelines.augment's functions return.
+The numbers of each sample are rows of what the functions of augment.py return.
 """
 
 import math
@@ -49,7 +49,7 @@ def color_jitter(images: Tensor, factors: Float64s) -> Tensor:
 
     Args:
         images: uint8, shape (b, 3, h, w).
-        factors: of data_pipelines.augment.color_jitter_factors, shape (b, 4).
+        factors: of :func:`data_pipelines.loading.augment.color_jitter_factors`, shape (b, 4).
 
     Returns:
         new images, uint8, shape (b, 3, h, w).
@@ -82,7 +82,7 @@ def rand_augment(images: Tensor, operations: Int64s, turned: Int64s, rand: RandA
 
     Args:
         images: uint8, shape (b, 3, h, w).
-        operations, turned: of data_pipelines.augment.rand_augment_choices, shape
+        operations, turned: of :func:`data_pipelines.loading.augment.rand_augment_choices`, shape
             (b, rand.operations).
         rand: how many operations, and how strong.
 
@@ -101,7 +101,8 @@ def erase(images: Tensor, boxes: Tensor) -> Tensor:
 
     Args:
         images: normalised, of any floating-point type and on any device, shape (b, c, h, w).
-        boxes: of data_pipelines.augment.erasing_boxes, on the same device, shape (b, 4).
+        boxes: of :func:`data_pipelines.loading.augment.erasing_boxes`, on the same device, shape
+            (b, 4).
 
     Returns:
         ``images``.

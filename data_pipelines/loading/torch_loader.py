@@ -18,18 +18,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as F
 
-from data_pipelines.images.batch import Batch, Output, Request, decode_with_pil
+from data_pipelines.images.batch import Batch, LoaderSettings, Request, decode_with_pil
 from data_pipelines.images.header import find_damage
 from data_pipelines.images.source import Bytes, ImageSource
 from data_pipelines.loading.augment import (
     ImageTransform,
     color_jitter_factors,
     erasing_boxes,
-    flips,
-    frames,
     rand_augment_choices,
-    random_resized_windows,
 )
+from data_pipelines.loading.recipes import Cuts
 from data_pipelines.loading.torch_augment import color_jitter, erase, rand_augment
 from tpp.common.errors import UserError
 
@@ -57,26 +55,24 @@ def torch_batches(
     source: ImageSource,
     requests: Iterator[Request],
     transform: ImageTransform,
-    threads: int,
-    output: Output,
-    prefetch: int,
+    settings: LoaderSettings,
 ) -> Generator[Batch, None, None]:
-    """Make the batches of ``requests``, in order, in ``threads`` worker processes (0: in this one).
+    """Make the batches of ``requests``, in order, in as many worker processes as there are threads.
 
     Raises:
         UserError: an image cannot be read and may not be skipped; raised when the batch's turn
             comes.
     """
-    device = output.device
+    device, threads = settings.device, settings.threads
     loader = DataLoader(
-        _Images(source, transform, output),
+        _Images(source, transform, settings),
         # A request is a whole batch, made here in order: how the work is split among the workers
         # decides nothing.
         sampler=requests,
         batch_size=None,
         num_workers=threads,
         collate_fn=_as_is,
-        prefetch_factor=prefetch if threads else None,
+        prefetch_factor=settings.prefetch if threads else None,
         pin_memory=device.type == "cuda",
         multiprocessing_context=_worker_context() if threads else None,
         worker_init_fn=partial(_end_with, os.getpid()) if threads else None,
@@ -91,27 +87,29 @@ def torch_batches(
         if device.type == "cpu":
             yield made.images, made.labels
         else:
-            yield _finished(made, transform, output), made.labels.to(device, non_blocking=True)
+            yield _finished(made, transform, settings), made.labels.to(device, non_blocking=True)
 
 
-def _finished(made: _Made, transform: ImageTransform, output: Output) -> Tensor:
+def _finished(made: _Made, transform: ImageTransform, settings: LoaderSettings) -> Tensor:
     """Images normalised, erased, and in the form asked for; on a GPU, where bytes travel faster."""
-    form = torch.channels_last if output.channels_last else torch.contiguous_format
-    device = output.device
+    form = torch.channels_last if settings.channels_last else torch.contiguous_format
+    device = settings.device
     scale = 255 * torch.tensor([transform.mean, transform.std], device=device)
     mean, std = scale[:, None, :, None, None]
     images = made.images.to(device, non_blocking=True, memory_format=form)
     images = images.float().sub_(mean).div_(std)
     if made.boxes is not None:
         erase(images, made.boxes.to(device, non_blocking=True))
-    return images.to(output.dtype)
+    return images.to(settings.dtype)
 
 
 class _Images(Dataset[_Made | UserError]):
     """From a request to its images."""
 
-    def __init__(self, source: ImageSource, transform: ImageTransform, output: Output) -> None:
-        self._source, self._transform, self._output = source, transform, output
+    def __init__(
+        self, source: ImageSource, transform: ImageTransform, settings: LoaderSettings
+    ) -> None:
+        self._source, self._transform, self._settings = source, transform, settings
 
     def __getitem__(self, request: Request) -> _Made | UserError:
         transform = self._transform
@@ -130,37 +128,38 @@ class _Images(Dataset[_Made | UserError]):
             return _Made(torch.empty(0), labels, None, fetched.bad)
         sizes = np.array([(image.height, image.width) for image in images], dtype=np.int64)
         uniforms = request.uniforms[fetched.rows]
-        side = [request.side] * 2
-        if transform.augmentation == "imagenet":
-            windows = random_resized_windows(sizes, uniforms).tolist()
-            cut = [
-                F.resized_crop(image, *w, side) for image, w in zip(images, windows, strict=True)
-            ]
-        else:
-            cut = [
-                F.crop(F.resize(image, [height, width]), top, left, *side)
-                for image, (height, width, top, left) in zip(
-                    images, frames(sizes, uniforms, transform).tolist(), strict=True
-                )
-            ]
-        batch = torch.stack([F.pil_to_tensor(image) for image in cut])
-        if transform.rand_augment is not None:
-            choices = rand_augment_choices(uniforms, transform.rand_augment)
-            batch = rand_augment(batch, *choices, transform.rand_augment)
-        if transform.color_jitter is not None:
-            batch = color_jitter(batch, color_jitter_factors(uniforms, transform.color_jitter))
-        boxes = None
-        if transform.random_erasing:
-            boxes = torch.from_numpy(
-                erasing_boxes(uniforms, request.side, transform.random_erasing)
+        cuts = transform.recipe.cuts(sizes, uniforms, request.side, transform.resize)
+        squares = [_square(image, cuts, place, request.side) for place, image in enumerate(images)]
+        batch = torch.stack([F.pil_to_tensor(square) for square in squares])
+        if transform.augment.rand_augment is not None:
+            choices = rand_augment_choices(uniforms, transform.augment.rand_augment)
+            batch = rand_augment(batch, *choices, transform.augment.rand_augment)
+        if transform.augment.color_jitter is not None:
+            batch = color_jitter(
+                batch, color_jitter_factors(uniforms, transform.augment.color_jitter)
             )
-        if transform.augmentation != "none":
-            mirrored = torch.from_numpy(flips(uniforms))
-            batch[mirrored] = batch[mirrored].flip(-1)
+        boxes = None
+        if transform.augment.random_erasing:
+            boxes = torch.from_numpy(
+                erasing_boxes(uniforms, request.side, transform.augment.random_erasing)
+            )
+        mirrored = torch.from_numpy(cuts.mirrored)
+        batch[mirrored] = batch[mirrored].flip(-1)
         made = _Made(batch, labels, boxes, fetched.bad)
-        if self._output.device.type != "cpu":
+        if self._settings.device.type != "cpu":
             return made
-        return made._replace(images=_finished(made, transform, self._output))
+        return made._replace(images=_finished(made, transform, self._settings))
+
+
+def _square(image: Image.Image, cuts: Cuts, place: int, side: int) -> Image.Image:
+    """What a recipe cuts from the image at a place of its batch; not mirrored yet."""
+    if cuts.window is not None:
+        image = F.crop(image, *cuts.window[place].tolist())
+    if cuts.size is not None:
+        image = F.resize(image, cuts.size[place].tolist())
+    if cuts.corner is not None:
+        image = F.crop(image, *cuts.corner[place].tolist(), side, side)
+    return image
 
 
 def _decoded(data: Bytes, channels: int) -> Image.Image:

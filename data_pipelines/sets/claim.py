@@ -1,4 +1,4 @@
-"""What the commands that make data sets have in common: a bar and a lock."""
+"""What the commands that make data sets have in common: a bar, a lock and threads."""
 
 import fcntl
 import os
@@ -13,6 +13,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from tpp.common.errors import UserError
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
 
 
 def progress_bar() -> Progress:
@@ -57,10 +60,6 @@ def claimed(folder: Path) -> Iterator[None]:
         os.close(descriptor)
         with suppress(OSError):
             folder.rmdir()
-
-
-Job = TypeVar("Job")
-Result = TypeVar("Result")
 
 
 def in_threads(

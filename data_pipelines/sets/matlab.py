@@ -1,4 +1,4 @@
-"""``python -m data_pipelines.matlab < meta.mat`` tells the synsets in a MATLAB file, as JSON.
+"""``python -m data_pipelines.sets.matlab < meta.mat`` tells the synsets in a MATLAB file, as JSON.
 
 A program of its own because SciPy's reader, which is C code, believes every size and depth that a
 file claims: a few kilobytes can make it fill the memory or crash. Here that ends nothing else.

@@ -35,7 +35,7 @@ Sources = dict[str, list[dict[str, Any]]]
 
 @dataclass(frozen=True)
 class ShardSettings:
-    """How images are laid into shards; see :func:`data_pipelines.sets.shard_writer.write_shards`."""
+    """How images are laid into shards: :func:`data_pipelines.sets.shard_writer.write_shards`."""
 
     shard_bytes: int = SHARD_BYTES
     resize: int | None = None
@@ -284,4 +284,5 @@ def _check_room(out: Path, indexes: Mapping[str, ImageIndex]) -> None:
 
 
 def go_through(progress: Progress, task: TaskID) -> Callable[[int], None]:
+    """What moves a bar on by so many images."""
     return lambda images: progress.advance(task, images)

@@ -8,7 +8,6 @@ from typing import Any, BinaryIO
 
 from PIL import Image
 
-from data_pipelines.images.batch import decode_with_pil
 from data_pipelines.images.header import Header, find_damage, open_with_pil, read_header
 from data_pipelines.images.image_index import ImageIndex
 from data_pipelines.images.order import Int64s
@@ -62,6 +61,7 @@ def header_at(file: BinaryIO, offset: int, length: int) -> Header | None:
 
 
 def reading_error(index: ImageIndex, image: int, error: OSError) -> UserError:
+    """What is said of an image whose file cannot be read."""
     return UserError(f"{index.name(image)}: cannot read this image ({error.strerror})")
 
 
@@ -109,6 +109,8 @@ def converted(data: Bytes, resize: int | None, quality: int) -> tuple[bytes | me
         return data.data, header
     with open_with_pil(data) as opened:
         grey = Image.getmodebase(opened.mode) == "L"
+    from data_pipelines.images.batch import decode_with_pil  # with PyTorch
+
     image = decode_with_pil(data, 1 if grey else 3)
     # Comments and profiles would be written too, for nobody to read.
     image.info = {}
@@ -149,4 +151,5 @@ def index_line(key: str, endings: list[str], places: list[tuple[int, int]]) -> s
 
 
 def text_of_index(lines: list[str]) -> str:
+    """DALI's index file of a shard, of the lines of its samples."""
     return "\n".join([f"v1.2 {len(lines)}", *lines]) + "\n"

@@ -11,6 +11,7 @@ import yaml
 from safetensors.torch import load_file
 
 from data_pipelines.demo import generate_demo
+from data_pipelines.settings import DemoData
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -19,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def tiny_sweep(tmp_path: Path) -> Path:
     """TPP on a ResNet-8 with two seeds."""
     data = tmp_path / "data"
-    generate_demo(data, classes=4, train_per_class=16, val_per_class=4, image_size=32, seed=1)
+    generate_demo(data, DemoData(classes=4, train_per_class=16, val_per_class=4, seed=1))
     base: dict[str, Any] = {
         "model": {"name": "cifar_resnet8"},
         "data": {

@@ -1,7 +1,9 @@
 import math
+import pickle
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -9,24 +11,30 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from pydantic import ValidationError
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from data_pipelines.images.order import uniforms
 from data_pipelines.loading.augment import (
     RAND_AUGMENT_OPERATIONS,
-    UNIFORMS,
     ImageTransform,
     color_jitter_factors,
     erasing_boxes,
-    flips,
-    frames,
     rand_augment_choices,
-    random_resized_windows,
     training_size,
 )
-from data_pipelines.settings import ColorJitter, ProgressiveResizing, RandAugment
+from data_pipelines.loading.draws import UNIFORMS
+from data_pipelines.loading.recipes import RECIPES, flips, random_resized_windows
+from data_pipelines.settings import (
+    AugmentSection,
+    ColorJitter,
+    DataSection,
+    ProgressiveResizing,
+    RandAugment,
+)
 from tpp.common.errors import UserError
+from tpp.common.settings import Section, mistakes
 
 SIDES = st.integers(1, 900)
 SIZES = st.lists(st.tuples(SIDES, SIDES), min_size=1, max_size=8).map(
@@ -39,6 +47,16 @@ def _transform(
     image_size: int = 32, resize: int | None = None, augmentation: str = "cifar"
 ) -> ImageTransform:
     return ImageTransform(image_size, resize, augmentation, (0.5,) * 3, (0.5,) * 3)
+
+
+def _frames(
+    sizes: np.ndarray, draws: np.ndarray, side: int, resize: int | None, recipe: str
+) -> np.ndarray:
+    """Height and width after scaling, top and left of the square; shape (n, 4)."""
+    cuts = RECIPES[recipe].cuts(sizes, draws, side, resize)
+    assert cuts.window is None and cuts.corner is not None
+    assert (cuts.size is None) == (resize is None)
+    return np.concatenate([sizes if cuts.size is None else cuts.size, cuts.corner], axis=1)
 
 
 def _reference_window(height: int, width: int, u: list[float]) -> tuple[int, int, int, int]:
@@ -106,9 +124,9 @@ def test_evaluation_frames_are_torchvision_s(
     sizes: np.ndarray, image_size: int, extra: int | None
 ) -> None:
     resize = None if extra is None else image_size + extra
-    transform = _transform(image_size, resize, "none")
+    none = np.empty((len(sizes), 0))
     for (height, width), frame in zip(
-        sizes.tolist(), frames(sizes, np.empty((len(sizes), 0)), transform).tolist(), strict=True
+        sizes.tolist(), _frames(sizes, none, image_size, resize, "none").tolist(), strict=True
     ):
         scaled_height, scaled_width, top, left = frame
         # The pixel's own position is its value, so equal pixels mean equal windows.
@@ -126,15 +144,15 @@ def test_evaluation_frames_are_torchvision_s(
 
 @given(st.integers(2, 500), st.integers(2, 500), st.integers(8, 300))
 def test_scaled_size_is_torchvision_s(height: int, width: int, resize: int) -> None:
-    transform = _transform(8, resize, "none")
-    (frame,) = frames(np.array([[height, width]]), np.empty((1, 0)), transform).tolist()
+    sizes = np.array([[height, width]])
+    (frame,) = _frames(sizes, np.empty((1, 0)), 8, resize, "none").tolist()
     assert frame[:2] == list(F.resize(torch.empty(1, height, width), [resize]).shape[1:])
 
 
 @given(st.integers(0, 2**20), st.sampled_from([8, 28, 32, 64]))
 def test_cifar_frames_stay_within_the_border(sample: int, side: int) -> None:
     draws = uniforms(0, np.array([sample]), UNIFORMS)
-    (frame,) = frames(np.array([[side, side]]), draws, _transform(side)).tolist()
+    (frame,) = _frames(np.array([[side, side]]), draws, side, None, "cifar").tolist()
     border = side // 8
     assert frame[:2] == [side, side]
     assert all(-border <= corner <= border for corner in frame[2:])
@@ -143,7 +161,8 @@ def test_cifar_frames_stay_within_the_border(sample: int, side: int) -> None:
 def test_cifar_frames_reach_every_corner_equally_often() -> None:
     count = 9 * 9 * 500
     sizes = np.full((count, 2), 32)
-    corners = frames(sizes, uniforms(5, np.arange(count), UNIFORMS), _transform())[:, 2:]
+    draws = uniforms(5, np.arange(count), UNIFORMS)
+    corners = _frames(sizes, draws, 32, None, "cifar")[:, 2:]
     counts = np.zeros((9, 9))
     np.add.at(counts, (corners[:, 0] + 4, corners[:, 1] + 4), 1)
     assert np.abs(counts - 500).max() < 6 * math.sqrt(500)
@@ -151,12 +170,19 @@ def test_cifar_frames_reach_every_corner_equally_often() -> None:
 
 def test_cifar_frames_of_a_small_image_centre_it() -> None:
     draws = np.full((1, UNIFORMS), 0.99)
-    assert frames(np.array([[10, 20]]), draws, _transform()).tolist() == [[10, 20, -11, -6]]
+    frame = _frames(np.array([[10, 20]]), draws, 32, None, "cifar")
+    assert frame.tolist() == [[10, 20, -11, -6]]
 
 
-def test_half_of_the_samples_are_mirrored() -> None:
-    mirrored = flips(uniforms(0, np.arange(10_000), UNIFORMS))
-    assert abs(mirrored.mean() - 0.5) < 0.03
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_half_of_the_samples_are_mirrored(recipe: str) -> None:
+    draws = uniforms(0, np.arange(10_000), UNIFORMS)
+    mirrored = RECIPES[recipe].cuts(np.full((10_000, 2), 40), draws, 32, None).mirrored
+    assert abs(mirrored.mean() - (0.5 if RECIPES[recipe].random else 0)) < 0.03
+
+
+def test_every_recipe_has_a_name_in_the_configuration() -> None:
+    assert get_args(DataSection.model_fields["augmentation"].annotation) == tuple(RECIPES)
 
 
 def _assert_uniform(values: np.ndarray, low: float, high: float) -> None:
@@ -168,7 +194,11 @@ def _assert_uniform(values: np.ndarray, low: float, high: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "jitter", [ColorJitter(0.4, 0.3, 0.2, 0.1), ColorJitter(1.5, 1.0, 2.0, 0.5)]
+    "jitter",
+    [
+        ColorJitter(brightness=0.4, contrast=0.3, saturation=0.2, hue=0.1),
+        ColorJitter(brightness=1.5, contrast=1.0, saturation=2.0, hue=0.5),
+    ],
 )
 def test_colour_factors_have_torchvision_s_ranges(jitter: ColorJitter) -> None:
     factors = color_jitter_factors(uniforms(2, np.arange(10**5), UNIFORMS), jitter)
@@ -189,7 +219,7 @@ def test_every_operation_is_drawn_equally_often_in_every_place() -> None:
     count, kinds = 10**5, len(RAND_AUGMENT_OPERATIONS)
     assert kinds == 14
     draws = uniforms(3, np.arange(count), UNIFORMS)
-    numbers, turned = rand_augment_choices(draws, RandAugment(4))
+    numbers, turned = rand_augment_choices(draws, RandAugment(operations=4))
     assert numbers.shape == turned.shape == (count, 4)
     for place in range(4):
         counts = np.bincount(numbers[:, place], minlength=kinds)
@@ -200,7 +230,7 @@ def test_every_operation_is_drawn_equally_often_in_every_place() -> None:
     assert np.abs(pairs - count / kinds**2).max() < 6 * math.sqrt(count / kinds**2)
     for place in range(4):
         assert abs(np.corrcoef(numbers[:, place], turned[:, place])[0, 1]) < 0.02
-    fewer = rand_augment_choices(draws, RandAugment(2))
+    fewer = rand_augment_choices(draws, RandAugment(operations=2))
     assert (fewer[0] == numbers[:, :2]).all() and (fewer[1] == turned[:, :2]).all()
 
 
@@ -260,7 +290,8 @@ def test_no_box_that_does_not_fit_is_erased() -> None:
 def test_every_random_number_decides_one_thing() -> None:
     """And always the same one: a run begun with older code goes on as it was."""
     base = uniforms(9, np.arange(2000), UNIFORMS)
-    sizes, jitter, rand = np.full((2000, 2), 500), ColorJitter(1, 1, 1, 0.5), RandAugment(4)
+    sizes, rand = np.full((2000, 2), 500), RandAugment(operations=4)
+    jitter = ColorJitter(brightness=1, contrast=1, saturation=1, hue=0.5)
     decisions: list[tuple[range, Callable[[np.ndarray], np.ndarray]]] = [
         (range(0, 1), flips),
         (range(1, 23), lambda draws: random_resized_windows(sizes, draws)),
@@ -288,65 +319,86 @@ EPOCHS = st.floats(0, 100)
     st.integers(0, 512),
     st.floats(0, 50),
     st.floats(0.1, 50),
-    st.sampled_from([1, 8, 32]),
     st.lists(EPOCHS, min_size=2, max_size=8).map(sorted),
 )
 def test_training_size_grows_from_start_to_end(
-    start: int, growth: int, first: float, length: float, multiple: int, epochs: list[float]
+    start: int, growth: int, first: float, length: float, epochs: list[float]
 ) -> None:
-    progressive = ProgressiveResizing(start, first, first + length, multiple)
+    progressive = ProgressiveResizing(start_size=start, start_epoch=first, end_epoch=first + length)
     image_size = start + growth
     sizes = [training_size(epoch, image_size, progressive) for epoch in epochs]
     assert sizes == sorted(sizes)
     for epoch, size in zip(epochs, sizes, strict=True):
         assert start <= size <= image_size
-        assert size in (start, image_size) or size % multiple == 0
+        assert size in (start, image_size) or size % 32 == 0
         if epoch <= first:
             assert size == start
         elif epoch >= first + length:
             assert size == image_size
         else:
             line = start + (epoch - first) / length * growth
-            assert abs(size - line) <= multiple / 2 + 1e-6 * image_size
+            assert abs(size - line) <= 32 / 2 + 1e-6 * image_size
 
 
 def test_training_size_of_a_recipe_by_hand() -> None:
     # 160 to 224 over ten epochs: on the line at 176 and 208 a half is rounded up.
-    progressive = ProgressiveResizing(160, 5, 15)
+    progressive = ProgressiveResizing(start_size=160, start_epoch=5, end_epoch=15)
     sizes = [training_size(epoch, 224, progressive) for epoch in (0, 5, 7.4, 7.5, 12, 12.5, 15, 90)]
     assert sizes == [160, 160, 160, 192, 192, 224, 224, 224]
-
-
-def test_progressive_resizing_cannot_shrink() -> None:
-    with pytest.raises(UserError, match="start_size 256 is larger than image_size 224"):
-        training_size(0, 224, ProgressiveResizing(256, 0, 10))
 
 
 def test_a_plain_transform_changes_nothing_at_random() -> None:
     transform = replace(
         _transform(32, 40),
-        color_jitter=ColorJitter(0.4),
-        rand_augment=RandAugment(),
-        random_erasing=0.25,
+        augment=AugmentSection(
+            color_jitter=ColorJitter(brightness=0.4),
+            rand_augment=RandAugment(),
+            random_erasing=0.25,
+            mixup=0.2,
+        ),
     )
     assert transform.plain() == _transform(32, 40, "none")
+
+
+GROWING = ProgressiveResizing(start_size=33, end_epoch=1)
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"random_erasing": 1.1}, "random_erasing must be a probability from 0 to 1, not 1.1"),
-        ({"random_erasing": math.nan}, "random_erasing must be a probability from 0 to 1, not nan"),
-        ({"random_erasing": 0.1, "augmentation": "none"}, "random_erasing cannot go with"),
-        ({"color_jitter": ColorJitter(), "augmentation": "none"}, "color_jitter cannot go with"),
-        ({"rand_augment": RandAugment(), "augmentation": "none"}, "rand_augment cannot go with"),
-        (
-            {"color_jitter": ColorJitter(), "channels": 1, "mean": (0.5,), "std": (0.5,)},
-            "color_jitter needs images of 3 channels (RGB), not 1",
+        *(
+            (
+                {"augment": AugmentSection.model_validate({name: value}), "augmentation": "none"},
+                "augment: with augmentation: none there is no augmentation to add to",
+            )
+            for name, value in {
+                "random_erasing": 0.1,
+                "color_jitter": {},
+                "rand_augment": {},
+                "mixup": 0.1,
+                "cutmix": 0.1,
+                "progressive": {"start_size": 8, "end_epoch": 1},
+            }.items()
+        ),
+        *(
+            (
+                {
+                    "augment": AugmentSection.model_validate({name: {}}),
+                    "channels": 1,
+                    "mean": (0.5,),
+                    "std": (0.5,),
+                },
+                "augment: color_jitter and rand_augment need 3 channels",
+            )
+            for name in ("color_jitter", "rand_augment")
         ),
         (
-            {"rand_augment": RandAugment(), "channels": 1, "mean": (0.5,), "std": (0.5,)},
-            "rand_augment needs images of 3 channels (RGB), not 1",
+            {"augment": AugmentSection(progressive=GROWING)},
+            "augment.progressive: goes with augmentation: imagenet only",
+        ),
+        (
+            {"augment": AugmentSection(progressive=GROWING), "augmentation": "imagenet"},
+            "augment.progressive.start_size (33) must not be larger than image_size (32)",
         ),
         ({"image_size": 0}, "image_size must be at least 1, not 0"),
         ({"resize": 16}, "resize 16 is smaller than image_size 32"),
@@ -370,28 +422,64 @@ def test_mistakes_in_a_transform_are_named(changes: dict[str, object], said: str
 
 
 def test_grey_images_may_be_erased() -> None:
-    grey = ImageTransform(28, None, "cifar", (0.5,), (0.5,), channels=1, random_erasing=0.5)
-    assert grey.random_erasing == 0.5
+    erasing = AugmentSection(random_erasing=0.5)
+    grey = ImageTransform(28, None, "cifar", (0.5,), (0.5,), channels=1, augment=erasing)
+    assert grey.augment.random_erasing == 0.5
 
 
 @pytest.mark.parametrize(
-    ("make", "said"),
+    ("section", "values", "said"),
     [
-        (lambda: ColorJitter(brightness=-0.1), "brightness must be at least 0, not -0.1"),
-        (lambda: ColorJitter(contrast=math.inf), "contrast must be at least 0, not inf"),
-        (lambda: ColorJitter(saturation=math.nan), "saturation must be at least 0, not nan"),
-        (lambda: ColorJitter(hue=0.6), "hue must lie between 0 and 0.5 turns, not 0.6"),
-        (lambda: RandAugment(0), "operations must lie between 1 and 4, not 0"),
-        (lambda: RandAugment(5), "operations must lie between 1 and 4, not 5"),
-        (lambda: RandAugment(2, 31), "magnitude must lie between 0 and 30 with 31 bins, not 31"),
-        (lambda: RandAugment(2, -1), "magnitude must lie between 0 and 30 with 31 bins, not -1"),
-        (lambda: RandAugment(2, 0, 1), "bins must be at least 2, not 1"),
-        (lambda: ProgressiveResizing(0, 0, 1), "start_size must be at least 1, not 0"),
-        (lambda: ProgressiveResizing(8, 0, 1, 0), "multiple must be at least 1, not 0"),
-        (lambda: ProgressiveResizing(8, 5, 5), "end_epoch must come after start_epoch"),
-        (lambda: ProgressiveResizing(8, -1, 5), "not 5 and -1"),
+        (ColorJitter, {"brightness": -0.1}, "brightness: input should be greater than or equal to"),
+        (ColorJitter, {"contrast": math.inf}, "contrast: input should be a finite number, not inf"),
+        (ColorJitter, {"saturation": math.nan}, "saturation: input should be a finite number"),
+        (ColorJitter, {"hue": 0.6}, "hue: input should be less than or equal to 0.5, not 0.6"),
+        (RandAugment, {"operations": 0}, "operations: input should be greater than or equal to 1"),
+        (RandAugment, {"operations": 5}, "operations: input should be less than or equal to 4"),
+        (RandAugment, {"magnitude": 31}, "magnitude (31) must be below bins (31)"),
+        (RandAugment, {"magnitude": -1}, "magnitude: input should be greater than or equal to 0"),
+        (RandAugment, {"magnitude": 0, "bins": 1}, "bins: input should be greater than or equal"),
+        (
+            ProgressiveResizing,
+            {"start_size": 0, "end_epoch": 1},
+            "start_size: input should be greater than or equal to 1, not 0",
+        ),
+        (
+            ProgressiveResizing,
+            {"start_size": 8, "start_epoch": 5, "end_epoch": 5},
+            "end_epoch (5.0) must come after start_epoch (5.0)",
+        ),
+        (
+            ProgressiveResizing,
+            {"start_size": 8, "start_epoch": -1, "end_epoch": 5},
+            "start_epoch: input should be greater than or equal to 0, not -1",
+        ),
+        (AugmentSection, {"random_erasing": 1.1}, "random_erasing: input should be less than or"),
+        (AugmentSection, {"random_erasing": math.nan}, "random_erasing: input should be a finite"),
+        (AugmentSection, {"mixup": -0.1}, "mixup: input should be greater than or equal to 0"),
+        (AugmentSection, {"mixup": math.inf}, "mixup: input should be a finite number, not inf"),
+        (AugmentSection, {"cutmix": -0.1}, "cutmix: input should be greater than or equal to 0"),
+        (AugmentSection, {"cutmix": math.nan}, "cutmix: input should be a finite number, not nan"),
     ],
 )
-def test_mistakes_in_an_augmentation_are_named(make: Callable[[], object], said: str) -> None:
-    with pytest.raises(UserError, match=re.escape(said)):
-        make()
+def test_mistakes_in_an_augmentation_are_named(
+    section: type[Section], values: dict[str, float], said: str
+) -> None:
+    with pytest.raises(ValidationError) as caught:
+        section(**values)
+    (line,) = mistakes(caught.value, section)
+    assert line.startswith(said)
+
+
+def test_augmentations_are_compared_by_what_they_say_and_reach_a_worker_whole() -> None:
+    one, other = (
+        AugmentSection(color_jitter=ColorJitter(hue=0.1), rand_augment=RandAugment(), mixup=mixup)
+        for mixup in (0.1, 0.2)
+    )
+    transform = replace(_transform(), augment=one)
+    assert transform == replace(_transform(), augment=AugmentSection(**dict(one)))
+    assert transform != replace(_transform(), augment=other)
+    assert len({transform, replace(transform), replace(transform, augment=other)}) == 2
+    assert pickle.loads(pickle.dumps(transform)) == transform
+    with pytest.raises(ValidationError, match="frozen"):
+        one.mixup = 0.3

@@ -13,11 +13,12 @@ import torch
 from PIL import Image
 
 from data_pipelines.images import source
+from data_pipelines.images.batch import LoaderSettings
 from data_pipelines.images.image_index import ImageIndex, Location, load_index, save_index
 from data_pipelines.images.image_index import scan_class_folders as scan
-from data_pipelines.images.order import permutation
+from data_pipelines.images.order import Steps, permutation
 from data_pipelines.images.source import BadImages, read_bytes
-from data_pipelines.loaders import eval_batches, train_batches
+from data_pipelines.loaders import eval_batches, train_batches, training_order
 from data_pipelines.loading.augment import ImageTransform
 from tpp.common.errors import UserError
 
@@ -81,33 +82,39 @@ def _assert_shows(images: torch.Tensor, index: ImageIndex, expected: np.ndarray)
     np.testing.assert_allclose(seen, _colours(index, expected), atol=2.5)
 
 
-def _train(index: ImageIndex, bad: BadImages, loader: str, **changes: Any) -> list[Any]:
-    settings: dict[str, Any] = {
-        "loader": loader,
-        "global_batch": 24,
-        "accumulation": 1,
-        "seed": SEED,
-        "start_step": 0,
-        "steps": 18,
-        "rank": 0,
-        "world_size": 1,
-        "threads": 1,
-        "device": CPU,
-        "bad": bad,
-    }
-    return list(train_batches(index, PLAIN, **{**settings, **changes}))
+def _train(
+    index: ImageIndex,
+    bad: BadImages,
+    loader: str,
+    *,
+    start: int = 0,
+    steps: int = 18,
+    threads: int = 1,
+    rank: int = 0,
+    world_size: int = 1,
+) -> list[Any]:
+    order = training_order(index, SEED)
+    settings = LoaderSettings(loader, threads, CPU, rank, world_size)
+    return list(train_batches(index, PLAIN, order, Steps(24, 1, start, steps), settings, bad=bad))
 
 
-def _evaluate(index: ImageIndex, bad: BadImages, loader: str, **changes: Any) -> Any:
-    settings: dict[str, Any] = {
-        "loader": loader,
-        "rank": 0,
-        "world_size": 1,
-        "threads": 1,
-        "device": CPU,
-        "bad": bad,
-    }
-    return eval_batches(index, PLAIN, **{**settings, **changes})
+def _threads(loader: str, *, worker: bool) -> int:
+    """No worker process of torchvision's loader where one would prove nothing: it takes seconds."""
+    return int(loader == "dali" or worker)
+
+
+def _evaluate(
+    index: ImageIndex,
+    bad: BadImages,
+    loader: str,
+    batch_size: int,
+    *,
+    threads: int = 1,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Any:
+    settings = LoaderSettings(loader, threads, CPU, rank, world_size)
+    return eval_batches(index, PLAIN, batch_size, settings, bad=bad)
 
 
 def _stream(count: int, bad: set[int]) -> np.ndarray:
@@ -140,7 +147,7 @@ def test_bad_images_give_way_to_the_next_of_the_order(
     )
     assert all(reason and "\n" not in reason for _, reason in found)
     # Each one is told once: not again in the second epoch, nor when asked again.
-    _train(index, known, loader, start_step=18, steps=17)
+    _train(index, known, loader, start=18, steps=17)
     assert known.take_new() == []
 
 
@@ -156,7 +163,8 @@ def test_what_replaces_them_does_not_depend_on_the_ranks(
             BadImages(index, on_error="skip", limit=0.05, world_size=world_size),
             loader,
             steps=9,
-            start_step=2,
+            start=2,
+            threads=_threads(loader, worker=False),
             rank=rank,
             world_size=world_size,
         )
@@ -180,7 +188,15 @@ def test_evaluation_leaves_them_out(
     seen: dict[int, list[Any]] = {}
     for rank in range(world_size):
         known = BadImages(index, on_error="skip", limit=0.05, world_size=world_size)
-        batches = _evaluate(index, known, loader, batch_size=7, rank=rank, world_size=world_size)
+        batches = _evaluate(
+            index,
+            known,
+            loader,
+            batch_size=7,
+            threads=_threads(loader, worker=world_size == 1),
+            rank=rank,
+            world_size=world_size,
+        )
         images, labels = (torch.cat(part) for part in zip(*batches, strict=True))
         mine = np.array([i for i in range(rank, FILES, world_size) if i not in bad])
         _assert_shows(images, index, mine)
@@ -221,20 +237,8 @@ def test_without_leave_to_skip_the_file_is_named(tmp_path: Path, loader: str, da
     index = scan(tmp_path)
     image = int(permutation(SEED, 0, 48)[30])
     DAMAGE[damage](tmp_path / index.files[image])
-    batches = train_batches(
-        index,
-        PLAIN,
-        loader=loader,
-        global_batch=8,
-        accumulation=1,
-        seed=SEED,
-        start_step=0,
-        steps=6,
-        rank=0,
-        world_size=1,
-        threads=1,
-        device=CPU,
-    )
+    settings = LoaderSettings(loader, _threads(loader, worker=damage == "deleted"), CPU)
+    batches = train_batches(index, PLAIN, training_order(index, SEED), Steps(8, 1, 0, 6), settings)
     came = 0
     with pytest.raises(UserError) as caught:
         for _ in batches:

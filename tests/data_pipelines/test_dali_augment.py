@@ -20,11 +20,11 @@ from data_pipelines.images.order import uniforms
 from data_pipelines.loading import dali_augment, torch_augment
 from data_pipelines.loading.augment import (
     RAND_AUGMENT_OPERATIONS,
-    UNIFORMS,
     color_jitter_factors,
     erasing_boxes,
     rand_augment_choices,
 )
+from data_pipelines.loading.draws import UNIFORMS
 from data_pipelines.settings import ColorJitter, RandAugment
 
 PHOTOS, SIDE = 24, 96
@@ -91,7 +91,7 @@ def _factors(**changes: float) -> NDArray[np.float64]:
 
 
 def test_colours_of_both_loaders_are_the_same(photos: Tensor) -> None:
-    jitter = ColorJitter(0.8, 0.8, 0.8, 0.5)
+    jitter = ColorJitter(brightness=0.8, contrast=0.8, saturation=0.8, hue=0.5)
     factors = color_jitter_factors(uniforms(1, np.arange(PHOTOS), UNIFORMS), jitter)
     ours = torch_augment.color_jitter(photos, factors)
     difference = _difference(_color_in_dali(photos, factors), ours)
@@ -136,7 +136,10 @@ def test_hue_turns_the_way_torchvision_s_does() -> None:
 def test_operations_of_both_loaders_are_the_same(photos: Tensor, magnitude: int) -> None:
     kinds = [(number, turn) for number in range(len(RAND_AUGMENT_OPERATIONS)) for turn in (0, 1)]
     choices = np.repeat(np.array(kinds), PHOTOS, axis=0)
-    images, rand = photos.repeat(len(kinds), 1, 1, 1), RandAugment(1, magnitude)
+    images, rand = (
+        photos.repeat(len(kinds), 1, 1, 1),
+        RandAugment(operations=1, magnitude=magnitude),
+    )
     theirs = _rand_in_dali(images, choices[:, :1], choices[:, 1:], rand)
     ours = torch_augment.rand_augment(images, choices[:, :1], choices[:, 1:], rand)
     difference = _difference(theirs, ours).reshape(len(RAND_AUGMENT_OPERATIONS), -1)
@@ -147,7 +150,7 @@ def test_operations_of_both_loaders_are_the_same(photos: Tensor, magnitude: int)
 
 
 def test_operations_one_after_the_other_are_the_same_in_both_loaders(photos: Tensor) -> None:
-    rand = RandAugment(3, 5, 11)
+    rand = RandAugment(operations=3, magnitude=5, bins=11)
     operations, turned = rand_augment_choices(uniforms(2, np.arange(4 * PHOTOS), UNIFORMS), rand)
     images = photos.repeat(4, 1, 1, 1)
     theirs = _rand_in_dali(images, operations, turned, rand)
@@ -177,7 +180,7 @@ def _by_pil(photos: Tensor, operation: Callable[[Image.Image], Image.Image]) -> 
 def test_enhancements_are_pil_s(photos: Tensor, name: str, turned: bool) -> None:
     enhance = getattr(ImageEnhance, name.capitalize())
     factor = 0.55 if turned else 1.45
-    ours = _operated(photos, name, RandAugment(1, 1, 3), turned=turned)
+    ours = _operated(photos, name, RandAugment(operations=1, magnitude=1, bins=3), turned=turned)
     theirs = _by_pil(photos, lambda image: enhance(image).enhance(factor))
     # PIL rounds its grey and its smoothed image to whole levels, and leaves the border unsharpened.
     assert _difference(ours, theirs)[..., 1:-1, 1:-1].max() <= 2
@@ -195,13 +198,13 @@ def test_enhancements_are_pil_s(photos: Tensor, name: str, turned: bool) -> None
 def test_operations_on_levels_are_pil_s(
     photos: Tensor, name: str, operation: Callable[[Image.Image], Image.Image]
 ) -> None:
-    ours = _operated(photos, name, RandAugment(1, 1, 3))
+    ours = _operated(photos, name, RandAugment(operations=1, magnitude=1, bins=3))
     # PIL cuts off what comes after the point where the contrast is stretched.
     assert _difference(ours, _by_pil(photos, operation)).max() <= (name == "auto_contrast")
 
 
 def test_equalising_makes_every_level_equally_frequent(photos: Tensor) -> None:
-    made = _operated(photos, "equalize", RandAugment(1))
+    made = _operated(photos, "equalize", RandAugment(operations=1))
     for before, after in zip(photos.flatten(0, 1), made.flatten(0, 1), strict=True):
         values = before.flatten().tolist()
         lowest = values.count(min(values))
@@ -214,9 +217,9 @@ def test_equalising_makes_every_level_equally_frequent(photos: Tensor) -> None:
 def test_an_image_of_one_level_stays_as_it_is() -> None:
     flat = torch.full((1, 3, 8, 8), 70, dtype=torch.uint8)
     for name in ("contrast", "color", "sharpness", "equalize", "auto_contrast"):
-        assert torch.equal(_operated(flat, name, RandAugment(1)), flat), name
+        assert torch.equal(_operated(flat, name, RandAugment(operations=1)), flat), name
         number = np.array([[RAND_AUGMENT_OPERATIONS.index(name)]])
-        theirs = _rand_in_dali(flat, number, np.zeros_like(number), RandAugment(1))
+        theirs = _rand_in_dali(flat, number, np.zeros_like(number), RandAugment(operations=1))
         assert torch.equal(theirs, flat), name
 
 
@@ -234,7 +237,7 @@ def test_an_image_of_one_level_stays_as_it_is() -> None:
 def test_moves_are_pil_s(
     photos: Tensor, name: str, coefficients: tuple[float, float, float, float, float, float]
 ) -> None:
-    rand = RandAugment(1, 7, 31)
+    rand = RandAugment(operations=1, magnitude=7, bins=31)
     ours = _operated(photos, name, rand)
     theirs = _by_pil(
         photos,
@@ -260,7 +263,9 @@ def test_rotation_is_pil_s(photos: Tensor) -> None:
         )
 
     for turned in (False, True):
-        ours = _operated(photos, "rotate", RandAugment(1, 1, 3), turned=turned)
+        ours = _operated(
+            photos, "rotate", RandAugment(operations=1, magnitude=1, bins=3), turned=turned
+        )
         assert (_difference(ours, rotated(-15 if turned else 15)) <= 2).float().mean() > 0.97
 
 
@@ -289,8 +294,11 @@ def test_erased_boxes_are_zero_in_both_loaders(layout: str, half: bool) -> None:
 
 def test_torch_augmentations_leave_what_they_are_given(photos: Tensor) -> None:
     before = photos.clone()
-    rand = RandAugment(4, 30)
+    rand = RandAugment(operations=4, magnitude=30)
     draws = uniforms(5, np.arange(PHOTOS), UNIFORMS)
     torch_augment.rand_augment(photos, *rand_augment_choices(draws, rand), rand)
-    torch_augment.color_jitter(photos, color_jitter_factors(draws, ColorJitter(1, 1, 1, 0.5)))
+    torch_augment.color_jitter(
+        photos,
+        color_jitter_factors(draws, ColorJitter(brightness=1, contrast=1, saturation=1, hue=0.5)),
+    )
     assert torch.equal(photos, before)

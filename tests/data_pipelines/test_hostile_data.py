@@ -24,7 +24,7 @@ from PIL import Image
 from data_pipelines.demo import SETTINGS_FILE as DEMO_SETTINGS
 from data_pipelines.demo import generate_demo
 from data_pipelines.images import header
-from data_pipelines.images.batch import decode_with_pil
+from data_pipelines.images.batch import LoaderSettings, decode_with_pil
 from data_pipelines.images.header import MOST_PIXELS, find_damage
 from data_pipelines.images.image_index import (
     INDEX_FILE,
@@ -50,6 +50,7 @@ from data_pipelines.sets.shard_check import verify_shards
 from data_pipelines.sets.shard_format import SETTINGS_FILE
 from data_pipelines.sets.shard_writer import write_shards
 from data_pipelines.sets.small_sets import images_in
+from data_pipelines.settings import DemoData
 from tests.data_pipelines.archives_for_tests import member, write_tar, write_zip
 from tpp.common.errors import UserError
 
@@ -382,12 +383,8 @@ def test_loaders_pass_over_what_is_no_file(tmp_path: Path, loader: str) -> None:
     batches = eval_batches(
         index,
         ImageTransform(16, None, "none", (0.0,) * 3, (1.0,) * 3),
-        loader=loader,
-        batch_size=2,
-        rank=0,
-        world_size=1,
-        threads=int(loader == "dali"),
-        device=torch.device("cpu"),
+        2,
+        LoaderSettings(loader, threads=int(loader == "dali"), device=torch.device("cpu")),
         bad=bad,
     )
     labels = [label for _, batch in batches for label in batch.tolist()]
@@ -567,8 +564,8 @@ def test_settings_that_cannot_be_read_are_named(
     assert "empty the folder" in message
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / DEMO_SETTINGS).write_bytes(content)
-    small = {"classes": 2, "train_per_class": 1, "val_per_class": 1, "image_size": 8}
-    message = _refusal(lambda: generate_demo(tmp_path / "demo", **small))
+    small = DemoData(classes=2, train_per_class=1, val_per_class=1)
+    message = _refusal(lambda: generate_demo(tmp_path / "demo", small, image_size=8))
     assert message.startswith(f"{tmp_path / 'demo'}: ")
 
 

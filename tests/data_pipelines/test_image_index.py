@@ -250,7 +250,7 @@ def test_worker_does_not_take_another_index_for_this_one(tmp_path: Path) -> None
 LOADING = """
 import sys
 from pathlib import Path
-from data_pipelines.image_index import INDEX_FILE, load_index
+from data_pipelines.images.image_index import INDEX_FILE, load_index
 
 def memory():
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]

@@ -3,8 +3,6 @@
 import os
 import resource
 import signal
-import subprocess
-import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fork_server import BARE, Fork, Forks
 from PIL import Image
 from rich.progress import Progress
 
@@ -430,28 +429,26 @@ def test_change_within_a_tick_of_the_clock_is_found(
     assert load_index(root / INDEX_FILE, root).marks.tolist() == [-1, 10**18]
 
 
-def test_interruption_leaves_what_was_there(tmp_path: Path, run: Callable[..., Any]) -> None:
+def _start(forks: Forks, *arguments: object) -> Fork:
+    """Start the command in a process, and a session, of its own."""
+    environment = {**os.environ, **BARE}
+    return forks.start("data_pipelines.index", [*map(str, arguments)], ROOT, environment)
+
+
+def test_interruption_leaves_what_was_there(tmp_path: Path, forks: Forks) -> None:
     png = _encoded("RGBA", "PNG", size=1200)
     root = _write(tmp_path / "images", {f"a/{number:03}.png": png for number in range(1)})
     for number in range(1, 400):
         os.link(root / "a" / "000.png", root / "a" / f"{number:03}.png")
     save_index(scan_class_folders(root), root / INDEX_FILE)
     before = (root / INDEX_FILE).read_bytes()
-    arguments = [sys.executable, "-m", "data_pipelines.index", str(root), "--decode"]
-    process = subprocess.Popen(
-        [*arguments, "--threads", "2"],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    process = _start(forks, root, "--decode", "--threads", "2")
     while not _decoding(process.pid):
         assert process.poll() is None
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of the processes
-    out, err = process.communicate(timeout=60)
-    assert (process.returncode, out, err) == (130, "", "interrupted\n")
+    assert process.wait(60) == 130
+    assert process.output() == ("", "interrupted\n")
     assert (root / INDEX_FILE).read_bytes() == before
     assert _names(root) == [INDEX_FILE, "a"]
 
@@ -488,20 +485,16 @@ def _decoding(command: int) -> bool:
         except OSError:
             continue
         parent, session, ticks = int(fields[1]), int(fields[3]), int(fields[11])
-        if session == command and parent not in (command, os.getpid()) and ticks > 20:
+        # What the command itself has started only starts others.
+        if session == command and command not in (int(folder.name), parent) and ticks > 20:
             return True
     return False
 
 
-def test_two_at_once_do_not_disturb_each_other(tmp_path: Path) -> None:
+def test_two_at_once_do_not_disturb_each_other(tmp_path: Path, forks: Forks) -> None:
     root = _write(tmp_path, {f"a/{number}.jpg": _encoded() for number in range(300)})
-    arguments = [sys.executable, "-m", "data_pipelines.index", str(root)]
-    both = [
-        subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        for _ in range(2)
-    ]
-    for process in both:
-        _, err = process.communicate(timeout=120)
-        assert (process.returncode, err) == (0, b"")
+    for process in [_start(forks, root) for _ in range(2)]:
+        assert process.wait(120) == 0
+        assert process.output()[1] == ""
     assert len(open_images(root)) == 300
     assert _names(root) == [INDEX_FILE, "a"]

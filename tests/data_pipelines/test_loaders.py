@@ -16,19 +16,26 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from data_pipelines.images.batch import Batch
+from data_pipelines.images.batch import Batch, LoaderSettings
 from data_pipelines.images.image_index import ImageIndex, scan_class_folders
-from data_pipelines.images.order import mixing_uniforms, permutation, uniforms
-from data_pipelines.loaders import eval_batches, resolve_loader, train_batches, training_order
-from data_pipelines.loading.augment import (
-    UNIFORMS,
-    ImageTransform,
-    erasing_boxes,
-    flips,
-    random_resized_windows,
+from data_pipelines.images.order import (
+    SampleOrder,
+    Steps,
+    mixing_uniforms,
+    permutation,
+    uniforms,
 )
-from data_pipelines.loading.mixing import MIXING_UNIFORMS, Mixing, mix
-from data_pipelines.settings import ColorJitter, RandAugment
+from data_pipelines.loaders import eval_batches, resolve_loader, train_batches, training_order
+from data_pipelines.loading.augment import ImageTransform, erasing_boxes
+from data_pipelines.loading.draws import UNIFORMS
+from data_pipelines.loading.mixing import MIXING_UNIFORMS, mix
+from data_pipelines.loading.recipes import flips, random_resized_windows
+from data_pipelines.settings import (
+    AugmentSection,
+    ColorJitter,
+    ProgressiveResizing,
+    RandAugment,
+)
 from tpp.common.errors import UserError
 
 # The torchvision loader's workers.
@@ -70,32 +77,30 @@ def _transform(
     return ImageTransform(size, resize, augmentation, MEAN[:channels], STD[:channels], channels)
 
 
-def _train(index: ImageIndex, transform: ImageTransform, **changes: Any) -> list[Batch]:
-    settings: dict[str, Any] = {
-        "loader": "dali",
-        "global_batch": 8,
-        "accumulation": 1,
-        "seed": 3,
-        "start_step": 0,
-        "steps": 5,
-        "rank": 0,
-        "world_size": 1,
-        "threads": 2,
-        "device": CPU,
-    }
-    return list(train_batches(index, transform, **{**settings, **changes}))
+def _train(
+    index: ImageIndex,
+    transform: ImageTransform,
+    *,
+    order: SampleOrder | None = None,
+    global_batch: int = 8,
+    accumulation: int = 1,
+    start: int = 0,
+    steps: int = 5,
+    **settings: Any,
+) -> list[Batch]:
+    covered = Steps(global_batch, accumulation, start, steps)
+    order = order or training_order(index, 3)
+    return list(train_batches(index, transform, order, covered, _settings(**settings)))
 
 
-def _evaluate(index: ImageIndex, transform: ImageTransform, **changes: Any) -> list[Batch]:
-    settings: dict[str, Any] = {
-        "loader": "dali",
-        "batch_size": 16,
-        "rank": 0,
-        "world_size": 1,
-        "threads": 2,
-        "device": CPU,
-    }
-    return list(eval_batches(index, transform, **{**settings, **changes}))
+def _evaluate(
+    index: ImageIndex, transform: ImageTransform, *, batch_size: int = 16, **settings: Any
+) -> list[Batch]:
+    return list(eval_batches(index, transform, batch_size, _settings(**settings)))
+
+
+def _settings(loader: str = "dali", threads: int = 2, **more: Any) -> LoaderSettings:
+    return LoaderSettings(loader, threads, CPU, **more)
 
 
 def _levels(images: torch.Tensor) -> torch.Tensor:
@@ -210,7 +215,7 @@ def test_any_start_any_ranks_any_accumulation_give_the_same_samples(
     settings: dict[str, Any] = {"loader": loader, "global_batch": 48, "threads": 1}
     # Six steps of 48 over 120 images: an epoch ends in the middle of step 2.
     whole = _train(cifar, transform, steps=6, **settings)
-    resumed = _train(cifar, transform, start_step=2, steps=4, **settings)
+    resumed = _train(cifar, transform, start=2, steps=4, **settings)
     for (images, labels), (again, labels_again) in zip(whole[2:], resumed, strict=True):
         assert torch.equal(images, again) and torch.equal(labels, labels_again)
     ranks = [
@@ -218,7 +223,7 @@ def test_any_start_any_ranks_any_accumulation_give_the_same_samples(
             cifar,
             transform,
             steps=2,
-            start_step=2,
+            start=2,
             accumulation=2,
             rank=r,
             world_size=3,
@@ -334,16 +339,9 @@ def _endless(index: ImageIndex, loader: str) -> Iterator[Batch]:
     return train_batches(
         index,
         _transform("cifar", 32, None),
-        loader=loader,
-        global_batch=8,
-        accumulation=1,
-        seed=0,
-        start_step=0,
-        steps=10**9,
-        rank=0,
-        world_size=1,
-        threads=2,
-        device=CPU,
+        training_order(index, 0),
+        Steps(global_batch=8, accumulation=1, start=0, count=10**9),
+        _settings(loader),
     )
 
 
@@ -416,21 +414,19 @@ def test_a_folder_in_the_place_of_an_image_is_named(tmp_path: Path, loader: str)
         _evaluate(index, _transform("none", 32, None), loader=loader)
 
 
+JITTER = ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)
+RAND = RandAugment(operations=2, magnitude=9)
 AUGMENTED = {
-    "color_jitter": {"color_jitter": ColorJitter(0.4, 0.4, 0.4, 0.1)},
-    "rand_augment": {"rand_augment": RandAugment(2, 9)},
-    "random_erasing": {"random_erasing": 0.7},
-    "all": {
-        "color_jitter": ColorJitter(0.4, 0.4, 0.4, 0.1),
-        "rand_augment": RandAugment(2, 9),
-        "random_erasing": 0.7,
-    },
+    "color_jitter": AugmentSection(color_jitter=JITTER),
+    "rand_augment": AugmentSection(rand_augment=RAND),
+    "random_erasing": AugmentSection(random_erasing=0.7),
+    "all": AugmentSection(color_jitter=JITTER, rand_augment=RAND, random_erasing=0.7),
 }
 
 
 @pytest.mark.parametrize("augmented", AUGMENTED)
 def test_augmented_images_of_both_loaders_are_the_same(photos: ImageIndex, augmented: str) -> None:
-    transform = replace(_transform(size=96), **AUGMENTED[augmented])
+    transform = replace(_transform(size=96), augment=AUGMENTED[augmented])
     ours, _ = _join(_train(photos, transform))
     theirs, _ = _join(_train(photos, transform, loader="torchvision"))
     plain, _ = _join(_train(photos, _transform(size=96)))
@@ -445,7 +441,7 @@ def test_augmented_images_of_both_loaders_are_the_same(photos: ImageIndex, augme
 
 @pytest.mark.parametrize("loader", LOADERS)
 def test_erased_boxes_hold_the_mean(photos: ImageIndex, loader: str) -> None:
-    erasing = replace(_transform(size=96), random_erasing=1.0)
+    erasing = replace(_transform(size=96), augment=AugmentSection(random_erasing=1.0))
     erased, _ = _join(_train(photos, erasing, loader=loader))
     plain, _ = _join(_train(photos, _transform(size=96), loader=loader))
     draws = uniforms(3, np.arange(PHOTOS), UNIFORMS)
@@ -458,19 +454,21 @@ def test_erased_boxes_hold_the_mean(photos: ImageIndex, loader: str) -> None:
 
 @pytest.mark.parametrize("loader", LOADERS)
 def test_any_start_restores_every_augmentation_bit_by_bit(photos: ImageIndex, loader: str) -> None:
-    transform = replace(_transform(size=64), **AUGMENTED["all"])
+    # An epoch is 3 1/3 steps: at step 4 the images have grown.
+    growing = ProgressiveResizing(start_size=32, start_epoch=1, end_epoch=1.1)
+    more = {"mixup": 0.2, "cutmix": 1.0, "progressive": growing}
+    augment = AUGMENTED["all"].model_copy(update=more)
+    transform = replace(_transform(size=64), augment=augment)
     settings: dict[str, Any] = {
         "loader": loader,
         "global_batch": 12,
         "accumulation": 2,
-        "mixing": Mixing(mixup=0.2, cutmix=1.0),
-        "image_side": lambda step: 32 if step < 4 else 64,
         "order": training_order(photos, 3, repeats=2),
     }
     whole = _train(photos, transform, steps=8, **settings)  # 96 samples: past the end of an epoch
     assert [images.shape[2] for images, _ in whole] == [32] * 8 + [64] * 8
     for start in (1, 3, 5):
-        resumed = _train(photos, transform, start_step=start, steps=8 - start, **settings)
+        resumed = _train(photos, transform, start=start, steps=8 - start, **settings)
         for (images, shares), (again, shares_again) in zip(
             whole[2 * start :], resumed, strict=True
         ):
@@ -480,9 +478,9 @@ def test_any_start_restores_every_augmentation_bit_by_bit(photos: ImageIndex, lo
 @pytest.mark.parametrize("loader", LOADERS)
 def test_mixed_batches_are_the_batches_mixed(photos: ImageIndex, loader: str) -> None:
     settings: dict[str, Any] = {"loader": loader, "global_batch": 8, "steps": 6}
-    mixing = Mixing(mixup=0.4, cutmix=1.0)
+    mixing = AugmentSection(mixup=0.4, cutmix=1.0)
     plain = _train(photos, _transform(size=32), **settings)
-    mixed = _train(photos, _transform(size=32), mixing=mixing, **settings)
+    mixed = _train(photos, replace(_transform(size=32), augment=mixing), **settings)
     for step, ((images, labels), (made, shares)) in enumerate(zip(plain, mixed, strict=True)):
         draws = mixing_uniforms(3, 8 * step, MIXING_UNIFORMS)
         expected, targets = mix(images, labels, PHOTOS, mixing, draws)
@@ -495,7 +493,8 @@ def test_mixed_batches_are_the_batches_mixed(photos: ImageIndex, loader: str) ->
 def test_half_precision_and_channels_last_are_the_same_numbers(
     photos: ImageIndex, loader: str, augmentation: str
 ) -> None:
-    transform = replace(_transform(augmentation, 64, 72), random_erasing=0.5)
+    erasing = AugmentSection(random_erasing=0.5)
+    transform = replace(_transform(augmentation, 64, 72), augment=erasing)
     plain, _ = _join(_train(photos, transform, loader=loader))
     (images, _), *_ = _train(
         photos, transform, loader=loader, dtype=torch.float16, channels_last=True, global_batch=20

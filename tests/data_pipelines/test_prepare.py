@@ -33,6 +33,7 @@ from archives_for_tests import (
     write_train,
     write_zip,
 )
+from fork_server import BARE, Forks
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -114,6 +115,21 @@ def official(
 def cifar_jpegs(shared_data: Callable[[str], Path]) -> list[tuple[str, bytes]]:
     """1,600 real photos of CIFAR-10."""
     return _few(shared_data("cifar10-jpeg.tar.gz"), 1600)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _each_devkit_is_read_once() -> Iterator[None]:
+    """Its reader is a new interpreter with SciPy, and nearly all tests have the same devkit."""
+    read, known = imagenet._leaves, {}
+
+    def leaves(content: bytes, where: str) -> list[tuple[int, str, int]]:
+        if content not in known:
+            known[content] = read(content, where)
+        return known[content]
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(imagenet, "_leaves", leaves)
+        yield
 
 
 @pytest.fixture
@@ -290,27 +306,26 @@ def many(cifar_jpegs: list[tuple[str, bytes]]) -> Photos:
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
 def test_a_run_that_was_ended_is_gone_on_with(
-    run: Run, many: Photos, tmp_path: Path, sent: signal.Signals
+    run: Run, many: Photos, tmp_path: Path, sent: signal.Signals, forks: Forks
 ) -> None:
     train = write_train(tmp_path / "train.tar", many)
     out, expected = tmp_path / "out", _expected(many, [], {})
     arguments = ["imagenet", "--train", str(train), "--out", str(out), "--threads", "1"]
-    command = [sys.executable, "-m", "data_pipelines.prepare", *arguments]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    process = forks.start("data_pipelines.prepare", arguments, ROOT, {**os.environ, **BARE})
     while len(list((out / "train").glob("n*"))) < 10:
-        assert process.poll() is None, process.communicate()
+        assert process.poll() is None, process.output()
         time.sleep(0.0005)
-    process.send_signal(sent)
-    said = process.communicate()[1]
+    os.kill(process.pid, sent)
+    code, said = process.wait(60), process.output()[1]
     classes = [path.name for path in (out / "train").glob("n*")]
     assert 10 <= len(classes) < len(many)
     found = {k: v for k, v in _contents(out / "train").items() if k[0] != "."}
     assert found == {f"{wnid}/{k}": v for wnid in classes for k, v in many[wnid].items()}
     if sent == signal.SIGINT:
-        assert (process.returncode, said) == (130, "interrupted\n")
+        assert (code, said) == (130, "interrupted\n")
         assert list((out / "train").glob(".*")) == []
     else:
-        assert process.returncode == -signal.SIGKILL
+        assert code == -signal.SIGKILL
         # What a run may leave that is killed between two lines.
         (out / "train" / ".n00000079.77.tmp").mkdir()
         (out / "train" / ".n00000079.77.tmp" / "half").write_bytes(b"half")
@@ -360,7 +375,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on(
     place.mkdir()
     script = (
         "import os, sys; from data_pipelines.prepare import main; "
-        "from tpp.errors import run_command; from contextlib import suppress\n"
+        "from tpp.common.errors import run_command; from contextlib import suppress\n"
         f"sys.argv = ['prepare', 'imagenet', '--train', '{official['train']}', "
         f"'--out', '{place}/out', '--threads', '1']\n"
         "with suppress(SystemExit): run_command(main)\n"
@@ -778,12 +793,12 @@ def test_a_whole_real_archive(run: Run, shared_data: Callable[[str], Path], tmp_
     assert "train        50 classes, 25,000 images" in said
     assert "val          50 classes, 2,500 images" in said
     images = {split: open_images(out / split) for split in ("train", "val")}
+    places = {split: {name: k for k, name in enumerate(i.files)} for split, i in images.items()}
     with tarfile.open(archive) as opened:
         for number, one in enumerate(opened):
             if number % 100 == 0:
                 split, name = one.name.split("/", 2)[1:]
-                index = images[split]
-                path, offset, length = index.location(list(index.files).index(name))
+                path, offset, length = images[split].location(places[split][name])
                 with Path(path).open("rb") as file:
                     content = os.pread(file.fileno(), length, offset)
                 assert content == opened.extractfile(one).read()  # type: ignore[union-attr]

@@ -1,8 +1,8 @@
 """What a parser is fuzzed with: targets, mutations of valid inputs, and what counts as a failure.
 
-A parser that is handed anything at all must return or raise :class:`tpp.common.errors.UserError`, within
-bounds of memory and time, and its message must be fit for a terminal: a few lines of printable
-text that name the file.
+A parser that is handed anything at all must return or raise
+:class:`tpp.common.errors.UserError`, within bounds of memory and time, and its message must be fit
+for a terminal: a few lines of printable text that name the file.
 """
 
 import contextlib

@@ -11,9 +11,11 @@ from random import Random
 
 import torch
 
+from data_pipelines.images.batch import LoaderSettings
 from data_pipelines.images.image_index import scan_class_folders
+from data_pipelines.images.order import Steps
 from data_pipelines.images.source import BadImages
-from data_pipelines.loaders import LOADERS, eval_batches, train_batches
+from data_pipelines.loaders import LOADERS, eval_batches, train_batches, training_order
 from data_pipelines.loading.augment import ImageTransform
 from tests.fuzz.harness import fresh, mutate
 from tests.fuzz.targets_data import TARGETS, image
@@ -46,14 +48,14 @@ def check_loaders(folder: Path, number: int) -> int:
         index = scan_class_folders(root)
         for loader in LOADERS[1:]:
             bad = BadImages(index, on_error="skip", limit=1.0)
-            common = {"rank": 0, "world_size": 1, "device": torch.device("cpu"), "bad": bad}
-            common |= {"loader": loader, "threads": int(loader == "dali")}
+            settings = LoaderSettings(loader, int(loader == "dali"), torch.device("cpu"))
             if transform.augmentation == "none":
-                batches = eval_batches(index, transform, batch_size=8, **common)
+                batches = eval_batches(index, transform, 8, settings, bad=bad)
                 expected = len(index)
             else:
-                steps = {"start_step": 0, "steps": 2, "global_batch": 25, "accumulation": 1}
-                batches = train_batches(index, transform, seed=number, **steps, **common)
+                order = training_order(index, number)
+                steps = Steps(global_batch=25, accumulation=1, start=0, count=2)
+                batches = train_batches(index, transform, order, steps, settings, bad=bad)
                 expected = 50
             delivered = sum(len(images) for images, _ in batches)
             told = len(bad.take_new())

@@ -41,6 +41,7 @@ from data_pipelines.sets.shard_check import verify_shards
 from data_pipelines.sets.shard_format import SETTINGS_FILE
 from data_pipelines.sets.shard_writer import write_shards
 from data_pipelines.sets.small_sets import _CIFARS, _MNIST_FILES, SETS, images_in
+from data_pipelines.settings import DemoData
 from tests.data_pipelines.archives_for_tests import (
     cifar_records,
     idx_bytes,
@@ -402,18 +403,18 @@ def _parse_state(folder: Path, data: bytes) -> None:
     assert {path.name for path in folder.iterdir()} == {"out", "pets.tar"}
 
 
-_DEMO = {"classes": 2, "train_per_class": 1, "val_per_class": 1, "image_size": 8}
+_DEMO = DemoData(classes=2, train_per_class=1, val_per_class=1)
 
 
 def _demo_seeds(folder: Path) -> list[bytes]:
-    generate_demo(folder / "demo", **_DEMO)
+    generate_demo(folder / "demo", _DEMO, image_size=8)
     return [(folder / "demo" / "demo.json").read_bytes()]
 
 
 def _parse_demo(folder: Path, data: bytes) -> None:
     (folder / "demo").mkdir()
     (folder / "demo" / "demo.json").write_bytes(data)
-    generate_demo(folder / "demo", **_DEMO)
+    generate_demo(folder / "demo", _DEMO, image_size=8)
 
 
 def _tar_target(name: str, seeds: Any, parse: Any) -> Target:

@@ -134,7 +134,8 @@ _NETWORK = {"parameters": 1000, "macs": 20000}
 
 def _results() -> dict[str, Any]:
     """What a finished run writes."""
-    stage = {**_ACCURACY, **_NETWORK, "speedup": 1.0, "wall_seconds": 3.5, "start": None}
+    stage = {**_ACCURACY, **_NETWORK, "speedup": 1.0, "wall_seconds": 3.5, "start": _ACCURACY}
+    stage |= {"images": 40, "removed_magnitude": 0.01}
     kinds = ("dense", "regularize", "prune", "finetune", "evaluate")
     stages = {
         name: {**stage, "kind": name, "input": before, "method": "tpp", "title": "TPP", "steps": 5}
@@ -150,6 +151,7 @@ def _results() -> dict[str, Any]:
         "git_commit": "0" * 40,
         "device": "CPU, 1 thread(s)",
         "ranks": 1,
+        "engine": "one process",
         "published": {"source": "a paper", "dense_top1": 93.0, "top1": 92.0, "speedup": 2.0},
         "dense": {**_ACCURACY, **_NETWORK},
         "stages": stages,

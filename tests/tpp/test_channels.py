@@ -489,6 +489,25 @@ def test_a_network_that_counts_channels_in_its_own_way_is_found_out():
         prune_model(Fixed(), plan, example_input=example)
 
 
+class Flattening(nn.Module):
+    """Its only hidden channels reach a Linear layer with all their pixels."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 5, 3), nn.Linear(5 * 36, 4)
+
+    def forward(self, x):
+        return self.head(self.conv(x).relu().flatten(1))
+
+
+def test_one_filter_that_is_flattened_is_all_that_need_be_left():
+    model, example = Flattening(), torch.rand(2, 3, 8, 8)
+    plan = PruningPlan({"conv": 5}, {"conv": [0, 1, 3, 4]})
+    smaller = prune_model(model, plan, example_input=example)
+    assert smaller.head.in_features == 36
+    torch.testing.assert_close(smaller(example), zeroed(model, plan.pruned, example)(example))
+
+
 def test_an_input_that_does_not_fit_is_named():
     with pytest.raises(UserError, match="does not run on an input of 1x1x28x28"):
         find_channels(

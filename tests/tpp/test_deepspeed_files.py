@@ -322,7 +322,7 @@ def test_the_stand_ins_are_known_during_the_reading_only(folders):
 def test_deepspeed_need_not_be_there(folders):
     code = (
         "import sys; sys.modules['deepspeed'] = None\n"
-        "from tpp.deepspeed_files import read_deepspeed\n"
+        "from tpp.checkpoints.deepspeed_files import read_deepspeed\n"
         "for folder in sys.argv[1:]: print(len(read_deepspeed(folder).tensors))\n"
         "try: import deepspeed\n"
         "except ImportError: print('no deepspeed')\n"

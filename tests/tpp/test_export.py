@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from tpp.channels.removal import prune_model
+from tpp.checkpoints.export_file import Exported, export_model
 from tpp.checkpoints.model_file import load_model, save_model
 from tpp.common.errors import UserError
-from tpp.export import Exported, export_model, main
+from tpp.export import main
 from tpp.models.architecture import Architecture, build_model, build_on_meta
 from tpp.models.layers import prunable_layers
 from tpp.plan import PruningPlan

@@ -112,8 +112,8 @@ def test_no_argument_opens_a_file_or_asks_the_network(tmp_path):
     (tmp_path / "weights.pth").write_bytes(b"x")
     script = textwrap.dedent("""
         import json, sys
-        from tpp.errors import UserError
-        from tpp.models import Architecture, build_model, build_on_meta
+        from tpp.common.errors import UserError
+        from tpp.models.architecture import Architecture, build_model, build_on_meta
         import timm, accelerate
         build_on_meta(Architecture("timm:resnet18", 10))  # whatever is imported late is now there
         seen = []

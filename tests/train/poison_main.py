@@ -53,10 +53,10 @@ class Poison(l1.L1):
             return (torch.full_like(inputs[0], float(self.settings.inputs)),)
         return None
 
-    def loss_terms(self, step: int) -> dict[str, Tensor]:
-        terms = super().loss_terms(step)
+    def loss_terms(self) -> dict[str, Tensor]:
+        terms = super().loss_terms()
         if self.settings.slope is not None:
-            ruined = self._mine and step in self.settings.steps
+            ruined = self._mine and self._step in self.settings.steps
             terms["poison"] = (float(self.settings.slope) if ruined else 0) * self._weight.sum()
         return terms
 

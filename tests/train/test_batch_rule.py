@@ -145,7 +145,7 @@ def test_the_published_imagenet_row_at_1024():
     settings = config.stage_method("regularize").settings
     assert (settings.update_interval, settings.delta) == (1, pytest.approx(8e-5))
     assert (settings.stabilize_steps, settings.zero_out_interval) == (10_000, 25)
-    assert config.stage_method("regularize").steps() == 22_500
+    assert config.stage_method("regularize").steps() == 22_501
     assert config.stage_optimizer("finetune").lr == pytest.approx(0.04)
     assert config.stages["finetune"].optimizer.milestones == [30, 60, 75]
     published = GrowthSchedule(1e-4, 1.0, 5, 40_000, 100)
@@ -334,7 +334,7 @@ def test_twice_the_batch_is_what_one_would_write_by_hand(tiny_config, run_inside
     run_inside(tiny_config)
     printed = capsys.readouterr().out.splitlines()
     assert (
-        "regularize: batch 32 is 2 x the reference 16: learning rate 0.01 -> 0.02 after 2.22 "
+        "regularize: batch 32 is 2 x the reference 16: learning rate 0.01 -> 0.02 after 2.33 "
         "epochs of warm-up, update_interval 2 -> 1, stabilize_steps 20 -> 10, zero_out_interval "
         "2 -> 1 (training.batch=as_given turns this off)"
     ) in printed
@@ -348,12 +348,12 @@ def test_twice_the_batch_is_what_one_would_write_by_hand(tiny_config, run_inside
         for run in (small, tiny_config)
         for results in [json.loads((Path(run["output"]) / "results.json").read_text())]
     ]
-    assert steps[0] == {"dense": 6, "regularize": 40, "finetune": 6}
-    assert steps[1] == {"dense": 3, "regularize": 20, "finetune": 3}
+    assert steps[0] == {"dense": 6, "regularize": 41, "finetune": 6}
+    assert steps[1] == {"dense": 3, "regularize": 21, "finetune": 3}
 
     by_hand["training"] |= {"batch_size": 32, "batch": "as_given"}
     by_hand["method"] |= {"stabilize_steps": 10, "zero_out_interval": 1, "update_interval": 1}
-    for name, epochs in (("dense", 1.0), ("regularize", 20 * 32 / 96), ("finetune", 1.0)):
+    for name, epochs in (("dense", 1.0), ("regularize", 21 * 32 / 96), ("finetune", 1.0)):
         optimizer = by_hand["stages"][name]["optimizer"]
         optimizer |= {"lr": 2 * optimizer["lr"], "warmup_epochs": epochs / 3, "warmup_from": 0.5}
     run_inside(by_hand)

@@ -3,8 +3,7 @@
 import copy
 import json
 import shutil
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +14,20 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from data_pipelines import index as index_command
 from data_pipelines.images.image_index import scan_class_folders
 from data_pipelines.images.order import permutation
 from data_pipelines.sets.shard_writer import write_shards
-from data_pipelines.settings import ColorJitter, RandAugment
+from data_pipelines.settings import (
+    AugmentSection,
+    ColorJitter,
+    ProgressiveResizing,
+    RandAugment,
+)
 from train.config.config import Config
 from train.data import RunData, image_transform, stage_transform
 from train.run_folder.same_run import stage_settings
 
-ROOT = Path(__file__).resolve().parents[2]
 ALL = {
     "color_jitter": {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1},
     "rand_augment": {"operations": 2, "magnitude": 9},
@@ -62,9 +66,15 @@ def _another(config: dict[str, Any], name: str) -> dict[str, Any]:
     return other
 
 
-def _make_index(folder: Path, *options: str) -> None:
-    command = [sys.executable, "-m", "data_pipelines.index", str(folder), *options]
-    subprocess.run(command, check=True, capture_output=True, cwd=ROOT, timeout=300)
+@pytest.fixture
+def make_index(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Run the index command."""
+
+    def make(folder: Path, *options: str) -> None:
+        monkeypatch.setattr("sys.argv", ["index", str(folder), *options])
+        index_command.main()
+
+    return make
 
 
 @pytest.mark.parametrize(("loader", "ranks"), [("dali", 2), ("torchvision", 1)])
@@ -101,9 +111,9 @@ def test_bad_images_are_skipped_counted_and_told_once(dense, run_main, loader, r
     assert f"error: {root}/{bad[0]}: cannot read this image" in failed.stderr
 
 
-def test_an_index_that_does_not_fit_is_told_once_by_any_rank(dense, run_main):
+def test_an_index_that_does_not_fit_is_told_once_by_any_rank(dense, run_main, make_index):
     root = Path(dense["data"]["root"])
-    _make_index(root)
+    make_index(root)
     extra = next((root / "train").glob("*/*.jpg"))
     shutil.copy(extra, extra.with_name("another.jpg"))
     result = run_main(dense, ranks=2, expect=None)
@@ -119,7 +129,7 @@ NODE = """
 import os, sys
 from pathlib import Path
 from accelerate import Accelerator
-from tpp.errors import UserError
+from tpp.common.errors import UserError
 from train.data import open_for_all_ranks
 os.chdir(f"node{os.environ['RANK']}")
 file = Path("index.safetensors") if sys.argv[1] == "indexed" else None
@@ -135,14 +145,14 @@ accelerator.end_training()
 
 
 @pytest.mark.parametrize("way", ["indexed", "listed"])
-def test_what_one_node_lacks_is_told_by_all(tiny_data, tmp_path, run_main, way):
+def test_what_one_node_lacks_is_told_by_all(tiny_data, tmp_path, run_main, make_index, way):
     script = tmp_path / "node.py"
     script.write_text(NODE)
     for node in ("node0", "node1"):
         shutil.copytree(tiny_data / "val", tmp_path / node / "images")
         if node == "node1":
             next((tmp_path / node / "images").glob("*/*.jpg")).unlink()
-        _make_index(tmp_path / node / "images", "--out", str(tmp_path / node))
+        make_index(tmp_path / node / "images", "--out", str(tmp_path / node))
         (tmp_path / node / "images.safetensors").rename(tmp_path / node / "index.safetensors")
     run_main(None, way, ranks=2, script=script)
     said = [(tmp_path / node / "said").read_text() for node in ("node0", "node1")]
@@ -164,7 +174,7 @@ def test_settings_that_are_as_they_always_were_are_not_written_down(dense):
     }
 
 
-def test_folder_index_and_shards_end_in_the_same_weights(dense, run_main, tmp_path):
+def test_folder_index_and_shards_end_in_the_same_weights(dense, run_main, make_index, tmp_path):
     root = Path(dense["data"]["root"])
     run_main(dense)
     truth = _weights(dense)
@@ -172,7 +182,7 @@ def test_folder_index_and_shards_end_in_the_same_weights(dense, run_main, tmp_pa
         write_shards(
             scan_class_folders(root / name), tmp_path / "shards" / name, shard_bytes=40_000
         )
-    _make_index(root, "--out", str(tmp_path / "indices"))
+    make_index(root, "--out", str(tmp_path / "indices"))
     assert len(list((tmp_path / "shards" / "train").glob("*.tar"))) > 2
     indexed, shards = _another(dense, "indexed"), _another(dense, "shards")
     run_main(indexed, f"data.index={tmp_path / 'indices'}")
@@ -213,11 +223,15 @@ def test_a_stage_is_fed_as_its_configuration_says(dense):
     dense["training"]["channels_last"] = True
     config = Config.model_validate(dense)
     data = RunData(config, Accelerator(cpu=True))
-    jitter = ColorJitter(0.4, 0.4, 0.4, 0.1)
-    first = stage_transform(config, "dense")
-    assert (first.color_jitter, first.rand_augment) == (jitter, RandAugment(2, 9))
-    assert (first.random_erasing, first.image_size) == (0.5, 64)
-    assert stage_transform(config, "again") == image_transform(config)
+    first, again = (stage_transform(config, name) for name in ("dense", "again"))
+    jitter = ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)
+    rand = RandAugment(operations=2, magnitude=9)
+    assert (first.augment.color_jitter, first.augment.rand_augment) == (jitter, rand)
+    assert (first.augment.random_erasing, first.image_size) == (0.5, 64)
+    assert again.augment == AugmentSection(
+        mixup=0.4, progressive=ProgressiveResizing(start_size=32, start_epoch=0.5, end_epoch=1.5)
+    )
+    assert first.plain() == again.plain() == image_transform(config).plain()
 
     repeated = [labels for _, labels in data.train_batches("dense", 0, 2)]
     order = permutation(0, 0, 96)[:16]

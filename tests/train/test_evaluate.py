@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from PIL import Image
 
+from data_pipelines.images.batch import LoaderSettings
 from data_pipelines.images.image_index import scan_class_folders
 from data_pipelines.loaders import eval_batches
 from data_pipelines.loading.augment import ImageTransform
 from tpp.models.architecture import build_model
-from train.tasks.classification import evaluate
+from train.tasks import make_task
 
 
 def test_evaluation_equals_a_loop_over_single_images(tiny_data):
@@ -31,15 +31,13 @@ def test_evaluation_equals_a_loop_over_single_images(tiny_data):
     transform = ImageTransform(
         image_size=32, resize=None, augmentation="none", mean=(0.5,) * 3, std=(0.25,) * 3
     )
-    batches = eval_batches(
-        index, transform, loader="dali", batch_size=7, rank=0, world_size=1, threads=1,
-        device=torch.device("cpu"),
-    )  # fmt: skip
-    found = evaluate(model, batches, Accelerator(cpu=True))
+    batches = eval_batches(index, transform, 7, LoaderSettings("dali", 1, torch.device("cpu")))
+    task = make_task({"kind": "classification"})
+    found = task.evaluate(model, batches, device=torch.device("cpu"))
     assert found.images == len(index.files) == 40
-    assert found.top1 == pytest.approx(100 * right / 40)
-    assert found.top5 == 100  # of four classes
-    assert found.loss == pytest.approx(loss / 40, rel=1e-4)
+    assert found.values["top1"] == pytest.approx(100 * right / 40)
+    assert found.values["top5"] == 100  # of four classes
+    assert found.values["loss"] == pytest.approx(loss / 40, rel=1e-4)
 
 
 def test_a_known_network_reaches_its_known_accuracy(shared_data, tmp_path, run_main):

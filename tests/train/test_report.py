@@ -19,9 +19,11 @@ from rich.console import Console
 
 from tpp.common.errors import UserError
 from train.report import main, show_end, write_report
-from train.reporting.grids import summary_table
+from train.reporting.grids import comparison, stage_grid, summary_table, to_rich
 from train.reporting.picture import draw
-from train.reporting.rows import SummaryRow, load_run, summary_rows
+from train.reporting.rows import SummaryRow, headline_of, load_run, summary_rows
+from train.run_folder.results import Evaluation, Results, StageResult
+from train.tasks.classification import Classification
 
 ROOT = Path(__file__).resolve().parents[2]
 DENSE = {"parameters": 855_770, "macs": 125_485_696}
@@ -78,6 +80,7 @@ def results(stages: dict[str, Any], **changes: Any) -> dict[str, Any]:
         "git_commit": "0123456789abcdef0123456789abcdef01234567",
         "device": "H100",
         "ranks": 2,
+        "engine": "DeepSpeed, ZeRO stage 1",
         "published": PUBLISHED,
         "dense": {**accuracy(93.70), **DENSE},
         "stages": stages,
@@ -86,8 +89,11 @@ def results(stages: dict[str, Any], **changes: Any) -> dict[str, Any]:
 
 
 TPP_STAGES = {
-    "regularize": stage("regularize", None, 92.9, size=DENSE, steps=1100, start=93.70),
-    "prune": stage("prune", "regularize", 92.8),
+    "regularize": {
+        **stage("regularize", None, 92.9, size=DENSE, steps=1100, start=93.70),
+        "images": 10_000,
+    },
+    "prune": {**stage("prune", "regularize", 92.8), "removed_magnitude": 0.0125},
     "finetune": stage("finetune", "prune", 93.40, steps=1200, start=92.8),
     "evaluate": stage("evaluate", "finetune", 93.40),
 }
@@ -197,8 +203,8 @@ def printed(*renderables: Any) -> str:
 
 def test_rows_of_a_finished_run() -> None:
     assert summary_rows(results(TPP_STAGES)) == [
-        SummaryRow("Dense", None, True, 93.70, 99.5, 855_770, 125_485_696, 1.0),
-        SummaryRow("TPP", "evaluate", True, 93.40, 99.5, 429_436, 62_955_136, 1.9933),
+        SummaryRow("Dense", None, True, accuracy(93.70), 855_770, 125_485_696, 1.0),
+        SummaryRow("TPP", "evaluate", True, accuracy(93.40), 429_436, 62_955_136, 1.9933),
     ]
 
 
@@ -216,7 +222,7 @@ def test_rows_of_two_branches_go_by_the_method_that_pruned() -> None:
     # An evaluation takes the run's method where it says nothing of its own.
     stages["b_evaluate"]["title"] = "TPP"
     rows = summary_rows(results(stages))
-    assert [(row.network, row.top1, row.final) for row in rows] == [
+    assert [(row.network, row.score, row.final) for row in rows] == [
         ("Dense", 93.7, True),
         ("TPP", 93.4, True),
         ("L1", 93.1, True),
@@ -256,7 +262,7 @@ def test_dense_run_has_one_row(known: bool) -> None:
     }
     dense = {**accuracy(93.6 if known else None), **DENSE}
     (row,) = summary_rows(results(stages, dense=dense))
-    assert (row.network, row.top1, row.parameters, row.speedup) == ("Dense", 93.6, 855_770, 1.0)
+    assert (row.network, row.score, row.parameters, row.speedup) == ("Dense", 93.6, 855_770, 1.0)
 
 
 def test_unknown_dense_network_has_no_row() -> None:
@@ -266,7 +272,7 @@ def test_unknown_dense_network_has_no_row() -> None:
 def test_dense_accuracy_may_be_unknown() -> None:
     content = results(L1_STAGES, dense={**accuracy(None), **DENSE})
     assert "Dense" in printed(summary_table(content))
-    assert summary_rows(content)[0].top1 is None
+    assert summary_rows(content)[0].score is None
 
 
 def test_summary_table() -> None:
@@ -286,13 +292,20 @@ def test_report_of_one_run(tpp: Path) -> None:
     assert (page, picture) == (tpp / "report.html", tpp / "report.png")
     found = Page(page)
     assert found.fetched == []
+    assert found.rows[0] == [
+        *("Run", "Network", "Top-1 %", "Published %", "Difference", "Top-5 %"),
+        *("Parameters", "MACs", "Speedup"),
+    ]
     assert found.rows[1][:5] == ["resnet56_tpp_pr0.5", "Dense", "93.70", "93.78", "-0.08"]
     assert found.rows[2][:5] == ["resnet56_tpp_pr0.5", "TPP", "93.40", "93.46 (0.06)", "-0.06"]
     cells = {row[0]: row[1:] for row in found.rows}
     assert cells["torch"] == ["2.15.0"]
     assert cells["git commit"] == ["0123456789ab"]
     assert cells["wall time"] == ["1 h 02 min"]
-    assert cells["regularize"] == ["TPP", "1100", "11.0", "93.70", "92.90", "0.2500", "100 s"]
+    assert cells["regularize"][:6] == ["TPP", "1100", "11.0", "93.70", "92.90", "0.2500"]
+    assert cells["regularize"][6:] == ["10000", "-", "100 s"]
+    assert cells["prune"][6:] == ["-", "0.0125", "100 s"]
+    assert cells["engine"] == ["DeepSpeed, ZeRO stage 1"]
     assert len(found.images) == 1
     with Image.open(picture) as image:
         assert image.format == "PNG"
@@ -372,6 +385,19 @@ def test_command_prints_whole_tables_into_a_pipe(
         ('{"seed": 0}', "not the results of a run: name: field required"),
         ('{"name": "a", "stages": {"x": {"kind": 3}}}', ": stages.x.kind: input should be"),
         ('{"name": "a", "published": {"top1": 3}}', ": published.source: field required"),
+        ('{"name": "a", "dense": {"top1": "abc"}}', ": dense.top1: input should be a valid num"),
+        (
+            '{"name": "a", "stages": {"x": {"kind": "y", "start": {"loss": []}}}}',
+            ": stages.x.start.loss: input should be a valid number",
+        ),
+        ('{"name": "a", "stages": {"scores": {"kind": 3}}}', ": stages.scores.kind: input shou"),
+        ('{"name": "a", "dense": 3}', ": dense: input should be"),
+        ('{"name": "a", "task": 3}', ": task: input should be a valid string"),
+        ('{"name": "a", "task": ["x"]}', ": task: input should be a valid string"),
+        (
+            '{"name": "a", "task": "super_resolutoin", "dense": {"psnr": 3}}',
+            ": task: unknown task 'super_resolutoin'; did you mean 'super_resolution'?",
+        ),
     ],
 )
 def test_broken_results_are_one_line(tmp_path: Path, content: str, expected: str) -> None:
@@ -547,6 +573,143 @@ def test_end_of_a_run(tpp: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "-0.06" in text
     assert str(tpp / "report.html") in text
     assert (tpp / "report.png").exists()
+
+
+def magnified(kind: str, source: str | None, psnr: float | None, **changes: Any) -> dict[str, Any]:
+    """A stage of a network that magnifies images."""
+    content = stage(kind, source, None)
+    for key in ("top1", "top5"):
+        del content[key]
+    return content | {"psnr": psnr, "loss": None if psnr is None else 0.0123} | changes
+
+
+@pytest.fixture
+def super_resolution(tmp_path: Path) -> Path:
+    """Trained and pruned; its finetuning is under way."""
+    before = {"psnr": 24.5, "loss": 0.03}
+    done = {
+        "dense": magnified("dense", None, 31.256, steps=300, **DENSE, speedup=1.0),
+        "prune": magnified("prune", "dense", None),
+    }
+    coming = {
+        "finetune": magnified("finetune", "prune", None, steps=200, start=before),
+        "evaluate": magnified("evaluate", "finetune", None),
+    }
+    log = [
+        {"event": event, "stage": name, "step": step, "psnr": 25 + step / 60, "loss": 1 / step}
+        for name, last in (("dense", 300), ("finetune", 120))
+        for step in range(20, last + 1, 20)
+        for event in ("evaluate", "train")
+    ]
+    dense = {"psnr": 31.256, "loss": 0.0123, **DENSE}
+    changes = {"task": "super_resolution", "model": "edsr", "status": "running", "dense": dense}
+    config = {
+        "task": {"kind": "super_resolution", "scale": 2},
+        "stages": {
+            name: {"kind": of["kind"], "input": of["input"]} for name, of in (done | coming).items()
+        },
+    }
+    content = results(done, name="edsr_x2", published=None, **changes)
+    return write_run(tmp_path / "sr", content, log=log, config=config)
+
+
+def test_another_tasks_score_is_in_every_table(super_resolution: Path) -> None:
+    run = load_run(super_resolution)
+    assert list(comparison([run]).columns) == [
+        *("Run", "Network", "PSNR dB", "Published dB", "Difference"),
+        *("Parameters", "MACs", "Speedup"),
+    ]
+    text = printed(summary_table(run.results), to_rich(comparison([run])), to_rich(stage_grid(run)))
+    assert "PSNR dB" in text and "PSNR before" in text and "Published dB" in text
+    assert "31.26" in text and "0.0123" in text
+    assert "op-1" not in text and "op-5" not in text and "%" not in text.replace("(-49.8%)", "")
+    assert headline_of(run) == "PSNR: Dense 31.26 dB - still running"
+    page, picture = write_report([run], super_resolution)
+    rows = Page(page).rows
+    assert next(row[:7] for row in rows if row[0] == "Stage") == [
+        "Stage",
+        "Method",
+        "Steps",
+        "Epochs",
+        "PSNR before",
+        "PSNR dB",
+        "Loss",
+    ]
+    stages = {row[0]: row[1] for row in rows}
+    assert stages["finetune"] == "under way, step 120" and stages["evaluate"] == "to do"
+    assert "op-1" not in page.read_text() and picture.stat().st_size > 10_000
+    scores, dots, *_ = draw([run]).axes
+    assert scores.get_ylabel() == "PSNR (dB)" and dots.get_title(loc="left") == "PSNR (dB)"
+    assert lines_of(super_resolution)["TPP"][0] == [*range(20, 301, 20), *range(320, 421, 20)]
+    assert set(lines_of(super_resolution)["dense 31.26"][1]) == {31.256}
+    assert [text.get_text() for text in dots.texts] == ["31.26  Dense"]
+
+
+def test_published_top1_is_not_held_against_another_score(super_resolution: Path) -> None:
+    path = super_resolution / "results.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"published": PUBLISHED}))
+    run = load_run(super_resolution)
+    assert comparison([run]).rows[0][2:5] == ["31.26", "-", "-"]
+    assert "93" not in headline_of(run)
+    assert not any("published" in label for label in lines_of(super_resolution))
+
+
+def test_runs_of_two_tasks_do_not_go_beside_each_other(
+    super_resolution: Path, tpp: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError) as caught:
+        write_report([load_run(tpp), load_run(super_resolution)], tmp_path / "out")
+    assert str(caught.value) == (
+        f"{super_resolution}: its task is super_resolution, and that of {tpp} classification: "
+        "they do not go beside each other"
+    )
+
+
+def test_a_run_without_results_has_the_task_of_its_configuration(super_resolution: Path) -> None:
+    (super_resolution / "results.json").unlink()
+    assert load_run(super_resolution).results.task == "super_resolution"
+    (super_resolution / "config.yaml").write_text("task: {kind: x}")
+    with pytest.raises(
+        UserError, match=r"config\.yaml: task\.kind: unknown task 'x'; did you mean"
+    ):
+        load_run(super_resolution)
+
+
+@pytest.mark.parametrize("task", ["classification", "super_resolution"])
+def test_what_is_read_is_written_to_the_letter(
+    tpp: Path, super_resolution: Path, task: str
+) -> None:
+    path = (tpp if task == "classification" else super_resolution) / "results.json"
+    content = Results.model_validate(json.loads(path.read_text())).to_dict()
+    assert ("task" in content) == (task != "classification")
+    again = Results.model_validate(content).to_dict()
+    assert json.dumps(again) == json.dumps(content)
+    assert list(content["stages"]["prune"]) == [
+        *("kind", "method", "title", "input", "start", "steps", "epochs"),
+        *(["top1", "top5", "loss"] if task == "classification" else ["psnr", "loss"]),
+        *("parameters", "macs", "speedup"),
+        *(["removed_magnitude"] if task == "classification" else []),
+        "wall_seconds",
+    ]
+    before = json.loads(path.read_text())
+    assert {**before, **content, "stages": before["stages"]} == before
+
+
+def test_images_that_the_next_stage_looked_at_come_last() -> None:
+    metrics = Classification.metrics
+    found = Evaluation.from_dict({**accuracy(92.0), "images": 40}, metrics)
+    for kind, place in (("prune", -1), ("finetune", 10)):
+        pruned = StageResult.from_dict(stage(kind, "x", None), metrics)
+        measured = pruned.measured(found).to_dict()
+        assert list(measured)[place] == "images"
+        assert measured == pruned.to_dict() | accuracy(92.0) | {"images": 40}
+        assert "images" not in pruned.to_dict()
+
+
+def test_matplotlib_is_not_imported_before_something_is_drawn(tpp: Path) -> None:
+    code = "import sys, train.report as r, pathlib; r.load_run(pathlib.Path(sys.argv[1]))"
+    code += "; sys.exit('matplotlib' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code, str(tpp)], cwd=ROOT, check=True)
 
 
 NAMES = st.sampled_from(["a", "b", "c", "d", "e"])

@@ -174,6 +174,11 @@ def test_a_sweep_survives_kills_and_a_run_that_fails(
         results = json.loads((runs / name / "results.json").read_text())
         assert results["dense"]["top1"] == dense
         stages = results["stages"]
+        assert list(stages["prune"]) == [
+            *("kind", "method", "title", "input", "start", "steps", "epochs"),
+            *("top1", "top5", "loss", "parameters", "macs", "speedup"),
+            *("removed_magnitude", "wall_seconds", "images"),  # of the next stage's first look
+        ]
         assert stages["finetune"]["input"] == stages["finetune_lr0.002"]["input"] == "prune"
         assert stages["finetune"]["start"] == stages["finetune_lr0.002"]["start"]
         assert stages["evaluate_lr0.002"]["input"] == "finetune_lr0.002"

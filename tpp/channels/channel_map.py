@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tpp.channels.planes import FIXED
-from tpp.channels.tracing import ChannelTrace
+from tpp.channels.tracing import trace_channels
 from tpp.common.errors import UserError
 from tpp.models.architecture import example_input_for
 from tpp.models.layers import check_layers
@@ -208,9 +208,14 @@ def check_pruned(
         stays = kept.get(key)
         old = before.axes[key][0]
         pairs.append(np.stack([old if stays is None else old[stays.numpy()], new]))
-    # A class of the one must be a class of the other. One filter alone has no label of its own.
+    # One filter alone has no label of its own, so what reads it is not seen to read one thing.
+    lone = [np.zeros(0, np.int64)]
+    for key, stays in kept.items():
+        if len(stays) == 1:
+            lone.append(before.axes[key][0][stays.numpy()])
+    # A class of the one must be a class of the other.
     both = np.unique(np.concatenate(pairs, axis=1), axis=1)
-    both = both[:, both[1] != FIXED]
+    both = both[:, (both[1] != FIXED) & ~np.isin(both[0], np.concatenate(lone))]
     if any(len(np.unique(row)) < len(row) for row in both):
         raise UserError(
             f"{type(pruned).__name__}: with these widths its channels reach other places than "
@@ -230,7 +235,7 @@ class ChannelMap:
 
     def __init__(self, model: nn.Module, *, example_input: Tensor | None = None) -> None:
         self.example_input = example_input_for(model) if example_input is None else example_input
-        self._trace = trace = ChannelTrace(model, self.example_input)
+        self._trace = trace = trace_channels(model, self.example_input)
         self._modules = dict(model.named_modules())
         self.layers = [
             name for name, m in self._modules.items() if isinstance(m, nn.Conv2d | nn.Linear)

@@ -54,7 +54,8 @@ def cuts_of(
         Per tensor that shrinks its cuts, in the order in which to make them.
 
     Raises:
-        UserError: the plan does not fit the network, see also :func:`tpp.channels.channel_map.check_plan`.
+        UserError: the plan does not fit the network, see also
+            :func:`tpp.channels.channel_map.check_plan`.
     """
     gone: dict[tuple[str, int], list[Tensor]] = {}
     groups: dict[tuple[str, int], int] = {}

@@ -66,6 +66,7 @@ def values_of(plane: Tensor) -> Labels:
 
 
 def distinct(plane: Tensor) -> int:
+    """How many labels a compact plane holds, each counted once."""
     return len(_core(plane).unique())
 
 

@@ -27,7 +27,8 @@ def prune_tensors(
         All tensors: new ones where something was taken out, the given ones elsewhere.
 
     Raises:
-        UserError: the plan does not fit the tensors, see also :func:`tpp.channels.channel_map.check_plan`.
+        UserError: the plan does not fit the tensors, see also
+            :func:`tpp.channels.channel_map.check_plan`.
     """
     return cut_tensors(tensors, cuts_of(plan, channels, shapes_of(tensors)))
 
@@ -83,4 +84,5 @@ def pruned_on_meta(
 
 
 def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor, as plain numbers."""
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}

@@ -5,8 +5,8 @@ width of every Conv2d and Linear layer, a hash of every tensor, the preprocessin
 and whatever else the writer adds. That is enough to rebuild a pruned network from the file alone.
 
 Beside the network's own tensors a file may hold *companions*: sets of tensors that belong to the
-parameters one by one, such as an optimiser's momentum or a moving average of the weights. They are
-called ``companion:tensor``.
+parameters one by one, such as an optimiser's momentum, a moving average of the weights, or a mask
+of those that are kept. They are called ``companion:tensor``.
 """
 
 import json
@@ -105,8 +105,8 @@ def save_model(
         architecture: the dense network; by default what the model carries.
         preprocessing: how images are prepared; by default what the model carries. Plain data.
         extra: anything else worth keeping. Plain data.
-        companions: sets of tensors that belong to the network's: ``ema``, or an optimiser's
-            states as ``optimizer.momentum_buffer`` and the like.
+        companions: sets of tensors that belong to the network's: ``ema``, ``mask``, or an
+            optimiser's states as ``optimizer.momentum_buffer`` and the like.
 
     Raises:
         UserError: the architecture is not known, the tensors do not fit it or each other, or the

@@ -28,8 +28,8 @@ def prune_checkpoint(
     """Prune a file into a file; no more than what stays is held in memory.
 
     Args:
-        path_in: one of our checkpoints, or anything else that :func:`tpp.checkpoints.sources.read_source`
-            reads if ``architecture`` is given.
+        path_in: one of our checkpoints, or, if ``architecture`` is given, anything else that
+            :func:`tpp.checkpoints.sources.read_source` reads.
         plan: which filters go.
         path_out: the smaller checkpoint; preprocessing and class names are carried over, and
             ``extra`` says under ``pruned_from`` what the input said about itself. An optimiser's

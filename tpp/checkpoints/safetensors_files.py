@@ -78,5 +78,6 @@ def storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def sha256_of(tensor: Tensor) -> str:
+    """Hash of a contiguous CPU tensor's bytes, in hexadecimal."""
     data: Any = tensor.reshape(-1).view(torch.uint8).numpy()
     return hashlib.sha256(data).hexdigest()

@@ -38,7 +38,8 @@ class Source:
         tensors: the network's ``state_dict``, on the CPU.
         info: the checkpoint's description, if it is one of ours.
         architecture: the network, if the checkpoint says it.
-        companions: sets of tensors that belong to the network's, see :mod:`tpp.checkpoints.model_file`.
+        companions: sets of tensors that belong to the network's, see
+            :mod:`tpp.checkpoints.model_file`.
         optimizer: a PyTorch optimiser's ``state_dict`` whose states still go by number, if there
             is one; :func:`name_optimizer_state` gives them names.
         not_read: what the checkpoint holds that could not be read, and why; None if nothing.

@@ -1,17 +1,57 @@
 """The base of all settings, and what is said of a mistake in them."""
 
 import difflib
-from typing import Annotated, get_args
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, ValidationError
+from pydantic.fields import FieldInfo
 
-from tpp.common.errors import printable
+from tpp.common.errors import UserError, printable
 
 Ratio = Annotated[float, Field(ge=0, lt=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 PositiveInt = Annotated[int, Field(ge=1)]
+# Beside the type of a key that may differ when a run goes on: it decides no outcome.
+MAY_DIFFER = "may differ when a run goes on"
+NaturalNumber = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 # NaN and infinity are numbers to YAML and never what anybody wants in these settings.
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """Beside ``str`` in an annotation: one of these names, as ``Literal`` has it for pydantic."""
+
+    names: tuple[str, ...]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> Any:
+        return handler(Literal[self.names])
+
+
+def check_values(settings: Any) -> None:
+    """Check a dataclass by its annotations: lower bounds, and names by :class:`OneOf`.
+
+    Raises:
+        UserError: a value is not allowed; says which, and what would be right.
+    """
+    for name, annotation in get_type_hints(type(settings), include_extras=True).items():
+        value = getattr(settings, name)
+        for rule in _rules_in(annotation):
+            if isinstance(rule, OneOf) and value not in rule.names:
+                raise UserError(f"{name} must be one of {', '.join(rule.names)}, not {value!r}")
+            lowest = getattr(rule, "ge", None)
+            if lowest is not None and value is not None and value < lowest:
+                raise UserError(f"{name} must be {lowest} or more, not {value}")
+
+
+def _rules_in(annotation: Any) -> Iterator[Any]:
+    """What stands beside the types in an annotation, such as ``PositiveInt | None``."""
+    for part in (annotation, *get_args(annotation)):
+        for extra in getattr(part, "__metadata__", ()):
+            yield from extra.metadata if isinstance(extra, FieldInfo) else (extra,)
 
 
 class Section(BaseModel):

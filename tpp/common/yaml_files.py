@@ -2,7 +2,8 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,33 @@ import yaml
 
 from tpp.common.errors import UserError
 from tpp.common.reading import DEEPEST, is_shallow, read_text
-from tpp.selection.settings import budget_kinds
 
-REPLACED_WHOLE = (("pruning", "ratios"), ("pruning", "floors"), ("model", "args"))
+# Where a value stands: the keys that lead to it.
+Place = tuple[str, ...]
+# Whether what a new mapping says at a place replaces the old one as a whole.
+Rule = Callable[[Place, Mapping[str, Any], Mapping[str, Any]], bool]
 # Bytes of a YAML file: PyYAML takes seconds for that many.
 LARGEST_YAML = 2**20
 # Of one file, with aliases written out; and files that extend each other.
 _MOST_VALUES = 20_000
 _LONGEST_CHAIN = 20
+
+
+@dataclass(frozen=True)
+class Merging:
+    """Which mappings are replaced as a whole; all others are merged key by key.
+
+    Attributes:
+        whole: places whose mappings always are.
+        rules: of other places; one that says so is enough.
+    """
+
+    whole: Collection[Place] = ()
+    rules: Collection[Rule] = ()
+
+    def replaces(self, where: Place, base: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+        """Whether ``new`` takes the place of ``base`` as a whole."""
+        return where in self.whole or any(rule(where, base, new) for rule in self.rules)
 
 
 class _Loader(yaml.SafeLoader):
@@ -129,11 +149,14 @@ def parse_yaml(text: str, source: str) -> Any:
     return data
 
 
-def read_yaml(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
+def read_yaml(
+    path: Path, merging: Merging = Merging(), extended_by: tuple[Path, ...] = ()
+) -> dict[str, Any]:
     """A YAML file as plain data, with all that it extends merged in.
 
     Args:
         path: the file.
+        merging: what a file replaces as a whole in the one that it extends.
         extended_by: the files that lead to it, the first one first.
 
     Raises:
@@ -154,36 +177,46 @@ def read_yaml(path: Path, extended_by: tuple[Path, ...] = ()) -> dict[str, Any]:
         return data
     if not isinstance(base, str):
         raise UserError(f"{path}: extends: expected the path of a YAML file")
-    return merge(read_yaml(path.parent / base, (*extended_by, resolved)), data)
+    extended_data = read_yaml(path.parent / base, merging, (*extended_by, resolved))
+    return merge(extended_data, data, merging)
 
 
-def merge(base: Any, new: Any, where: tuple[str, ...] = ()) -> Any:
-    if not isinstance(base, dict) or not isinstance(new, dict) or where in REPLACED_WHOLE:
+def merge(base: Any, new: Any, merging: Merging, where: Place = ()) -> Any:
+    """What two files say together, ``new`` having the last word; neither is changed.
+
+    Args:
+        base, new: plain data; anything but two mappings is replaced.
+        merging: which mappings are replaced too.
+        where: the place at which both stand.
+    """
+    if not isinstance(base, dict) or not isinstance(new, dict):
         return new
-    if where == ("method",) or (where[:1] == ("stages",) and where[2:] == ("method",)):
-        return merged_method(base, new)
-    if where == ("pruning", "budget") and not {*budget_kinds(new)} <= {*budget_kinds(base)}:
+    if merging.replaces(where, base, new):
         return new
     merged = dict(base)
     for key, value in new.items():
-        merged[key] = merge(base[key], value, (*where, key)) if key in base else value
+        merged[key] = merge(base[key], value, merging, (*where, key)) if key in base else value
     return merged
 
 
-def merged_method(base: Mapping[str, Any], new: Mapping[str, Any]) -> Mapping[str, Any]:
-    return {**base, **new} if new.get("name", base.get("name")) == base.get("name") else new
+def parse_override(override: str, merging: Merging) -> dict[str, Any]:
+    """What ``key.sub=value`` says, as nested mappings; the value is YAML.
 
-
-def parse_override(override: str) -> dict[str, Any]:
+    Raises:
+        UserError: it is not of that form, not YAML, or names a part of what is always replaced as
+            a whole.
+    """
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
         raise UserError(f"override {override!r}: expected key.sub=value")
-    if tuple(parts[:2]) in REPLACED_WHOLE and len(parts) > 2:
-        whole = ".".join(parts[:2])
-        raise UserError(
-            f"override {override!r}: {whole} is replaced as a whole: {whole}='{{KEY: VALUE, ...}}'"
-        )
+    for place in merging.whole:
+        if len(parts) > len(place) and tuple(parts[: len(place)]) == place:
+            whole = ".".join(place)
+            raise UserError(
+                f"override {override!r}: {whole} is replaced as a whole: "
+                f"{whole}='{{KEY: VALUE, ...}}'"
+            )
     value = parse_yaml(text, f"override {override!r}")
     for part in reversed(parts):
         value = {part: value}

@@ -1,14 +1,16 @@
 """Parameters and multiply-accumulates of a network."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from tpp.common.errors import UserError
 from tpp.models.architecture import example_input_for, meta_copy
+
+if TYPE_CHECKING:
+    from torch.utils.flop_counter import FlopCounterMode
 
 # What convolutions and linear layers come down to; attention's products are not among them.
 _COUNTED_OPS = {"convolution", "_convolution", "mm", "addmm"}
@@ -63,6 +65,8 @@ def count(model: nn.Module, *, example_input: Tensor | None = None) -> Counts:
     Raises:
         UserError: the model does not run on such an input.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # it imports Triton
+
     if example_input is None:
         example_input = example_input_for(model, "meta")
     copy = meta_copy(model).eval()
@@ -90,7 +94,7 @@ def count(model: nn.Module, *, example_input: Tensor | None = None) -> Counts:
 
 
 def _count_calls(
-    name: str, module: nn.Module, counter: FlopCounterMode, macs: dict[str, int]
+    name: str, module: nn.Module, counter: "FlopCounterMode", macs: dict[str, int]
 ) -> None:
     """Add to ``macs[name]`` what the counter rises by while ``module`` runs."""
     before: list[int] = []
@@ -105,7 +109,7 @@ def _count_calls(
     module.register_forward_hook(leave)
 
 
-def _counted_macs(counter: FlopCounterMode) -> int:
+def _counted_macs(counter: "FlopCounterMode") -> int:
     counts = counter.get_flop_counts().get("Global", {})
     return sum(flops for op, flops in counts.items() if _op_name(op) in _COUNTED_OPS) // 2
 

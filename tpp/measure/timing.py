@@ -8,12 +8,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
 from tpp.common.errors import UserError
+from tpp.common.settings import NaturalNumber, OneOf, PositiveInt, check_values
 from tpp.models.architecture import Architecture, example_input_for
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -42,25 +43,17 @@ class LatencySettings:
         UserError: a value is none of these.
     """
 
-    batch: int = 1
-    threads: int | None = None
-    dtype: str = "fp32"
+    batch: PositiveInt = 1
+    threads: PositiveInt | None = None
+    dtype: Annotated[str, OneOf(tuple(DTYPES))] = "fp32"
     channels_last: bool = False
     compile: bool = False
-    device: str = "cpu"
-    repeats: int = 30
-    warmup: int = 5
+    device: Annotated[str, OneOf(DEVICES)] = "cpu"
+    repeats: PositiveInt = 30
+    warmup: NaturalNumber = 5
 
     def __post_init__(self) -> None:
-        least = {"batch": 1, "threads": 1, "repeats": 1, "warmup": 0}
-        for name, lowest in least.items():
-            value = getattr(self, name)
-            if value is not None and value < lowest:
-                raise UserError(f"{name} must be {lowest} or more, not {value}")
-        for name, known in (("dtype", tuple(DTYPES)), ("device", DEVICES)):
-            value = getattr(self, name)
-            if value not in known:
-                raise UserError(f"{name} must be one of {', '.join(known)}, not {value!r}")
+        check_values(self)
 
 
 @dataclass(frozen=True)
@@ -216,8 +209,9 @@ def _wait_for(device: torch.device) -> None:
 
 
 def in_words(architecture: Architecture) -> str:
+    """A network in one line: name, what comes out, and arguments."""
     args = "".join(f", {key}={value}" for key, value in architecture.args.items())
-    return f"{architecture.name}, {architecture.num_classes} classes{args}"
+    return f"{architecture.name}, {architecture.output}{args}"
 
 
 def machine_of(settings: LatencySettings) -> dict[str, Any]:

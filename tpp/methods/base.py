@@ -1,13 +1,16 @@
 """What a pruning method may do in a run: every hook does nothing unless the method says so."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from tpp.checkpoints.prune_file import prune_checkpoint
+from tpp.common.errors import UserError
 from tpp.plan import PruningPlan
 from tpp.regularization.regularizer import LayerStatistics
 from tpp.selection.selection import Selection
@@ -35,6 +38,14 @@ class Settings(BaseModel):
         return type(self)(**{**dict(self), **changes})
 
 
+def _no_dense_network() -> nn.Module:
+    raise UserError("there is no dense network here")
+
+
+def _no_companion(name: str) -> dict[str, Tensor]:
+    return {}
+
+
 @dataclass(frozen=True)
 class TrainingContext:
     """Where a method finds itself when training is about to begin.
@@ -47,6 +58,12 @@ class TrainingContext:
         rank: this process's rank.
         world_size: number of ranks over which gradients are averaged.
         example_input: a batch to trace the network with.
+        total_steps: length of the stage in optimiser steps; None where the method sets it.
+        steps_per_epoch: optimiser steps that one pass over the training images takes.
+        dense: reads the dense network of the run: on the stage's device, in evaluation mode, its
+            parameters without gradients. It is read when it is asked for, and not kept.
+        companion: reads tensors by name that the stage's input file holds beside the network's,
+            such as ``mask``; empty where it has none of that name.
     """
 
     stage: str
@@ -55,13 +72,21 @@ class TrainingContext:
     rank: int
     world_size: int
     example_input: Tensor
+    total_steps: int | None = None
+    steps_per_epoch: float = 1.0
+    dense: Callable[[], nn.Module] = _no_dense_network
+    companion: Callable[[str], dict[str, Tensor]] = _no_companion
 
 
 class Method:
     """A way from a dense network to a pruned one.
 
-    The training loop knows a method by its hooks ``prepare``, ``loss_terms``, ``after_step`` and
-    ``finished`` and nothing else. ``select`` and ``after_removal`` belong to the pruning stage.
+    A training stage calls, of a fresh instance: :meth:`modify` on the network that it begins with,
+    or goes on with, before any weights of a checkpoint are loaded; :meth:`prepare` once the weights
+    are in their place; in every step :meth:`before_step`, :meth:`batch_terms` for each micro-batch,
+    :meth:`loss_terms`, :meth:`after_step`, then :meth:`shrink`; at the end :meth:`restore`. After a
+    removal by ``shrink`` it begins again with ``modify``, on the smaller network. ``select``,
+    :meth:`remove` and ``after_removal`` belong to the pruning stage.
 
     Attributes:
         name: in configurations.
@@ -103,19 +128,80 @@ class Method:
         """Multiply-adds per step of each rank's share of the penalty; None if not known."""
         return None
 
-    def prepare(self, model: nn.Module, context: TrainingContext) -> None:
-        """Get ready to train ``model``, before the optimiser exists; may add parameters."""
+    def modify(self, model: nn.Module, stage: str) -> None:
+        """Register what a stage trains besides the network's own weights, or in their place.
 
-    def loss_terms(self, step: int) -> dict[str, Tensor]:
-        """Scalars by name that are added to the loss of 0-based optimiser step ``step``."""
+        Gates, factors, a basis: parameters, buffers, parametrisations, forward hooks. Their values
+        are those of a stage that begins; of one that goes on they are loaded afterwards. The
+        training state keeps them, the stage's model file does not, see :meth:`restore`.
+
+        Args:
+            model: an ordinary network of its architecture, on the CPU, changed in place.
+            stage: kind of the stage.
+        """
+
+    def restore(self, model: nn.Module) -> None:
+        """Make what :meth:`modify` changed an ordinary network of its architecture again.
+
+        In place, at the end of the stage, before the network is written: what was added is gone or
+        is merged into the weights.
+        """
+
+    def prepare(self, model: nn.Module, context: TrainingContext) -> None:
+        """Get ready to train ``model``, before the optimiser exists; adds no parameters."""
+
+    def before_step(self, step: int) -> None:
+        """Write what depends on the 0-based optimiser step ``step``, such as lambda, into tensors.
+
+        What :meth:`loss_terms` and :meth:`batch_terms` do is then the same in every step, and may
+        be compiled or captured.
+        """
+
+    def loss_terms(self) -> dict[str, Tensor]:
+        """Scalars by name of the weights alone, added to the loss once per optimiser step.
+
+        Shared over the ranks: each rank's share times the number of ranks.
+        """
+        return {}
+
+    def batch_terms(self, batch: tuple[Tensor, Tensor], outputs: Tensor) -> dict[str, Tensor]:
+        """Scalars by name of activations, means over a micro-batch, added to its loss.
+
+        Asked for every micro-batch after its forward pass, under the run's autocast. Each rank
+        returns its own; they are divided by the number of micro-batches, as the task's loss is.
+
+        Args:
+            batch: the loader's images (n, c, h, w) and labels.
+            outputs: what the network made of them, float32.
+        """
         return {}
 
     def after_step(self, step: int) -> None:
         """Touch the weights after the optimiser's 0-based ``step``."""
 
+    def shrink(self, step: int) -> PruningPlan | None:
+        """Filters to remove from the network now, after ``step`` steps; None to go on as it is.
+
+        The stage prunes the network and the optimiser's state and begins again with them. All ranks
+        have to return the same; it is asked once after each step.
+        """
+        return None
+
     def finished(self, step: int) -> bool:
         """Whether the regularised stage is done after ``step`` steps."""
         return True
+
+    def remove(self, source: Path, plan: PruningPlan, target: Path) -> None:
+        """Make the pruning stage's checkpoint of its input; by default without the plan's filters.
+
+        A method that masks filters keeps them, with a companion ``mask`` beside the weights.
+
+        Args:
+            source: one of our checkpoints.
+            plan: which filters go.
+            target: the checkpoint to write.
+        """
+        prune_checkpoint(source, plan, target)
 
     def after_removal(self, model: nn.Module, seed: int) -> bool:
         """Change the pruned network's weights before it is finetuned; whether it did."""

@@ -38,6 +38,6 @@ class GReg1(TPP):
     def rank_costs(self, model: nn.Module, plan: PruningPlan, ranks: int) -> None:
         """A decay costs next to nothing, and nothing is multiplied."""
 
-    def loss_terms(self, step: int) -> dict[str, Tensor]:
+    def loss_terms(self) -> dict[str, Tensor]:
         """The decay, this rank's share."""
-        return {name: term for name, term in super().loss_terms(step).items() if name == "decay"}
+        return {name: term for name, term in super().loss_terms().items() if name == "decay"}

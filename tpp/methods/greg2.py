@@ -12,7 +12,7 @@ from tpp.methods import base, greg1
 from tpp.methods.tpp import growth_per_update
 from tpp.models.layers import prunable_layers
 from tpp.plan import PruningPlan
-from tpp.regularization.regularizer import LayerStatistics, Regularizer
+from tpp.regularization.regularizer import LayerStatistics, Regularizer, factors_for
 from tpp.regularization.schedule import GrowthSchedule
 from tpp.selection.selection import same_on_all_ranks
 
@@ -105,17 +105,26 @@ class GReg2(base.Method):
             share = names[context.rank :: context.world_size]
             self._layers = {name: layers[name] for name in share}
             self._kept: dict[str, Tensor] = {}
+            self._scale = factors_for(model, torch.zeros(()))
 
-    def loss_terms(self, step: int) -> dict[str, Tensor]:
+    def before_step(self, step: int) -> None:
+        """The decay on all filters; once they are picked, on these, and on those that stay."""
+        if self._model is None:
+            return
+        strength = self.settings.kept_decay
+        if self._regularizer is None:
+            strength = self._picking.strength(step)
+        else:
+            self._regularizer.before_step(step + self._offset)
+        self._scale.fill_(0.5 * strength * self._context.world_size)
+
+    def loss_terms(self) -> dict[str, Tensor]:
         """The decay on all filters; once they are picked, on these, and on those that stay."""
         if self._model is None:
             return {}
         if self._regularizer is None:
-            return {"decay": self._decay(self._picking.strength(step))}
-        return {
-            "decay": self._regularizer.penalty_terms(step + self._offset)["decay"],
-            "kept_decay": self._decay(self.settings.kept_decay),
-        }
+            return {"decay": self._decay()}
+        return {"decay": self._regularizer.loss_terms()["decay"], "kept_decay": self._decay()}
 
     def after_step(self, step: int) -> None:
         """Pick the filters when the picking phase is over."""
@@ -164,8 +173,11 @@ class GReg2(base.Method):
         device = next(self._model.parameters()).device
         self._kept = {name: torch.tensor(plan.kept(name), device=device) for name in self._layers}
 
-    def _decay(self, strength: float) -> Tensor:
-        """This rank's share of ``strength / 2 * sum w^2``: over all filters, or those kept."""
+    def _decay(self) -> Tensor:
+        """This rank's share of half the decay's strength times the squares' sum.
+
+        Over all filters; once some are picked, over those kept.
+        """
         assert self._model is not None
         total = torch.zeros((), device=next(self._model.parameters()).device)
         for name, layer in self._layers.items():
@@ -173,4 +185,4 @@ class GReg2(base.Method):
             if name in self._kept:
                 weight = weight.index_select(0, self._kept[name])
             total = total + weight.square().sum()
-        return 0.5 * strength * self._context.world_size * total
+        return self._scale * total

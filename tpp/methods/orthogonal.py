@@ -53,6 +53,6 @@ class OrthogonalTraining(base.Method):
                 world_size=context.world_size,
             )
 
-    def loss_terms(self, step: int) -> dict[str, Tensor]:
+    def loss_terms(self) -> dict[str, Tensor]:
         """The orthogonality term, this rank's share."""
         return {"orthogonality": self._penalty()} if self._penalty else {}

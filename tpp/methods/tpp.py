@@ -128,9 +128,14 @@ class TPP(base.Method):
                 example_input=context.example_input,
             )
 
-    def loss_terms(self, step: int) -> dict[str, Tensor]:
+    def before_step(self, step: int) -> None:
+        """Lambda."""
+        if self._regularizer:
+            self._regularizer.before_step(step)
+
+    def loss_terms(self) -> dict[str, Tensor]:
         """Gram penalty and decay, this rank's shares."""
-        return self._regularizer.penalty_terms(step) if self._regularizer else {}
+        return self._regularizer.loss_terms() if self._regularizer else {}
 
     def after_step(self, step: int) -> None:
         """Zero the layers whose turn has come."""

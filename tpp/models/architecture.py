@@ -10,11 +10,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torchvision
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_module_registration_hook
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
 from tpp.common.errors import UserError, reason_of
+from tpp.models import edsr
 from tpp.models.cifar import CifarResNet, CifarVGG19
 from tpp.models.mlp import LinearMLP
 
@@ -26,6 +29,24 @@ _OWN_MODELS: dict[str, Callable[..., nn.Module]] = {
     "cifar_vgg19_bn": CifarVGG19,
     "mlp7_linear": LinearMLP,
 }
+
+
+@dataclass(frozen=True)
+class _ImageModel:
+    """A network whose output is an image; it takes images of any size.
+
+    Attributes:
+        build: the network; has no argument ``num_classes``.
+        output_shape: of an image (channels, height, width), and the network's arguments.
+        side: height and width of the image to try it with.
+    """
+
+    build: Callable[..., nn.Module]
+    output_shape: Callable[..., tuple[int, ...]]
+    side: int
+
+
+_IMAGE_MODELS = {"edsr": _ImageModel(edsr.EDSR, edsr.output_shape, side=48)}
 # Their auxiliary heads exist for training from scratch only and are no use to a finetuned
 # network; saying init_weights out loud keeps torchvision from warning about its default.
 _TORCHVISION_ARGS: dict[str, dict[str, Any]] = {
@@ -51,13 +72,24 @@ class Architecture:
 
     Attributes:
         name: see :func:`build_model`.
-        num_classes: number of outputs.
+        num_classes: number of outputs; None where the output is an image.
         args: further arguments of the network's constructor; plain data, ready for JSON.
     """
 
     name: str
-    num_classes: int
+    num_classes: int | None
     args: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def output(self) -> str:
+        """What comes out, in words."""
+        return "images out" if self.num_classes is None else f"{self.num_classes} classes"
+
+    def output_shape(self, image: tuple[int, int, int]) -> tuple[int, ...]:
+        """Shape of what the network makes of one image (channels, height, width)."""
+        if self.num_classes is None:
+            return _IMAGE_MODELS[self.name].output_shape(image, **self.args)
+        return (self.num_classes,)
 
     def to_dict(self) -> dict[str, Any]:
         """The architecture as plain data, ready for JSON."""
@@ -70,12 +102,14 @@ class Architecture:
             not isinstance(data, dict)
             or set(data) != {"name", "num_classes", "args"}
             or not isinstance(data["name"], str)
-            or not isinstance(data["num_classes"], int)
+            or not isinstance(data["num_classes"], int | None)
             or not isinstance(data["args"], dict)
         ):
             raise UserError(f'{source}: expected {{"name": ..., "num_classes": N, "args": {{}}}}')
         name, num_classes, args = data["name"], data["num_classes"], data["args"]
-        if not 1 <= num_classes <= _MOST_CLASSES or isinstance(num_classes, bool):
+        if num_classes is not None and (
+            not 1 <= num_classes <= _MOST_CLASSES or isinstance(num_classes, bool)
+        ):
             raise UserError(f"{source}: no network has {num_classes} classes")
         if not _are_plain(args):
             raise UserError(f"{source}: the arguments of {name!r} are none that a network takes")
@@ -100,17 +134,25 @@ def _are_plain(args: Mapping[str, Any]) -> bool:
 
 def model_names() -> list[str]:
     """Every name that :func:`build_model` knows, timm's excepted."""
-    return [*_OWN_MODELS, *torchvision.models.list_models(module=torchvision.models)]
+    # With it comes PyTorch's compiler, and the import takes as long as that of PyTorch itself.
+    from torchvision import models
+
+    return [*_OWN_MODELS, *_IMAGE_MODELS, *models.list_models(module=models)]
 
 
-def build_model(name: str, num_classes: int, **args: Any) -> nn.Module:
+def gives_images(name: str) -> bool:
+    """Whether the output of the network of that name is an image, and it has no classes."""
+    return name in _IMAGE_MODELS
+
+
+def build_model(name: str, num_classes: int | None, **args: Any) -> nn.Module:
     """Build a network with random weights.
 
     Args:
         name: ``cifar_resnet{8,14,20,32,44,56,110}``, ``cifar_vgg19_bn``, ``mlp7_linear``, a
-            classification network of torchvision by its plain name (``resnet50``), or one of
-            timm as ``timm:NAME``.
-        num_classes: number of outputs.
+            classification network of torchvision by its plain name (``resnet50``), one of timm as
+            ``timm:NAME``, or ``edsr``, whose output is an image.
+        num_classes: number of outputs; None where the output is an image.
         args: further arguments of the network's constructor.
 
     Returns:
@@ -118,7 +160,8 @@ def build_model(name: str, num_classes: int, **args: Any) -> nn.Module:
         :class:`Architecture`.
 
     Raises:
-        UserError: the name is unknown, or the network does not take these arguments.
+        UserError: the name is unknown, the network does not take these arguments, or it has
+            classes and is not told how many, or has none and is.
     """
     architecture = Architecture(name, num_classes, args)
     try:
@@ -140,15 +183,31 @@ def build_on_meta(architecture: Architecture) -> nn.Module:
     except Exception:
         # Either a mistake, which the next lines report, or one of the few networks of timm that
         # look at the value of a tensor while they are being built.
-        from accelerate import init_empty_weights
-
         try:
-            # Buffers are small, and some constructors compute with tensors of their kind.
-            with init_empty_weights(include_buffers=False):
+            with _parameters_on_meta():
                 return _build(architecture).to("meta")
         except Exception as error:
             reason = reason_of(error)
             raise UserError(f"model {name!r} cannot be built with {args}: {reason}") from None
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Take a parameter's memory away when a module gets it.
+
+    Buffers are small, and some constructors compute with tensors of their kind.
+    """
+
+    def emptied(_: nn.Module, name: str, parameter: nn.Parameter) -> Any:
+        if parameter.is_meta:  # emptied before, and tied to another module
+            return None
+        return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+
+    handle = register_module_parameter_registration_hook(emptied)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
@@ -173,7 +232,7 @@ def architecture_of(model: nn.Module) -> Architecture | None:
 
 
 def input_shape(name: str, **args: Any) -> tuple[int, int, int]:
-    """Shape (channels, height, width) of the images that a network expects.
+    """Shape (channels, height, width) of the images that a network expects, or is tried with.
 
     Raises:
         UserError: the arguments make no sense of it.
@@ -196,6 +255,9 @@ def _input_shape(name: str, args: Mapping[str, Any]) -> tuple[Any, ...]:
         size = args.get("img_size", (height, width))
         sides = size if isinstance(size, list | tuple) else (size, size)
         return args.get("in_chans", channels), *sides
+    if name in _IMAGE_MODELS:
+        side = _IMAGE_MODELS[name].side
+        return args.get("channels", 3), side, side
     default = 28 if name == "mlp7_linear" else 32 if name in _OWN_MODELS else 224
     size = args.get("image_size", default)
     return 1 if name == "mlp7_linear" else 3, size, size
@@ -219,15 +281,26 @@ def example_input_for(model: nn.Module, device: str = "cpu") -> Tensor:
 
 def _build(architecture: Architecture) -> nn.Module:
     name, num_classes, args = architecture.name, architecture.num_classes, architecture.args
-    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
-        raise UserError(f"model {name!r}: num_classes must be a positive number, not {num_classes}")
+    _check_classes(name, num_classes)
     if any(not isinstance(key, str) or key.startswith(_LOADING_ARGS) for key in args):
         raise UserError(f"model {name!r}: weights are loaded from a file, not built with it")
     builder = _builder(name)
+    classes = {} if num_classes is None else {"num_classes": num_classes}
     with _bounded():
-        model = builder(num_classes=num_classes, **args)
+        model = builder(**classes, **args)
     set_architecture(model, architecture)
     return model
+
+
+def _check_classes(name: str, num_classes: Any) -> None:
+    if gives_images(name):
+        if num_classes is not None:
+            raise UserError(
+                f"model {name!r}: its output is an image, so it takes no num_classes, "
+                f"not {num_classes}"
+            )
+    elif isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
+        raise UserError(f"model {name!r}: num_classes must be a positive number, not {num_classes}")
 
 
 @contextmanager
@@ -251,9 +324,13 @@ def _builder(name: str) -> Callable[..., nn.Module]:
         return _timm_builder(name.removeprefix(_TIMM))
     if name in _OWN_MODELS:
         return _OWN_MODELS[name]
+    if name in _IMAGE_MODELS:
+        return _IMAGE_MODELS[name].build
     if name not in model_names():
         raise UserError(f"no model is called {name!r}; {_nearest(name, model_names())}")
-    builder = torchvision.models.get_model_builder(name)
+    from torchvision.models import get_model_builder
+
+    builder = get_model_builder(name)
     return functools.partial(builder, weights=None, **_TORCHVISION_ARGS.get(name, {}))
 
 

@@ -20,7 +20,7 @@ def fit_to_shapes(model: nn.Module, shapes: Mapping[str, Shape]) -> None:
 
     Tensors that change shape lose their values, so this is meant for a model on the meta device,
     whose tensors are assigned afterwards. Whether the widths fit each other is for
-    :func:`output_width` to find out.
+    :func:`output_shape` to find out.
 
     Args:
         model: a dense network, see :func:`tpp.models.architecture.build_on_meta`.
@@ -48,15 +48,19 @@ def fit_to_shapes(model: nn.Module, shapes: Mapping[str, Shape]) -> None:
             )
 
 
-def output_width(model: nn.Module) -> int:
-    """Run a network without memory on one image; the number of its outputs.
+def output_shape(model: nn.Module, image: Tensor) -> tuple[int, ...]:
+    """Run a network without memory on a batch; the shape of its output.
+
+    Args:
+        model: the network, on any device; left alone.
+        image: (N, channels, height, width).
 
     Raises:
         UserError: its layers do not fit each other.
     """
     copy = meta_copy(model).eval()
     dtype = next((p.dtype for p in copy.parameters()), torch.float32)
-    image = example_input_for(model, "meta").to(dtype)
+    image = image.to("meta", dtype)
     running = running_modules(copy)
     try:
         with torch.no_grad():
@@ -64,9 +68,7 @@ def output_width(model: nn.Module) -> int:
     except Exception as error:  # whatever a network's own code raises where widths do not fit
         where = f"{place_of(running)}: {reason_of(error)}"
         raise UserError(f"its layers do not fit each other {where}") from None
-    if not isinstance(out, Tensor) or out.dim() != 2:
-        raise UserError("its output is not one row of logits for each image")
-    return int(out.shape[1])
+    return tuple(out.shape) if isinstance(out, Tensor) else ()
 
 
 def running_modules(model: nn.Module) -> list[str]:
@@ -93,15 +95,27 @@ def place_of(running: Sequence[str]) -> str:
 def fitted(architecture: Architecture, shapes: Mapping[str, Shape]) -> nn.Module:
     """The network of these tensors on the meta device.
 
-    Its ``architecture`` has as many classes as the network has outputs: the classifier may have
-    been replaced since the network was built.
+    If its architecture has classes, there are as many as the network has outputs: the classifier
+    may have been replaced since the network was built.
 
     Raises:
         UserError: the tensors are not those of the architecture, or do not fit each other.
     """
     model = build_on_meta(architecture)
     fit_to_shapes(model, shapes)
-    classes = output_width(model)
+    image = example_input_for(model, "meta")
+    found = output_shape(model, image)
+    if architecture.num_classes is None:
+        channels, height, width = image.shape[1:]
+        wanted = (len(image), *architecture.output_shape((channels, height, width)))
+        if found != wanted:
+            raise UserError(
+                f"makes {by(found)} of images of {by(image.shape)}, and not {by(wanted)}"
+            )
+        return model
+    if len(found) != 2:
+        raise UserError("its output is not one row of logits for each image")
+    classes = found[1]
     if classes != architecture.num_classes:
         architecture = Architecture(architecture.name, classes, architecture.args)
         model = build_on_meta(architecture)

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from tpp.channels.channel_map import LayerChannels, check_plan, find_channels
 from tpp.common.errors import UserError
@@ -122,17 +121,33 @@ class Regularizer:
             ]
         )
         self._indices: dict[tuple[str, str, torch.device], Tensor] = {}
+        self._scales, self._is_growing = torch.zeros(2), False
 
-    @torch.compiler.disable
-    def penalty_terms(self, step: int) -> dict[str, Tensor]:
-        """The penalty of 0-based ``step`` in its parts, ``gram`` and ``decay``; each a scalar."""
+    # torch.compiler.disable would import the compiler now, this does so when it is called.
+    @torch._disable_dynamo
+    def before_step(self, step: int) -> None:
+        """Write the factors of 0-based ``step`` into tensors, for :meth:`loss_terms` to read."""
         for layer, module in self._layers.items():
             _check_whole(layer, module)
         strength = self.growth.strength(step)
-        if strength == 0.0:
-            device = next(self._model.parameters()).device
-            return {"gram": torch.zeros((), device=device), "decay": torch.zeros((), device=device)}
-        return self.penalty_terms_at(strength)
+        self._is_growing = strength > 0.0
+        self._scales = factors_for(self._model, self._scales)
+        scale = strength * self.world_size
+        self._scales[0].fill_(self.gram_weight * scale)
+        self._scales[1].fill_(scale)
+
+    @torch._disable_dynamo
+    def loss_terms(self) -> dict[str, Tensor]:
+        """The penalty of the step that :meth:`before_step` was told, in its parts.
+
+        ``gram`` and ``decay``, each a scalar; nothing in them depends on the step but through
+        tensors, once lambda is above 0.
+        """
+        if not self._is_growing:
+            zero = torch.zeros((), device=self._scales.device)
+            return {"gram": zero, "decay": zero.clone()}
+        gram, decay = self._sums()
+        return {"gram": self._scales[0] * gram, "decay": self._scales[1] * decay}
 
     def penalty_terms_at(self, strength: float | Tensor) -> dict[str, Tensor]:
         """The penalty in its parts at a given lambda.
@@ -141,6 +156,12 @@ class Regularizer:
             strength: lambda; a scalar tensor on the model's device where it is to change between
                 replays of a captured CUDA graph.
         """
+        gram, decay = self._sums()
+        scale = strength * self.world_size
+        return {"gram": self.gram_weight * scale * gram, "decay": scale * decay}
+
+    def _sums(self) -> tuple[Tensor, Tensor]:
+        """This rank's share of the gram mean squares and of half the squared weights."""
         device = next(self._model.parameters()).device
         gram = torch.zeros((), device=device)
         decay = torch.zeros((), device=device)
@@ -157,8 +178,7 @@ class Regularizer:
         if vectors:
             self._entry_mask = self._entry_mask.to(device)
             decay = decay + entry_decay(vectors, self._entry_mask)
-        scale = strength * self.world_size
-        return {"gram": self.gram_weight * scale * gram, "decay": scale * decay}
+        return gram, decay
 
     def penalty(self, step: int) -> Tensor:
         """This rank's share of the penalty at 0-based ``step``, times the number of ranks.
@@ -169,10 +189,11 @@ class Regularizer:
         Raises:
             UserError: the weights have been split over ranks since (ZeRO stage 3, FSDP).
         """
-        terms = self.penalty_terms(step)
+        self.before_step(step)
+        terms = self.loss_terms()
         return terms["gram"] + terms["decay"]
 
-    @torch.compiler.disable
+    @torch._disable_dynamo
     @torch.no_grad()
     def after_step(self, step: int) -> None:
         """Hold the layers whose turn has come at zero; call it after the optimiser's ``step``."""
@@ -270,6 +291,12 @@ def _entries(model: nn.Module, layer: nn.Module, channels: LayerChannels) -> Ite
             yield _Entries(module, name, norm.positions)
 
 
+def factors_for(model: nn.Module, factors: Tensor) -> Tensor:
+    """Factors of terms of the weights, on their device and in their type, float32 at least."""
+    weight = next(model.parameters())
+    return factors.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
+
+
 def _mask(parts: Iterable[tuple[int, Iterable[int]]]) -> Tensor:
     """Ones at chosen positions of vectors laid one after the other: (length, positions) each."""
     masks = [torch.zeros(0)]
@@ -282,6 +309,8 @@ def _mask(parts: Iterable[tuple[int, Iterable[int]]]) -> Tensor:
 
 def _check_whole(layer: str, module: nn.Conv2d | nn.Linear) -> None:
     """Refuse a weight of which this rank holds but a part."""
+    from torch.distributed.tensor import DTensor  # as long as a third of torch
+
     weight = getattr(module, "weight", None)
     if weight is None or isinstance(weight, DTensor) or weight.dim() < 2 or weight.numel() == 0:
         raise UserError(

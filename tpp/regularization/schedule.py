@@ -11,14 +11,14 @@ class GrowthSchedule:
     """Strength lambda of the regularisation as a pure function of the step.
 
     Every ``update_interval`` steps lambda is set to ``delta * step / update_interval`` until it
-    reaches ``tau``. Then the stabilise phase of ``stabilize_steps`` steps begins, lambda held at
-    ``tau``, in which the layers are set to zero one after the other.
+    reaches ``tau``. Then the stabilise phase begins, lambda held at ``tau``, in which the layers
+    are set to zero one after the other.
 
     Attributes:
         delta: growth of lambda per update (Delta).
         tau: ceiling of lambda.
         update_interval: steps between updates (K_u).
-        stabilize_steps: length of the stabilise phase in steps (K_s).
+        stabilize_steps: K_s; the stabilise phase is one step longer, see :attr:`total_steps`.
         zero_out_interval: layer number q (counted over the network's Conv2d and Linear layers)
             is held at zero from ``(q + 1) * zero_out_interval`` steps into the stabilise phase;
             None for never.
@@ -38,8 +38,12 @@ class GrowthSchedule:
 
     @property
     def total_steps(self) -> int:
-        """Length of the regularised stage in steps."""
-        return self.growth_steps + self.stabilize_steps
+        """Length of the regularised stage in steps: growth, K_s, and one more.
+
+        The authors' stabilise phase counts its steps from 0 and includes its end, so that the
+        published stages made 90,001 (ImageNet) and 110,001 steps (CIFAR).
+        """
+        return self.growth_steps + self.stabilize_steps + 1
 
     def strength(self, step: int) -> float:
         """Lambda at 0-based ``step``."""

@@ -82,6 +82,7 @@ def check_floor(floor: int | float, name: str) -> None:
 
 
 def check_norms(model: nn.Module, channels: Iterable[LayerChannels]) -> None:
+    """Raise UserError if one of the layers has no BatchNorm whose scale could be its score."""
     modules = dict(model.named_modules())
     for found in channels:
         if not found.norms or getattr(modules[found.norms[0].module], "weight", None) is None:
@@ -92,6 +93,11 @@ def check_norms(model: nn.Module, channels: Iterable[LayerChannels]) -> None:
 
 
 def given_scores(scores: Mapping[str, Tensor], found: LayerChannels) -> Tensor:
+    """The caller's scores of a layer's filters, (filters,).
+
+    Raises:
+        UserError: there are none, or of another number.
+    """
     given = scores.get(found.layer)
     if given is None or given.shape != (found.filters,):
         raise UserError(
@@ -117,6 +123,7 @@ def last_match(layers: list[str], patterns: Mapping[str, _Value], kind: str) -> 
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
+    """The values in float32, or wider where they are so already; no gradients."""
     return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
 
 

@@ -45,9 +45,10 @@ class Selection:
     """How filters are chosen: how many of which layers, and by what criterion.
 
     Attributes:
-        ratios: layer-name pattern to pruning ratio in [0, 1), see :func:`layer_ratios`: exactly
-            that share of a layer goes, see :func:`pruned_count`; of every group, in a convolution
-            in groups. With a budget a ratio is the most that may go.
+        ratios: layer-name pattern to pruning ratio in [0, 1), see
+            :func:`tpp.selection.criteria.layer_ratios`: exactly that share of a layer goes, see
+            :func:`tpp.selection.criteria.pruned_count`; of every group, in a convolution in
+            groups. With a budget a ratio is the most that may go.
         criterion: what a filter is worth; the lowest go. ``l1``: mean absolute weight, as
             published; ``l2``: root mean square; ``bn_scale``: |gamma| of the layer's own
             BatchNorm (Liu et al., ICCV 2017); ``random``; ``largest``: as ``l1``, but the highest
@@ -307,7 +308,8 @@ def select_filters(
 
     Args:
         model: any network; only its Conv2d and Linear layers are looked at.
-        ratios: layer-name pattern to pruning ratio in [0, 1), see :func:`layer_ratios`.
+        ratios: layer-name pattern to pruning ratio in [0, 1), see
+            :func:`tpp.selection.criteria.layer_ratios`.
         example_input: a batch to trace the network with, (1, channels, height, width); by
             default what the architecture expects, 224x224 where it does not say.
         scores: per layer how much each filter is worth, (n,), instead of the criterion's.

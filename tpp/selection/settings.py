@@ -1,14 +1,25 @@
-"""The settings of what goes."""
+"""The settings of what goes, as a configuration has them."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from dataclasses import fields
+from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, PlainValidator, model_validator
 
 from tpp.common.errors import UserError
 from tpp.common.settings import PositiveFloat, PositiveInt, Ratio, Section
+from tpp.measure.timing import LatencySettings
 from tpp.selection.budget import BUDGET_KINDS, Budget, BudgetKind, parse_count
 from tpp.selection.criteria import Criterion, check_floor
+from tpp.selection.selection import Selection
+
+# A part of the old ratios makes no sense among the new.
+PRUNING_REPLACED = (("pruning", "ratios"), ("pruning", "floors"))
+
+
+def another_budget(where: tuple[str, ...], base: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Whether a new budget is of another kind than the old one, and so replaces it as a whole."""
+    return where == ("pruning", "budget") and not {*_kinds(new)} <= {*_kinds(base)}
 
 
 def _count(value: Any) -> Any:
@@ -30,34 +41,31 @@ Count = Annotated[PositiveInt | None, BeforeValidator(_count)]
 Floor = Annotated[int | float, PlainValidator(_floor)]
 
 
-class BudgetSection(Section):
+class _Limits:
+    speedup: Annotated[float, Field(ge=1)] | None = None
+    macs: Count = None
+    parameters: Count = None
+    latency_ms: PositiveFloat | None = None
+
+
+# pydantic takes fields from the last base on, and has no use for the dataclass being frozen.
+class BudgetSection(Section, LatencySettings, _Limits):  # type: ignore[misc]
     """What the pruned network may cost: exactly one of the first four keys.
+
+    A configuration says a budget in another form than Python does
+    (:class:`tpp.selection.budget.Budget`): it has one key for each kind, with counts as people
+    write them, and beside it, as keys of its own, how a latency is measured.
 
     Attributes:
         speedup: dense multiply-accumulates over those left, at least.
         macs: multiply-accumulates for one image, at most; 2000000000, 2e9 or 2G.
         parameters: at most, written likewise.
         latency_ms: milliseconds per batch on the machine that the run is on, at most.
-        batch, threads, dtype, channels_last, compile, device, repeats, warmup: how a latency is
-            measured, see ``tpp.measure.timing.LatencySettings``.
     """
-
-    speedup: Annotated[float, Field(ge=1)] | None = None
-    macs: Count = None
-    parameters: Count = None
-    latency_ms: PositiveFloat | None = None
-    batch: PositiveInt = 1
-    threads: PositiveInt | None = None
-    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-    channels_last: bool = False
-    compile: bool = False
-    device: Literal["cpu", "cuda"] = "cpu"
-    repeats: PositiveInt = 30
-    warmup: Annotated[int, Field(ge=0)] = 5
 
     @model_validator(mode="after")
     def _one_kind(self) -> "BudgetSection":
-        kinds = budget_kinds(self.model_dump())
+        kinds = _kinds(self.model_dump())
         if len(kinds) != 1:
             found = f", not {' and '.join(kinds)}" if kinds else ""
             raise ValueError(f"exactly one of {', '.join(BUDGET_KINDS)} is needed{found}")
@@ -69,19 +77,19 @@ class BudgetSection(Section):
 
     def budget(self) -> Budget:
         """The budget itself."""
-        kind = budget_kinds(self.model_dump())[0]
-        if kind != "latency_ms":
-            return Budget(kind, getattr(self, kind))
-        from tpp.measure.timing import LatencySettings
-
-        return Budget(kind, getattr(self, kind), LatencySettings(**self._conditions()))
+        kind = _kinds(self.model_dump())[0]
+        measured = LatencySettings(**self._conditions()) if kind == "latency_ms" else None
+        return Budget(kind, getattr(self, kind), measured)
 
     def _conditions(self) -> dict[str, Any]:
-        return self.model_dump(exclude={*map(str, BUDGET_KINDS)})
+        return {field.name: getattr(self, field.name) for field in fields(LatencySettings)}
 
 
 class PruningSection(Section):
     """How much of which layers goes; see ``tpp.selection.selection.Selection`` for what it means.
+
+    This is the form that YAML has of it: plain dicts and lists, a budget by its kinds, and no seed,
+    which is the run's. :meth:`selection` makes the one of the other, key by key.
 
     Attributes:
         ratios: layer-name pattern (shell-style glob) to share of the filters to remove, in
@@ -103,6 +111,11 @@ class PruningSection(Section):
     skip: list[str] = []
     coupled: bool = False
 
+    def selection(self, seed: int) -> Selection:
+        """How the filters that go are chosen; ``seed`` is of the criterion ``random``."""
+        budget = self.budget.budget() if self.budget else None
+        return Selection(**{**dict(self), "skip": tuple(self.skip), "budget": budget, "seed": seed})
 
-def budget_kinds(section: Mapping[str, Any]) -> list[BudgetKind]:
-    return [kind for kind in BUDGET_KINDS if section.get(kind) is not None]
+
+def _kinds(budget: Mapping[str, Any]) -> list[BudgetKind]:
+    return [kind for kind in BUDGET_KINDS if budget.get(kind) is not None]

@@ -30,7 +30,7 @@ def describe(config: "Config", name: str, epochs: float | None = None) -> str | 
     if stage.optimizer is None or config.training.batch_factor == 1:
         return None
     changes = [_learning_rate(config, name, epochs)]
-    if stage.kind == "regularize":  # in no other stage does a method count steps
+    if stage.does.regularizes:  # in no other stage does a method count steps
         changes += _method_changes(config, name)
     return _line(config, changes)
 

@@ -9,9 +9,9 @@ command line (``stages.finetune.epochs=5``) are merged last.
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 import yaml
 from pydantic import (
@@ -22,29 +22,57 @@ from pydantic import (
     model_validator,
 )
 
+from data_pipelines.loading.augment import check_augment
 from data_pipelines.settings import AugmentSection, DataSection
 from tpp.common.errors import UserError
 from tpp.common.files import write_whole
-from tpp.common.settings import Section, mistakes
-from tpp.common.yaml_files import Dumper, merge, merged_method, parse_override, read_yaml
+from tpp.common.settings import Section, Seed, mistakes
+from tpp.common.yaml_files import Dumper, Merging, Place, merge, parse_override, read_yaml
 from tpp.methods import method_class
 from tpp.methods.base import Method
-from tpp.models.settings import ModelSection
+from tpp.models.settings import MODEL_REPLACED, ModelSection
 from tpp.selection.selection import Selection
-from tpp.selection.settings import PruningSection
+from tpp.selection.settings import PRUNING_REPLACED, PruningSection, another_budget
 from train.config.sections import (
     OF_THE_RUN,
-    TRAINING_KINDS,
     CheckpointsSection,
     OptimizerSection,
     PublishedSection,
-    StageKind,
     StageSection,
     TrainingSection,
-    scale_optimizer,
 )
+from train.config.stage_kinds import KINDS
+from train.tasks import make_task
+from train.tasks.base import Task
 
 DEMO = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
+
+
+def _another_method(where: Place, base: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Whether a method replaces the old one: another name does; so does a setting its old value."""
+    if where[:1] == ("method",):
+        inside = where[1:]
+    elif where[:1] == ("stages",) and where[2:3] == ("method",):
+        inside = where[3:]
+    else:
+        return False
+    return bool(inside) or new.get("name", base.get("name")) != base.get("name")
+
+
+def _another_task(where: Place, base: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Whether a task replaces the old one: another kind does."""
+    return where == ("task",) and new.get("kind", base.get("kind")) != base.get("kind")
+
+
+def _pruning_of_a_stage(where: Place, base: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """It replaces the run's as a whole, and so its own of another file."""
+    return where[:1] == ("stages",) and where[2:] == ("pruning",)
+
+
+MERGING = Merging(
+    whole=(*MODEL_REPLACED, *PRUNING_REPLACED),
+    rules=(another_budget, _another_method, _another_task, _pruning_of_a_stage),
+)
 
 
 class Config(Section):
@@ -54,17 +82,19 @@ class Config(Section):
         name: of the run; also of its folder unless ``output`` says otherwise.
         output: the run folder.
         seed: of weights, data order and augmentation.
+        task: what the network is trained for, its ``kind`` and the settings of that.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,199}$")]
     output: str = ""
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    seed: Seed = 0
     model: ModelSection
     data: DataSection
     training: TrainingSection = TrainingSection()
     checkpoints: CheckpointsSection = CheckpointsSection()
     pruning: PruningSection = PruningSection()
     method: dict[str, Any] = {"name": "tpp"}
+    task: dict[str, Any] = {"kind": "classification"}
     stages: dict[str, StageSection]
     published: PublishedSection | None = None
 
@@ -81,7 +111,7 @@ class Config(Section):
             if len(name) > 100 or name.lower() in OF_THE_RUN:
                 raise ValueError(f"stage name {name!r}: too long, or a file of the run has it")
             stage = {} if stage is None else stage
-            if isinstance(stage, dict) and "kind" not in stage and name in get_args(StageKind):
+            if isinstance(stage, dict) and "kind" not in stage and name in KINDS:
                 stage = {"kind": name, **stage}
             named[name] = stage
         return named
@@ -91,12 +121,31 @@ class Config(Section):
     def _tpp_unless_said(cls, method: Any) -> Any:
         return {"name": "tpp", **method} if isinstance(method, dict) else method
 
+    @field_validator("task", mode="before")
+    @classmethod
+    def _classification_unless_said(cls, task: Any) -> Any:
+        return {"kind": "classification", **task} if isinstance(task, dict) else task
+
+    @model_validator(mode="after")
+    def _images_suit_the_task(self) -> "Config":
+        try:
+            task = self.make_task()
+            task.architecture(self.model)
+        except UserError as error:
+            raise ValueError(str(error)) from None
+        task.check_data(self.data, self.data.augment, "data.augment")
+        for name, stage in self.stages.items():
+            self.stage_task(name)
+            if stage.augment is not None:
+                task.check_data(self.data, stage.augment, f"stages.{name}.augment")
+        return self
+
     @model_validator(mode="after")
     def _stages_fit_together(self) -> "Config":
         if not self.stages:
             raise ValueError("stages: at least one is needed")
         self.output = self.output or f"runs/{self.name}"
-        self.data.check_augment(self.data.augment, "data.augment")
+        check_augment(self.data.augment, self.data, "data.augment")
         previous: str | None = None
         names = list(self.stages)
         for position, (name, stage) in enumerate(self.stages.items()):
@@ -107,20 +156,20 @@ class Config(Section):
                     f"stages.{name}.input: {stage.input!r} is no earlier stage"
                     + (f"; there are: {', '.join(names[:position])}" if position else "")
                 )
-            elif self.stages[stage.input].kind == "evaluate":
+            elif not self.stages[stage.input].does.makes_network:
                 raise ValueError(f"stages.{name}.input: {stage.input!r} makes no checkpoint")
-            prunes = stage.kind in ("regularize", "prune")
-            if prunes and not self.pruning.ratios and not self.pruning.budget:
+            pruning = stage.pruning or self.pruning
+            if stage.does.needs_plan and not pruning.ratios and not pruning.budget:
                 raise ValueError(
                     f"stages.{name}: pruning.ratios says of no layer what goes, and there is no "
                     "pruning.budget"
                 )
             if stage.augment is not None:
-                self.data.check_augment(stage.augment, f"stages.{name}.augment")
+                check_augment(stage.augment, self.data, f"stages.{name}.augment")
             method = self.stage_method(name)
-            if stage.kind in TRAINING_KINDS:
+            if stage.does.trains:
                 self.stage_optimizer(name)
-            if stage.kind == "regularize":
+            if stage.does.regularizes:
                 try:
                     steps = method.steps()
                 except OverflowError:
@@ -132,23 +181,36 @@ class Config(Section):
                         f"stages.{name}.epochs: method {method.name!r} "
                         + ("needs the stage's length" if steps is None else "sets the length")
                     )
-            if stage.kind != "evaluate":
+            if stage.does.makes_network:
                 previous = name
         return self
 
-    def selection(self) -> Selection:
-        """How the filters that go are chosen."""
-        pruning = self.pruning
-        return Selection(
-            ratios=pruning.ratios,
-            criterion=pruning.criterion,
-            round_to=pruning.round_to,
-            floors=pruning.floors,
-            skip=tuple(pruning.skip),
-            coupled=pruning.coupled,
-            budget=pruning.budget.budget() if pruning.budget else None,
-            seed=self.seed,
-        )
+    def make_task(self) -> Task:
+        """A fresh instance of the task, with its settings.
+
+        Raises:
+            UserError: a mistake in them; names the key.
+        """
+        return make_task(self.task)
+
+    def stage_task(self, name: str) -> Task:
+        """The task as stage ``name`` trains for it.
+
+        Raises:
+            ValueError: the stage asks for what the task has not; names the key.
+        """
+        task, smoothing = self.make_task(), self.stages[name].label_smoothing
+        if not smoothing:
+            return task
+        try:
+            return task.with_label_smoothing(smoothing)
+        except ValueError as error:
+            raise ValueError(f"stages.{name}.label_smoothing: {error}") from None
+
+    def selection(self, stage: str | None = None) -> Selection:
+        """How the filters that go are chosen: in a stage, or where none says otherwise."""
+        pruning = (self.stages[stage].pruning if stage is not None else None) or self.pruning
+        return pruning.selection(self.seed)
 
     def stage_augment(self, name: str) -> AugmentSection:
         """How the images of stage ``name`` are augmented beyond ``data.augmentation``."""
@@ -167,8 +229,7 @@ class Config(Section):
         stage, training = self.stages[name], self.training
         assert stage.optimizer is not None
         try:
-            return scale_optimizer(
-                stage.optimizer,
+            return stage.optimizer.for_batch(
                 training.batch_factor,
                 warmup_epochs=training.batch_warmup_epochs,
                 stage_epochs=stage.epochs or epochs,
@@ -191,7 +252,8 @@ class Config(Section):
         stage = self.stages[name]
         key, settings = "method", dict(self.method)
         if stage.method is not None:
-            key, settings = f"stages.{name}.method", dict(merged_method(self.method, stage.method))
+            key = f"stages.{name}.method"
+            settings = dict(merge(self.method, stage.method, MERGING, ("method",)))
         method_name = settings.pop("name", None)
         if not isinstance(method_name, str):
             raise ValueError(f"{key}.name: expected a method's name, not {method_name!r}")
@@ -233,9 +295,9 @@ def load_config(path: str | Path | None, overrides: Iterable[str] = ()) -> Confi
         UserError: with one line per mistake, each naming the file and the key.
     """
     path = Path(path) if path is not None else DEMO
-    data = read_yaml(path)
+    data = read_yaml(path, MERGING)
     for override in overrides:
-        data = merge(data, parse_override(override))
+        data = merge(data, parse_override(override, MERGING), MERGING)
     try:
         return Config.model_validate(data)
     except ValidationError as error:

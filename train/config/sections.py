@@ -1,57 +1,31 @@
 """The sections of a configuration that belong to the run."""
 
 from fractions import Fraction
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from data_pipelines.settings import AugmentSection
 from tpp.common.errors import UserError
-from tpp.common.settings import PositiveFloat, PositiveInt, Section
+from tpp.common.settings import MAY_DIFFER, PositiveFloat, PositiveInt, Section
+from tpp.selection.settings import PruningSection
 from train.config.intervals import Interval
+from train.config.stage_kinds import KINDS, StageKind, stage_kind
+from train.tasks.base import Metric
+from train.tasks.classification import TOP1
 
 # Longer, a warm-up would reach into what comes after a step schedule's first milestone, and a
 # short stage would hardly see the learning rate that it is warming up to.
 LONGEST_WARMUP = Fraction(1, 3)
 
 
-def scale_optimizer(
-    optimizer: "OptimizerSection",
-    factor: Fraction,
-    *,
-    warmup_epochs: float,
-    stage_epochs: float | None,
-) -> "OptimizerSection":
-    """A stage's optimiser for a batch of ``factor`` times the one that it is written for.
-
-    Args:
-        optimizer: as it is written.
-        factor: k; at 1 the optimiser is returned as it is.
-        warmup_epochs: to a learning rate above the written one.
-        stage_epochs: length of the stage, a third of which is the most that the warm-up takes;
-            None where it is not known.
-
-    Raises:
-        ValidationError: of pydantic; the learning rate is out of bounds.
-    """
-    if factor == 1:
-        return optimizer
-    changes = {"lr": optimizer.lr * float(factor)}
-    if factor > 1 and not optimizer.warmup_epochs:
-        if stage_epochs is not None:
-            warmup_epochs = min(warmup_epochs, float(LONGEST_WARMUP) * stage_epochs)
-        if warmup_epochs:
-            changes |= {"warmup_epochs": warmup_epochs, "warmup_from": float(1 / factor)}
-    return type(optimizer)(**{**dict(optimizer), **changes})
-
-
-StageKind = Literal["dense", "regularize", "prune", "finetune", "evaluate"]
 # Files and folders that a run keeps beside those of its stages.
 OF_THE_RUN = {
     *("config.yaml", "plan.json", "results.json", "log.jsonl", "run.lock", "checkpoints"),
     *("report.html", "report.png"),
 }
-TRAINING_KINDS = ("dense", "regularize", "finetune")
+MODEL_FILE = "model.safetensors"  # in the folder of each stage that makes a network
 
 
 class OptimizerSection(Section):
@@ -89,6 +63,30 @@ class OptimizerSection(Section):
         if self.milestones != sorted(set(self.milestones)):
             raise ValueError("milestones must be in rising order")
         return self
+
+    def for_batch(
+        self, factor: Fraction, *, warmup_epochs: float, stage_epochs: float | None
+    ) -> Self:
+        """These settings for a global batch of ``factor`` times the one that they are written for.
+
+        Args:
+            factor: k; at 1 they are returned as they are.
+            warmup_epochs: to a learning rate above the written one.
+            stage_epochs: length of the stage, a third of which is the most that the warm-up takes;
+                None where it is not known.
+
+        Raises:
+            ValidationError: of pydantic; the learning rate is out of bounds.
+        """
+        if factor == 1:
+            return self
+        changes = {"lr": self.lr * float(factor)}
+        if factor > 1 and not self.warmup_epochs:
+            if stage_epochs is not None:
+                warmup_epochs = min(warmup_epochs, float(LONGEST_WARMUP) * stage_epochs)
+            if warmup_epochs:
+                changes |= {"warmup_epochs": warmup_epochs, "warmup_from": float(1 / factor)}
+        return type(self)(**{**dict(self), **changes})
 
 
 class TrainingSection(Section):
@@ -136,18 +134,18 @@ class TrainingSection(Section):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     channels_last: bool = False
     sync_batchnorm: bool = False
-    evaluate_every: PositiveFloat = 1.0
-    evaluate_batch_size: PositiveInt | None = None
-    log_every: PositiveInt = 50
-    statistics_every: PositiveInt = 250
-    trainability_every: PositiveInt | None = None
-    trainability_images: PositiveInt = 64
-    on_bad_step: Literal["stop", "skip", "rollback"] = "stop"
-    max_bad_steps: PositiveInt = 3
-    max_gradient_norm: PositiveFloat | None = None
+    evaluate_every: Annotated[PositiveFloat, MAY_DIFFER] = 1.0
+    evaluate_batch_size: Annotated[PositiveInt | None, MAY_DIFFER] = None
+    log_every: Annotated[PositiveInt, MAY_DIFFER] = 50
+    statistics_every: Annotated[PositiveInt, MAY_DIFFER] = 250
+    trainability_every: Annotated[PositiveInt | None, MAY_DIFFER] = None
+    trainability_images: Annotated[PositiveInt, MAY_DIFFER] = 64
+    on_bad_step: Annotated[Literal["stop", "skip", "rollback"], MAY_DIFFER] = "stop"
+    max_bad_steps: Annotated[PositiveInt, MAY_DIFFER] = 3
+    max_gradient_norm: Annotated[PositiveFloat | None, MAY_DIFFER] = None
     clip_gradient_norm: PositiveFloat | None = None
-    deepspeed: str | None = None
-    rank_timeout: Annotated[float, Field(ge=1)] = 120.0
+    deepspeed: Annotated[str | None, MAY_DIFFER] = None
+    rank_timeout: Annotated[float, Field(ge=1), MAY_DIFFER] = 120.0
 
     @model_validator(mode="after")
     def _reference_is_known(self) -> "TrainingSection":
@@ -198,6 +196,13 @@ class CheckpointsSection(Section):
     asynchronous: bool = True
 
 
+def _known_kind(kind: str) -> str:
+    if kind not in KINDS:
+        *most, last = (repr(name) for name in KINDS)
+        raise PydanticCustomError("stage_kind", f"Input should be {', '.join(most)} or {last}")
+    return kind
+
+
 class StageSection(Section):
     """One stage: from the checkpoint of ``input`` to its own.
 
@@ -210,28 +215,45 @@ class StageSection(Section):
         label_smoothing: of the training loss.
         method: another method than the configuration's, for this stage.
         augment: another ``data.augment``, as a whole, for this stage.
+        pruning: another ``pruning``, as a whole, for this stage.
     """
 
-    kind: StageKind
+    kind: Annotated[str, AfterValidator(_known_kind)]
     input: str | None = None
     epochs: PositiveFloat | None = None
     optimizer: OptimizerSection | None = None
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     method: dict[str, Any] | None = None
     augment: AugmentSection | None = None
+    pruning: PruningSection | None = None
+
+    @property
+    def does(self) -> StageKind:
+        """What a stage of its kind does."""
+        return stage_kind(self.kind)
 
     @model_validator(mode="after")
-    def _training_needs_an_optimizer(self) -> "StageSection":
-        trains = self.kind in TRAINING_KINDS
+    def _fits_its_kind(self) -> "StageSection":
+        trains = self.does.trains
         if trains and self.optimizer is None:
             raise ValueError(f"a {self.kind} stage needs an optimizer")
         if not trains and (self.optimizer or self.epochs or self.augment):
             raise ValueError(
                 f"stages of kind {self.kind} take neither epochs nor optimizer nor augment"
             )
-        if self.kind in ("dense", "finetune") and self.epochs is None:
+        if self.does.needs_epochs and self.epochs is None:
             raise ValueError(f"a {self.kind} stage needs epochs")
+        if self.pruning is not None and not self.does.needs_plan:
+            raise ValueError(f"stages of kind {self.kind} take no pruning")
         return self
+
+
+class PublishedScore(NamedTuple):
+    """What was published of one metric; None where nothing was."""
+
+    dense: float | None = None
+    pruned: float | None = None
+    pruned_std: float | None = None
 
 
 class PublishedSection(Section):
@@ -242,3 +264,9 @@ class PublishedSection(Section):
     top1: float | None = None
     top1_std: float | None = None
     speedup: float | None = None
+
+    def score(self, metric: Metric) -> PublishedScore:
+        """The figures of a metric; they are all of top-1."""
+        if metric != TOP1:
+            return PublishedScore()
+        return PublishedScore(self.dense_top1, self.top1, self.top1_std)

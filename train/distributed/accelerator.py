@@ -44,7 +44,8 @@ def make_accelerator(
         precision: ``fp32``, ``bf16`` or ``fp16``.
         rank_timeout: seconds after which the watchdog takes a rank for lost; the process group's
             own timeout comes later.
-        plugin: DeepSpeed's settings, see ``train.distributed.engine``; None for DistributedDataParallel.
+        plugin: DeepSpeed's settings, see ``train.distributed.deepspeed_engine``; None for
+            DistributedDataParallel.
 
     Raises:
         UserError: fp16 without a GPU or with DeepSpeed, or an engine that is not supported.

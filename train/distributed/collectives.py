@@ -4,13 +4,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch.distributed as dist
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from tpp.common.errors import UserError
 
 if TYPE_CHECKING:
-    pass
+    from accelerate import Accelerator
 
 K = TypeVar("K")
 T = TypeVar("T")
@@ -20,7 +19,7 @@ class EveryRankError(UserError):
     """A mistake that every rank raises alike, for one of them to tell."""
 
 
-def on_every_rank(accelerator: Accelerator, do: Callable[[], T]) -> T:
+def on_every_rank(accelerator: "Accelerator", do: Callable[[], T]) -> T:
     """Do something on this rank that may be a mistake on any; all ranks have to call it.
 
     Raises:
@@ -37,7 +36,7 @@ def on_every_rank(accelerator: Accelerator, do: Callable[[], T]) -> T:
     return cast(T, found)
 
 
-def from_main_rank(accelerator: Accelerator, do: Callable[[], T]) -> T:
+def from_main_rank(accelerator: "Accelerator", do: Callable[[], T]) -> T:
     """Do something on the main rank and give the others what it returns.
 
     Raises:
@@ -53,7 +52,7 @@ def from_main_rank(accelerator: Accelerator, do: Callable[[], T]) -> T:
 
 
 def led_by_main_rank(
-    accelerator: Accelerator, lead: Callable[[], tuple[K, T]], follow: Callable[[K], T]
+    accelerator: "Accelerator", lead: Callable[[], tuple[K, T]], follow: Callable[[K], T]
 ) -> tuple[K, T]:
     """Let the main rank find something, and the others find the same for themselves.
 

@@ -5,13 +5,24 @@ needs in the same form: a run may go on with another engine, or another number o
 """
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+
+def forward_pass(model: nn.Module, accelerator: Accelerator) -> Callable[[Tensor], Tensor]:
+    """A network's forward pass in the run's precision, with outputs in float32 or more."""
+
+    def forward(inputs: Tensor) -> Tensor:
+        with accelerator.autocast():
+            outputs = model(inputs)
+        return outputs if outputs.dtype == torch.float64 else outputs.float()
+
+    return forward
 
 
 class Engine:
@@ -52,8 +63,12 @@ class Engine:
             group["lr"] = lr
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """For forward passes."""
+        """For what is computed as forward passes are."""
         return cast(contextlib.AbstractContextManager[Any], self.accelerator.autocast())
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """The network's outputs, in float32."""
+        return forward_pass(self.model, self.accelerator)(inputs)
 
     def micro_batch(self, *, last: bool) -> contextlib.AbstractContextManager[Any]:
         """For a micro-batch's forward and backward pass; the last one's averages the gradients."""

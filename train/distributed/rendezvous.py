@@ -79,4 +79,5 @@ def _host_store(host: str, port: int) -> None:
 
 
 def agent_hosts_store() -> bool:
+    """Whether torchrun's agent, which outlives the ranks, keeps the store where they meet."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"

@@ -10,7 +10,8 @@ from tpp.methods.base import Method
 from train.distributed.engine import Engine
 from train.loop.bad_steps import BadStep, StepCheck
 from train.loop.meter import Meter, Report
-from train.loop.step import Batches, accumulate
+from train.loop.step import Batches, gradients
+from train.tasks.base import Task
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,6 @@ class LoopSettings:
         lr: learning rate of a 0-based step.
         finished: whether so many steps are enough.
         accumulation: micro-batches per optimiser step.
-        label_smoothing: of the cross entropy.
         log_every: steps over which a report is averaged.
         seed: of this rank's dropout and the like.
         first_step: 0-based; those before it are left out: only the method's schedule goes on.
@@ -30,7 +30,6 @@ class LoopSettings:
     lr: Callable[[int], float]
     finished: Callable[[int], bool]
     accumulation: int = 1
-    label_smoothing: float = 0.0
     log_every: int = 50
     seed: int = 0
     first_step: int = 0
@@ -39,6 +38,7 @@ class LoopSettings:
 def train(
     engine: Engine,
     batches: Batches,
+    task: Task,
     method: Method,
     settings: LoopSettings,
     *,
@@ -53,7 +53,8 @@ def train(
     Args:
         engine: the network and its optimiser, over the ranks.
         batches: ``accumulation`` micro-batches per step, from the first step that is not left out.
-        method: asked for its loss terms before, and told after, every optimiser step.
+        task: what the network is trained for.
+        method: told before and after every optimiser step, and asked for its terms of the loss.
         settings: how to train.
         check: looks at every step.
         start_step: optimiser steps already done.
@@ -83,14 +84,8 @@ def train(
         engine.set_learning_rate(lr)
         check.begin()
         before = meter.copy()
-        loss = accumulate(
-            engine,
-            batches,
-            method,
-            meter,
-            step,
-            accumulation=settings.accumulation,
-            label_smoothing=settings.label_smoothing,
+        loss = gradients(
+            engine, batches, task, method, meter, step, accumulation=settings.accumulation
         )
         norm = engine.gradient_norm()
         meter.add("gradient_norm", norm)

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from train.distributed.collectives import sum_over_ranks
+from train.tasks.base import Metric
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class Report:
     Attributes:
         loss_terms: task loss, and each term that the method added.
         gradient_norm: L2 norm over all parameters, as the optimiser gets it.
-        top1: per cent of the training images, as augmented (mixed ones: of their larger shares).
+        metrics: of the training images as augmented, those that the task looks at.
         lr: learning rate of the last step.
         images_per_second: over all ranks.
         step_time: seconds per optimiser step.
@@ -27,7 +28,7 @@ class Report:
 
     loss_terms: dict[str, float]
     gradient_norm: float
-    top1: float
+    metrics: dict[Metric, float]
     lr: float
     images_per_second: float
     step_time: float
@@ -44,6 +45,7 @@ class Meter:
     def reset(self) -> None:
         """Start anew."""
         self._sums: dict[str, Tensor] = {}
+        self._image_sums: dict[Metric, Tensor] = {}
         self.steps = self._images = 0
         self._waited = 0.0
         self._started = time.perf_counter()
@@ -51,7 +53,7 @@ class Meter:
     def copy(self) -> "Meter":
         """A meter that goes on from the same sums, to return to when a step is left out."""
         meter = copy.copy(self)
-        meter._sums = dict(self._sums)
+        meter._sums, meter._image_sums = dict(self._sums), dict(self._image_sums)
         return meter
 
     def pause(self, seconds: float) -> None:
@@ -62,6 +64,11 @@ class Meter:
         """Add a detached scalar."""
         value = value.detach().double()
         self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def add_images(self, metric: Metric, value: Tensor) -> None:
+        """Add a sum over images, of which the report has the mean."""
+        value, sums = value.detach().double(), self._image_sums
+        sums[metric] = sums[metric] + value if metric in sums else value
 
     def count(self, images: int, waited: float) -> None:
         """Count a micro-batch and the seconds spent waiting for it."""
@@ -75,13 +82,14 @@ class Meter:
     def report(self, lr: float) -> Report:
         """Means over ranks and steps; then start anew."""
         names = sorted(self._sums)
-        local = torch.stack([self._sums[name] for name in names])
+        local = torch.stack([*(self._sums[name] for name in names), *self._image_sums.values()])
         ranks = self._accelerator.num_processes
         means = (sum_over_ranks(local) / ranks / self.steps).tolist()
         elapsed = time.perf_counter() - self._started
-        terms = dict(zip(names, means, strict=True))
+        terms = dict(zip(names, means[: len(names)], strict=True))
+        of_images = zip(self._image_sums, means[len(names) :], strict=True)
         report = Report(
-            top1=100 * terms.pop("correct") * self.steps / self._images,
+            metrics={m: m.factor * mean * self.steps / self._images for m, mean in of_images},
             gradient_norm=terms.pop("gradient_norm"),
             loss_terms=terms,
             lr=lr,

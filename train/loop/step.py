@@ -4,47 +4,53 @@ import time
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from data_pipelines.images.batch import Batch
 from tpp.methods.base import Method
 from train.distributed.engine import Engine
 from train.loop.meter import Meter
+from train.tasks.base import Task
 
-Batches = Iterator[tuple[Tensor, Tensor]]
+Batches = Iterator[Batch]
 
 
-def accumulate(
+def gradients(
     engine: Engine,
     batches: Batches,
+    task: Task,
     method: Method,
     meter: Meter,
     step: int,
     *,
     accumulation: int,
-    label_smoothing: float,
 ) -> Tensor:
-    """Gather one step's gradients over its micro-batches; returns the loss, detached."""
+    """Gather the gradients of 0-based optimiser step ``step``; returns the loss, detached.
+
+    The mean over micro-batches of the task's loss and the method's terms of them, plus the
+    method's terms of the weights alone.
+    """
+    method.before_step(step)
     total = torch.zeros((), device=engine.accelerator.device)
     for micro in range(accumulation):
         asked = time.perf_counter()
-        images, labels = next(batches)
-        meter.count(len(labels), time.perf_counter() - asked)
+        batch = next(batches)
+        meter.count(len(batch[0]), time.perf_counter() - asked)
         last = micro == accumulation - 1
         with engine.micro_batch(last=last):
-            with engine.autocast():
-                logits = engine.model(images)
-            logits = logits.float()
-            loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+            loss, outputs = task.loss(engine.forward, batch)
             loss = loss / accumulation
             meter.add("task", loss)
-            # Of mixed images, the class that has the larger share.
-            classes = labels if labels.dim() == 1 else labels.argmax(1)
-            meter.add("correct", (logits.argmax(1) == classes).sum())
+            for metric, over_images in task.training_sums(batch, outputs).items():
+                meter.add_images(metric, over_images)
+            with engine.autocast():
+                terms = method.batch_terms(batch, outputs)
+            terms = {name: term / accumulation for name, term in terms.items()}
             if last:
-                for name, term in method.loss_terms(step).items():
-                    meter.add(name, term)
-                    loss = loss + term
+                terms |= method.loss_terms()
+            for name, term in terms.items():
+                meter.add(name, term)
+                loss = loss + term
             engine.backward(loss, last=last)
         total += loss.detach()
     return total

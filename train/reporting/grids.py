@@ -15,41 +15,52 @@ from train.reporting.rows import (
     RunRecord,
     SummaryRow,
     labels_of,
-    published_top1,
+    published_score,
     summary_rows,
+    task_of,
 )
 from train.run_folder.results import Results
+from train.tasks.base import LOSS, Metric, Task
 
 
 def summary_table(results: Results | Mapping[str, Any]) -> Table:
-    """The networks of one run with accuracy and size, for the terminal.
+    """The networks of one run with scores and size, for the terminal.
 
     Args:
         results: the content of results.json.
     """
-    rows = summary_rows(results)
-    cells = [_network_cells(row, rows) for row in rows]
-    return to_rich(Grid("", _NETWORK_COLUMNS, cells))
+    results = Results.model_validate(results)
+    rows, task = summary_rows(results), results.task_type
+    cells = [_network_cells(row, rows, task) for row in rows]
+    return to_rich(Grid("", _network_columns(task), cells))
 
 
 class Grid(NamedTuple):
+    """A table, its cells as they are shown."""
+
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
 
 
-_NETWORK_COLUMNS = ("Network", "Top-1 %", "Top-5 %", "Parameters", "MACs", "Speedup")
+def _network_columns(task: type[Task]) -> list[str]:
+    scores = [metric.column for metric in _judging(task)]
+    return ["Network", *scores, "Parameters", "MACs", "Speedup"]
 
 
-def _network_cells(row: SummaryRow, rows: Sequence[SummaryRow]) -> list[str]:
+def _judging(task: type[Task]) -> list[Metric]:
+    """The metrics by which networks are compared: all but the loss."""
+    return [metric for metric in task.metrics if metric.name != LOSS.name]
+
+
+def _network_cells(row: SummaryRow, rows: Sequence[SummaryRow], task: type[Task]) -> list[str]:
     parameters = _count(row.parameters)
     dense = rows[0].parameters if rows[0].network == "Dense" else None
     if dense and row.parameters is not None and row.parameters != dense:
         parameters += f" (-{100 * (1 - row.parameters / dense):.1f}%)"
     return [
         row.network,
-        _percent(row.top1),
-        _percent(row.top5),
+        *(metric.number(row.scores.get(metric.name)) for metric in _judging(task)),
         parameters,
         _count(row.macs),
         "-" if row.speedup is None else f"{row.speedup:.2f}x",
@@ -58,33 +69,38 @@ def _network_cells(row: SummaryRow, rows: Sequence[SummaryRow]) -> list[str]:
 
 def comparison(runs: Sequence[RunRecord]) -> Grid:
     """All networks of all runs, and what was published for each."""
+    task = task_of(runs)
+    metric = task.metrics[0]
+    network, score, *rest = _network_columns(task)
+    columns = ("Run", network, score, _in_unit("Published", metric), "Difference", *rest)
     cells = []
     for run, label in zip(runs, labels_of(runs), strict=True):
-        rows, published = summary_rows(run.results), run.results.published
+        rows, published = summary_rows(run.results), run.results.published_score
         for row in rows:
-            expected = published_top1(row, rows, published)
-            off = "-" if expected is None or row.top1 is None else f"{row.top1 - expected:+.2f}"
-            text = _percent(expected)
-            if published and published.top1_std and expected == published.top1:
-                text += f" ({published.top1_std:.2f})"
-            network, top1, *rest = _network_cells(row, rows)
-            cells.append([label, network, top1, text, off, *rest])
+            expected = published_score(row, rows, run.results)
+            text = metric.number(expected)
+            if published.pruned_std and expected == published.pruned:
+                text += f" ({metric.number(published.pruned_std)})"
+            off = None if expected is None or row.score is None else row.score - expected
+            difference = _number(off, f"+.{metric.digits}f")
+            network, score, *rest = _network_cells(row, rows, task)
+            cells.append([label, network, score, text, difference, *rest])
         if not rows:
-            cells.append([label, "nothing is done yet", *["-"] * 7])
-    network, top1, *rest = _NETWORK_COLUMNS
-    columns = ("Run", network, top1, "Published %", "Difference", *rest)
+            cells.append([label, "nothing is done yet", *["-"] * (len(columns) - 2)])
     return Grid("Runs beside the published results", columns, cells)
 
 
 def _sources(runs: Sequence[RunRecord]) -> Grid:
+    metric = task_of(runs).metrics[0]
     cells = []
     for run, label in zip(runs, labels_of(runs), strict=True):
-        published = run.results.published
+        published, score = run.results.published, run.results.published_score
         if published is not None:
             speedup = "-" if published.speedup is None else f"{published.speedup:.2f}x"
-            top1 = _percent(published.top1)
-            cells.append([label, published.source, _percent(published.dense_top1), top1, speedup])
-    return Grid("Published", ("Run", "Source", "Dense %", "Pruned %", "Speedup"), cells)
+            figures = metric.number(score.dense), metric.number(score.pruned)
+            cells.append([label, published.source, *figures, speedup])
+    dense, pruned = _in_unit("Dense", metric), _in_unit("Pruned", metric)
+    return Grid("Published", ("Run", "Source", dense, pruned, "Speedup"), cells)
 
 
 def _differences(runs: Sequence[RunRecord]) -> Grid:
@@ -109,6 +125,7 @@ def _circumstances(runs: Sequence[RunRecord]) -> Grid:
         ["wall time", *(_duration(r.wall_seconds) for r in results)],
         ["device", *(r.device or "-" for r in results)],
         ["ranks", *(_setting(r.ranks) for r in results)],
+        ["engine", *(r.engine or "-" for r in results)],
         ["git commit", *((r.git_commit or "-")[:12] for r in results)],
     ]
     for package in dict.fromkeys(name for r in results for name in r.versions):
@@ -118,23 +135,32 @@ def _circumstances(runs: Sequence[RunRecord]) -> Grid:
 
 
 def stage_grid(run: RunRecord) -> Grid:
-    columns = ("Stage", "Method", "Steps", "Epochs", "Top-1 before", "Top-1 %", "Loss", "Time")
+    """What each stage of a run did and found, those to come and under way too."""
+    task = run.results.task_type
+    score = task.metrics[0]
+    columns = (
+        *("Stage", "Method", "Steps", "Epochs", f"{score.title} before"),
+        *(metric.column for metric in task.told),
+        *("Images", "Largest removed", "Time"),
+    )
     rows = []
     for name, stage in run.stages.items():
-        before = stage.start.top1 if stage.start else None
         state = [name, stage.title or "-", _setting(stage.steps), _number(stage.epochs, ".1f")]
         if name not in run.results.stages:
             logged = [entries for (_, of), entries in run.log.items() if of == name]
             state[1] = (
                 f"under way, step {max(e[-1]['step'] for e in logged)}" if logged else "to do"
             )
-        loss, wall = _number(stage.loss, ".4f"), _duration(stage.wall_seconds)
-        rows.append([*state, _percent(before), _percent(stage.top1), loss, wall])
+        before = score.number(stage.start.score if stage.start else None)
+        found = [metric.number(stage.scores.get(metric.name)) for metric in task.told]
+        removed, wall = _number(stage.removed_magnitude, ".3g"), _duration(stage.wall_seconds)
+        rows.append([*state, before, *found, _setting(stage.images), removed, wall])
     return Grid("Stages", columns, rows)
 
 
-def _percent(value: float | None) -> str:
-    return _number(value, ".2f")
+def _in_unit(word: str, metric: Metric) -> str:
+    """The heading of a column of a metric's values."""
+    return f"{word} {metric.unit.strip()}".strip()
 
 
 def _number(value: float | None, form: str) -> str:
@@ -164,11 +190,13 @@ def _setting(value: Any) -> str:
 
 
 def console_for() -> Console:
+    """Where a report is printed."""
     # A pipe has no width; 80 columns, rich's guess, would break the lines of every table.
     return Console(width=None if sys.stdout.isatty() else 200)
 
 
 def to_rich(grid: Grid) -> Table:
+    """A grid for the terminal."""
     table = Table(title=Text(grid.title) if grid.title else None, title_justify="left")
     for column in grid.columns:
         textual = column in ("", "Run", "Network", "Source", "Setting")
@@ -179,5 +207,6 @@ def to_rich(grid: Grid) -> Table:
 
 
 def grids_of(runs: Sequence[RunRecord]) -> list[Grid]:
+    """All that there is to say of these runs beside each other."""
     grids = [comparison(runs), _sources(runs), _differences(runs), _circumstances(runs)]
     return [grid for grid in grids if grid.rows]

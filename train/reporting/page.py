@@ -5,7 +5,7 @@ import html
 from collections.abc import Sequence
 
 from train.reporting.grids import Grid, grids_of, stage_grid
-from train.reporting.rows import RunRecord, headline_of, labels_of
+from train.reporting.rows import RunRecord, headline_of, labels_of, task_of
 
 
 def _to_html(grid: Grid) -> str:
@@ -41,10 +41,13 @@ def page_of(runs: Sequence[RunRecord], pictures: Sequence[bytes]) -> str:
     labels = labels_of(runs)
     title = "Pruning report: " + ", ".join(labels)
     headlines = [f"{label}: {headline_of(r)}" for r, label in zip(runs, labels, strict=True)]
+    score = task_of(runs).metrics[0]
     parts = [
         f"<h1>{html.escape(title)}</h1>",
         *(f"<p>{html.escape(headline)}</p>" for headline in headlines),
-        _image(pictures[0], "Top-1 over all stages, filters that go and stay, training loss"),
+        _image(
+            pictures[0], f"{score.title} over all stages, filters that go and stay, training loss"
+        ),
         *(_to_html(grid) for grid in grids_of(runs)),
     ]
     for number, (run, label) in enumerate(zip(runs, labels, strict=True)):

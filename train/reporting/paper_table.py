@@ -19,6 +19,7 @@ from tpp.common.errors import UserError
 from tpp.common.files import write_whole
 from train.grid import Sweep, SweepRun, expand, load_sweep, state_of
 from train.run_folder.results import Results
+from train.tasks.classification import TOP1
 
 NOTE = (
     "Mean top-1 in per cent (sample standard deviation over the seeds, n - 1); [n/m]: n of m seeds "
@@ -109,8 +110,8 @@ def collect(sweep: Sweep) -> ResultTable:
             stage = found.stages.get(name)
             if stage is None:
                 continue
-            if stage.top1 is not None:
-                top1[finetuning, run.method, run.ratio].append(stage.top1)
+            if (value := stage.scores.get(TOP1.name)) is not None:
+                top1[finetuning, run.method, run.ratio].append(value)
             if stage.parameters and found.dense and found.dense.parameters:
                 removed = 100 * (1 - stage.parameters / found.dense.parameters)
                 sparsity[run.ratio].add(f"{removed:.2f}%")
@@ -129,11 +130,9 @@ def collect(sweep: Sweep) -> ResultTable:
 
 def _dense_top1(runs: Sequence[SweepRun], results: dict[int, Results | None]) -> float | None:
     """Of the dense run, or of the first run that measured what it started from."""
-    for run in runs:
-        found = results[run.number]
-        if found is not None and found.dense is not None and found.dense.top1 is not None:
-            return found.dense.top1
-    return None
+    found = [results[run.number] for run in runs]
+    dense = [result.dense.scores.get(TOP1.name) for result in found if result and result.dense]
+    return next((top1 for top1 in dense if top1 is not None), None)
 
 
 def _published(sweep: Sweep, finetuning: str, method: str, ratio: str) -> tuple[float, ...] | None:

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from train.config.stage_kinds import stage_kind
 from train.reporting.rows import (
     RunRecord,
     SummaryRow,
@@ -17,11 +18,13 @@ from train.reporting.rows import (
     headline_of,
     labels_of,
     method_title,
-    published_top1,
+    published_score,
     summary_rows,
+    task_of,
 )
 from train.run_folder.log import LARGEST_LOG, LogEntry
 from train.run_folder.results import StageResult
+from train.tasks.base import Metric, Task
 
 # Weights of pruned filters end at exactly zero, which a log axis cannot show.
 _LOG_FLOOR = 1e-9
@@ -67,17 +70,22 @@ class _Branch(NamedTuple):
 def draw(runs: Sequence[RunRecord]) -> Figure:
     """The picture of one or several runs.
 
-    Above, top-1 over the steps of all stages, and the results beside the published ones; below,
-    what the method does to the filters that go (of the first run that logged it), and the loss.
+    Above, the score over the steps of all stages, and the results beside the published ones;
+    below, what the method does to the filters that go (of the first run that logged it), and the
+    loss.
+
+    Raises:
+        UserError: the runs are not all for one task.
     """
+    task = task_of(runs)
     labels = labels_of(runs) if len(runs) > 1 else [""]
     branches = [b for run, label in zip(runs, labels, strict=True) for b in _branches(run, label)]
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(11, 7), dpi=150, layout="constrained")
         grid = figure.add_gridspec(2, 6, height_ratios=(1.25, 1))
         _draw_title(figure, runs)
-        _draw_accuracy(figure.add_subplot(grid[0, :4]), runs, branches)
-        _draw_results(figure.add_subplot(grid[0, 4:]), runs, labels, branches)
+        _draw_scores(figure.add_subplot(grid[0, :4]), task, runs, branches)
+        _draw_results(figure.add_subplot(grid[0, 4:]), task.metrics[0], runs, labels, branches)
         _draw_filters(figure.add_subplot(grid[1, :3]), runs)
         _draw_loss(figure.add_subplot(grid[1, 3:]), branches)
     return figure
@@ -106,7 +114,7 @@ def _branches(run: RunRecord, label: str) -> list[_Branch]:
         starts: dict[str, int] = {}
         position, pruned_at = 0, None
         for name in chain_of(stages, end):
-            if stages[name].kind == "prune":
+            if stage_kind(stages[name].kind).removes:
                 pruned_at = position
             if name in logged:
                 starts[name] = position
@@ -146,13 +154,16 @@ def _is_shared(stage: str, branch: _Branch, branches: Sequence[_Branch]) -> bool
     return sum(other.run is branch.run and stage in other.stages for other in branches) > 1
 
 
-def _draw_accuracy(axes: Axes, runs: Sequence[RunRecord], branches: Sequence[_Branch]) -> None:
-    axes.set_ylabel("top-1 accuracy (%)")
+def _draw_scores(
+    axes: Axes, task: type[Task], runs: Sequence[RunRecord], branches: Sequence[_Branch]
+) -> None:
+    score = task.metrics[0]
+    axes.set_ylabel(_with_unit(f"{score.word} {score.noun}".strip(), score))
     for branch, colour in _coloured(branches):
         steps: list[int] = []
         values: list[float] = []
         for stage, offset in branch.stages.items():
-            x, y = _points(branch.run, "evaluate", stage, "top1", offset=offset)
+            x, y = _points(branch.run, "evaluate", stage, score.name, offset=offset)
             steps, values = steps + x, values + y
             if _is_shared(stage, branch, branches):
                 axes.plot(x, y, color=_PALE, linewidth=2, zorder=4)
@@ -161,35 +172,45 @@ def _draw_accuracy(axes: Axes, runs: Sequence[RunRecord], branches: Sequence[_Br
             axes.plot(steps[-1], values[-1], "o", color=colour, markersize=5, zorder=4)
         if branch.pruned_at is not None and branch.pruned_at < branch.end:
             axes.axvline(branch.pruned_at, color=colour, linewidth=1.3, linestyle=":", zorder=2)
-    _draw_references(axes, runs)
+    _draw_references(axes, score, runs)
     if any(branch.pruned_at is not None for branch in branches):
         axes.plot([], [], color=_PALE, linestyle=":", label="filters removed")
     if len(branches) == 1:
         _mark_stages(axes, branches[0])
-    # Runs end near the top, and below their ends there is room.
-    _finish(axes, "steps, all stages", legend="lower right")
+    # Runs end near the best score, and on the other side of their ends there is room.
+    legend: Literal["lower right", "upper right"]
+    legend = "lower right" if task.higher_is_better else "upper right"
+    _finish(axes, "steps, all stages", legend=legend)
+
+
+def _with_unit(text: str, metric: Metric) -> str:
+    return f"{text} ({metric.unit.strip()})" if metric.unit else text
 
 
 def _draw_results(
-    axes: Axes, runs: Sequence[RunRecord], labels: Sequence[str], branches: Sequence[_Branch]
+    axes: Axes,
+    metric: Metric,
+    runs: Sequence[RunRecord],
+    labels: Sequence[str],
+    branches: Sequence[_Branch],
 ) -> None:
-    """Top-1 of every network, with the published value where there is one."""
-    axes.set_title("Top-1 (%)")
+    """The score of every network, with the published value where there is one."""
+    axes.set_title(_with_unit(metric.title, metric))
     points: dict[tuple[str, float], tuple[float | None, str]] = {}
     for run, label in zip(runs, labels, strict=True):
         rows = summary_rows(run.results)
         for row in rows:
-            if row.top1 is None:
+            if row.score is None:
                 continue
             # The dense network is the same in many runs, and then drawn once.
             text = f"{label} {row.network}".strip() if row.stage else row.network
             if row.speedup not in (None, 1):
                 text += f" {row.speedup:.2f}x"
-            published = published_top1(row, rows, run.results.published)
-            points[text, row.top1] = (published, _colour_of(row, run, branches))
-    for height, ((text, top1), (published, colour)) in enumerate(points.items()):
+            published = published_score(row, rows, run.results)
+            points[text, row.score] = (published, _colour_of(row, run, branches))
+    for height, ((text, score), (published, colour)) in enumerate(points.items()):
         name = axes.annotate(
-            f"{top1:.2f}  {text}",
+            f"{metric.number(score)}  {text}",
             (0, -height),
             xycoords=axes.get_yaxis_transform(),
             xytext=(0, 9),
@@ -197,7 +218,7 @@ def _draw_results(
             fontsize=9,
         )
         name.set_in_layout(False)  # a long one may run over the edge, but not squeeze the plots
-        axes.plot(top1, -height, "o", color=colour, markersize=8, zorder=3)
+        axes.plot(score, -height, "o", color=colour, markersize=8, zorder=3)
         if published is not None:
             axes.plot(published, -height, "D", mfc="none", mec=_INK, markersize=11, zorder=4)
     if any(published is not None for published, _ in points.values()):
@@ -241,13 +262,13 @@ def _mark_stages(axes: Axes, branch: _Branch) -> None:
         )
 
 
-def _draw_references(axes: Axes, runs: Sequence[RunRecord]) -> None:
-    """Horizontal lines at the dense and the published accuracy, each value once."""
-    dense = [run.results.dense.top1 for run in runs if run.results.dense]
-    published = [run.results.published.top1 for run in runs if run.results.published]
+def _draw_references(axes: Axes, score: Metric, runs: Sequence[RunRecord]) -> None:
+    """Horizontal lines at the dense and the published score, each value once."""
+    dense = [run.results.dense.score for run in runs if run.results.dense]
+    published = [run.results.published_score.pruned for run in runs]
     for name, values, style in (("dense", dense, "-"), ("published", published, "--")):
         for value in sorted({value for value in values if value is not None}):
-            label = f"{name} {value:.2f}"
+            label = f"{name} {score.number(value)}"
             axes.axhline(value, color=_PALE, linewidth=1.2, linestyle=style, label=label)
 
 
@@ -295,7 +316,9 @@ def _draw_loss(axes: Axes, branches: Sequence[_Branch]) -> None:
     _finish(axes, "steps, all stages")
 
 
-def _finish(axes: Axes, xlabel: str, legend: Literal["best", "lower right"] = "best") -> None:
+def _finish(
+    axes: Axes, xlabel: str, legend: Literal["best", "lower right", "upper right"] = "best"
+) -> None:
     axes.set_xlabel(xlabel)
     axes.xaxis.set_major_formatter(FuncFormatter(_steps_label))
     axes.margins(x=0.01)
@@ -311,6 +334,7 @@ def _steps_label(step: float, _: int | None = None) -> str:
 
 
 def to_png(figure: Figure) -> bytes:
+    """The picture as a file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()

@@ -9,9 +9,12 @@ from typing import Any
 from tpp.common.errors import UserError
 from tpp.common.reading import read_text
 from tpp.common.yaml_files import LARGEST_YAML, parse_yaml
-from train.config.sections import PublishedSection
+from train.config.stage_kinds import StageKind, stage_kind
 from train.run_folder.log import LogEntry, read_log
 from train.run_folder.results import NetworkResult, Results, StageResult, read_results
+from train.tasks import task_class
+from train.tasks.base import Task
+from train.tasks.classification import Classification
 
 # What names a run and where it is, rather than what it does.
 IDENTITY = ("name", "output", "published")
@@ -25,7 +28,7 @@ class SummaryRow:
         network: what a reader calls it: ``Dense``, or the title of the method that pruned it.
         stage: the stage that the figures are from; None for the dense network.
         final: False for a network on its way, which no published figure compares with.
-        top1, top5: in per cent, or None where nobody measured.
+        scores: by the names of the task's metrics; None where nobody measured.
         parameters, macs: counts; MACs are those of one image.
         speedup: dense MACs over this network's.
     """
@@ -33,11 +36,15 @@ class SummaryRow:
     network: str
     stage: str | None
     final: bool
-    top1: float | None
-    top5: float | None
+    scores: Mapping[str, float | None]
     parameters: int | None
     macs: int | None
     speedup: float | None
+
+    @property
+    def score(self) -> float | None:
+        """Of the metric that leads."""
+        return next(iter(self.scores.values()), None)
 
 
 @dataclass(frozen=True)
@@ -65,14 +72,13 @@ def load_run(folder: Path) -> RunRecord:
     Raises:
         UserError: it is no run folder, or its results.json or config.yaml is broken.
     """
-    path = folder / "results.json"
-    if path.exists():
-        results = read_results(path)
-    elif (folder / "log.jsonl").exists():
-        results = Results(name=folder.resolve().name)
-    else:
+    path, config_path = folder / "results.json", folder / "config.yaml"
+    if not path.exists() and not (folder / "log.jsonl").exists():
         raise UserError(f"{folder}: no run folder: it has neither results.json nor log.jsonl")
-    config = _read_config(folder / "config.yaml")
+    results = read_results(path) if path.exists() else None
+    config = _read_config(config_path)
+    if results is None:
+        results = Results(name=folder.resolve().name, task=_task_in(config, config_path))
     stages = {
         name: StageResult(kind=str(stage.get("kind")), input=_text(stage.get("input")))
         for name, stage in config.get("stages", {}).items()
@@ -100,9 +106,9 @@ def summary_rows(results: Results | Mapping[str, Any]) -> list[SummaryRow]:
     rows: list[SummaryRow] = []
     for name, made_by in _branch_ends(results.stages):
         stage = results.stages[name]
-        if made_by is not None and results.stages[made_by].kind != "dense":
+        if made_by is not None and not _kind_of(results.stages[made_by]).is_dense:
             rows.append(_row(results.stages, name, made_by))
-        elif dense is None or dense.top1 is None:
+        elif dense is None or dense.score is None:
             dense = stage  # an evaluation of the dense network
     repeated = Counter(row.network for row in rows)
     rows = [
@@ -110,6 +116,22 @@ def summary_rows(results: Results | Mapping[str, Any]) -> list[SummaryRow]:
         for row in rows
     ]
     return rows if dense is None else [_dense_row(dense), *rows]
+
+
+def task_of(runs: Sequence[RunRecord]) -> type[Task]:
+    """What the networks of all these runs were trained for.
+
+    Raises:
+        UserError: not all for the same.
+    """
+    first = runs[0]
+    for run in runs:
+        if run.results.task != first.results.task:
+            raise UserError(
+                f"{run.folder}: its task is {run.results.task}, and that of {first.folder} "
+                f"{first.results.task}: they do not go beside each other"
+            )
+    return first.results.task_type
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -123,8 +145,22 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
+def _task_in(config: dict[str, Any], path: Path) -> str:
+    """The kind of the task that a configuration is for; older ones do not say."""
+    task = config.get("task")
+    kind = task.get("kind") if isinstance(task, dict) else None
+    try:
+        return task_class(Classification.kind if kind is None else str(kind)).kind
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
 def _text(value: Any) -> str | None:
     return value if isinstance(value, str) else None
+
+
+def _kind_of(stage: StageResult) -> StageKind:
+    return stage_kind(stage.kind)
 
 
 def _flatten(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
@@ -149,17 +185,19 @@ def _branch_ends(stages: Mapping[str, StageResult]) -> Iterator[tuple[str, str |
     inputs = {stage.input for stage in stages.values()}
     for name, stage in stages.items():
         if name not in inputs:
-            made_by = stage.input if stage.kind == "evaluate" else name
+            made_by = name if _kind_of(stage).makes_network else stage.input
             yield name, made_by if made_by in stages else None
 
 
 def method_title(stages: Mapping[str, StageResult], name: str) -> str | None:
     """Title of the method that pruned, or is about to prune, the network that a stage made."""
-    for kind in ("prune", "regularize"):
-        for ancestor in reversed(chain_of(stages, name)):
-            if stages[ancestor].kind == kind:
-                return stages[ancestor].title or stages[ancestor].method or ancestor
-    return None
+    chain = chain_of(stages, name)
+    removed = [ancestor for ancestor in chain if _kind_of(stages[ancestor]).removes]
+    regularized = [ancestor for ancestor in chain if _kind_of(stages[ancestor]).regularizes]
+    if not (removed or regularized):
+        return None
+    last = (removed or regularized)[-1]
+    return stages[last].title or stages[last].method or last
 
 
 def _dense_row(dense: NetworkResult) -> SummaryRow:
@@ -167,8 +205,7 @@ def _dense_row(dense: NetworkResult) -> SummaryRow:
         network="Dense",
         stage=None,
         final=True,
-        top1=dense.top1,
-        top5=dense.top5,
+        scores=dense.scores,
         parameters=dense.parameters,
         macs=dense.macs,
         speedup=None if dense.macs is None else 1.0,
@@ -177,29 +214,25 @@ def _dense_row(dense: NetworkResult) -> SummaryRow:
 
 def _row(stages: Mapping[str, StageResult], name: str, made_by: str) -> SummaryRow:
     title, stage = method_title(stages, made_by), stages[name]
-    final = title is not None and stages[made_by].kind == "finetune"
+    final = title is not None and _kind_of(stages[made_by]).is_final
     return SummaryRow(
         network=title if final and title else f"{title or 'Dense'} after {made_by}",
         stage=name,
         final=final,
-        top1=stage.top1,
-        top5=stage.top5,
+        scores=stage.scores,
         parameters=stage.parameters,
         macs=stage.macs,
         speedup=stage.speedup,
     )
 
 
-def published_top1(
-    row: SummaryRow, rows: Sequence[SummaryRow], published: PublishedSection | None
-) -> float | None:
-    """The published top-1 that ``row`` is to reproduce, if it is clear which row that is."""
-    if published is None:
-        return None
+def published_score(row: SummaryRow, rows: Sequence[SummaryRow], results: Results) -> float | None:
+    """The published score that ``row`` is to reproduce, if it is clear which row that is."""
+    published = results.published_score
     if row.network == "Dense":
-        return published.dense_top1
+        return published.dense
     finals = [other for other in rows if other.final and other.network != "Dense"]
-    return published.top1 if finals == [row] else None
+    return published.pruned if finals == [row] else None
 
 
 def labels_of(runs: Sequence[RunRecord]) -> list[str]:
@@ -215,12 +248,13 @@ def labels_of(runs: Sequence[RunRecord]) -> list[str]:
 def headline_of(run: RunRecord) -> str:
     """A run in one line: from where to where, at what speedup, and what was published."""
     rows, results = summary_rows(run.results), run.results
+    score, published = results.task_type.metrics[0], results.published_score.pruned
     parts = []
     for row in rows:
-        if row.top1 is not None:
+        if row.score is not None:
             speedup = f" at {row.speedup:.2f}x fewer MACs" if row.speedup not in (None, 1) else ""
-            parts.append(f"{row.network} {row.top1:.2f}%{speedup}")
-    line = "top-1: " + ", ".join(parts) if parts else "no accuracy yet"
-    if results.published and results.published.top1 is not None:
-        line += f" (published {results.published.top1:.2f}%)"
+            parts.append(f"{row.network} {score.number(row.score)}{score.unit}{speedup}")
+    line = f"{score.word}: {', '.join(parts)}" if parts else f"no {score.noun or score.word} yet"
+    if published is not None:
+        line += f" (published {score.number(published)}{score.unit})"
     return line if results.status == "finished" else f"{line} - still {results.status}"

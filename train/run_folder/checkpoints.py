@@ -1,8 +1,8 @@
 """Checkpoints of a training stage under way: when they are written, which are kept, which is read.
 
-What one looks like, and how it comes to be whole, is in ``tpp/training_state.py``. Beside them in
-``checkpoints/`` there are links for people, ``latest`` and ``best``; nothing here reads them. At
-most one checkpoint more than those that are kept is on the disk at a time.
+What one looks like, and how it comes to be whole, is in ``tpp/checkpoints/training_state.py``.
+Beside them in ``checkpoints/`` there are links for people, ``latest`` and ``best``; nothing here
+reads them. At most one checkpoint more than those that are kept is on the disk at a time.
 """
 
 import errno
@@ -46,6 +46,8 @@ _WAITS_SECONDS = (0.1, 0.4, 1.0)
 # A checkpoint before it is renamed into its place, and an older one of the same step after it had
 # to make way; not one that was being deleted.
 _UNFINISHED = re.compile(r"\.(step-[0-9]+)(\.before)?\.[0-9]+\.tmp")
+# Folder of them in a stage's own.
+CHECKPOINTS = "checkpoints"
 
 
 class CheckpointWriter:

@@ -33,12 +33,13 @@ def drop_later_entries(log: Path, stage: str, start_step: int) -> None:
     write_whole(log, "".join(f"{line}\n" for line in kept))
 
 
-LogEntry = dict[str, Any]
 # Steps and values beyond it are none that a run has, and more than an axis can hold.
 LARGEST_LOG = 1e15
+LogEntry = dict[str, Any]
 
 
 def read_log(path: Path) -> dict[tuple[str, str], list[LogEntry]]:
+    """The entries that have a step, by event and stage, in rising order of steps."""
     log: dict[tuple[str, str], list[LogEntry]] = defaultdict(list)
     if not path.exists():
         return log

@@ -4,22 +4,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from tpp.checkpoints.model_file import load_model, save_model
-from train.config.sections import StageSection
-from train.distributed.collectives import broadcast_buffers
+from tpp.checkpoints.model_file import load_model, read_checkpoint, save_model
+from tpp.models.architecture import Architecture, architecture_of, build_model
+from tpp.models.fitting import assign_tensors, fill_buffers, fitted
+from train.config.sections import MODEL_FILE, StageSection
+from train.distributed.collectives import broadcast_buffers, sum_over_ranks
+from train.distributed.engine import forward_pass
 from train.run import Run
-from train.tasks.classification import Accuracy, evaluate
+from train.tasks.base import Scores
 from train.weights import load_starting_weights
 
-MODEL_FILE = "model.safetensors"
+Shapes = dict[str, tuple[int, ...]]
 
 
-def load_input(run: Run, stage: StageSection) -> nn.Module:
-    """The network that a stage starts from, on the CPU."""
-    if stage.input is not None:
-        return load_model(run.stage_folder(stage.input) / MODEL_FILE)
+def load_input(run: Run, stage: str | None) -> nn.Module:
+    """The network of a stage that another starts from, or the starting weights; on the CPU."""
+    if stage is not None:
+        return load_model(_file_of(run, stage))
     with run.accelerator.local_main_process_first():  # one download per node, not one per rank
         return load_starting_weights(run.config.model, run.architecture, run.config.seed)
 
@@ -32,26 +35,70 @@ def place(run: Run, model: nn.Module) -> nn.Module:
     return model
 
 
-def evaluate_network(run: Run, model: nn.Module) -> Accuracy:
-    """Evaluate over the validation images, shared over the ranks."""
+def evaluate_network(run: Run, model: nn.Module) -> Scores:
+    """Evaluate over the validation images, shared over the ranks; left in evaluation mode."""
     run.at("evaluation")
     # Each rank has normalised its own batches; what is measured must be what is saved.
     broadcast_buffers(model)
     training, accelerator = run.config.training, run.accelerator
     local_batch = training.batch_size // (accelerator.num_processes * training.accumulation)
-    batches = run.data.eval_batches(training.evaluate_batch_size or local_batch)
-    return evaluate(model, batches, accelerator)
+    return run.task.evaluate(
+        forward_pass(model.eval(), accelerator),
+        run.data.eval_batches(training.evaluate_batch_size or local_batch),
+        device=accelerator.device,
+        over_ranks=sum_over_ranks,
+    )
 
 
-def save_network(
-    run: Run, name: str, path: Path, model: nn.Module, accuracy: Accuracy | None
-) -> None:
+def dense_network(run: Run, name: str | None) -> nn.Module:
+    """The dense network that stage ``name`` comes from: placed, in evaluation mode, and fixed."""
+    stages = run.config.stages
+    while name is not None and not stages[name].does.is_dense:
+        name = stages[name].input
+    return place(run, load_input(run, name)).eval().requires_grad_(False)
+
+
+def companion_of_input(run: Run, stage: StageSection, name: str) -> dict[str, Tensor]:
+    """Tensors that a stage's input holds beside the network's; empty where it has none such."""
+    if stage.input is None:
+        return {}
+    _, companions, _ = read_checkpoint(_file_of(run, stage.input))
+    return dict(companions.get(name, {}))
+
+
+def _file_of(run: Run, stage: str) -> Path:
+    return run.stage_folder(stage) / MODEL_FILE
+
+
+def shapes_of(model: nn.Module) -> Shapes:
+    """The shape of every tensor in a network's state."""
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def network_of_shapes(architecture: Architecture, shapes: Shapes) -> nn.Module:
+    """An ordinary network of these shapes, on the CPU; its weights are still to be loaded.
+
+    Raises:
+        UserError: they are no shapes of such a network.
+    """
+    network = fitted(architecture, shapes)
+    empty = {name: torch.zeros_like(t, device="cpu") for name, t in network.state_dict().items()}
+    assign_tensors(network, empty)
+    if any(buffer.is_meta for buffer in network.buffers()):
+        arch = architecture_of(network)
+        assert arch is not None
+        with torch.random.fork_rng(devices=[]):
+            fill_buffers(network, build_model(arch.name, arch.num_classes, **arch.args))
+    return network
+
+
+def save_network(run: Run, name: str, path: Path, model: nn.Module, scores: Scores | None) -> None:
     """Write a self-describing checkpoint of ``model``."""
     extra: dict[str, Any] = {
         "run": run.config.name,
         "stage": name,
-        "classes": run.data.train.index.classes,
+        **run.task.file_extra(run.data.train.index.classes),
     }
-    if accuracy is not None:
-        extra["accuracy"] = accuracy.to_dict()
+    if scores is not None:
+        extra["accuracy"] = scores.to_dict()
     save_model(path, model, preprocessing=run.config.data.preprocessing(), extra=extra)

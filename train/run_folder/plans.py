@@ -18,15 +18,13 @@ def choose_plan(run: Run, name: str, model: nn.Module, method: Method) -> Prunin
     None for a stage that begins without one: its method picks the filters later.
     """
     stage = run.config.stages[name]
-    if stage.kind not in ("regularize", "prune"):
-        return None
-    if stage.kind == "regularize" and method.picks != "before":
+    if not stage.does.needs_plan or (stage.does.regularizes and method.picks != "before"):
         return None
     if stage.input is not None and _regularizes_for_a_plan(run.config, stage.input):
         plan = load_plan(run, stage.input)
     else:
         example = example_input_for(model)
-        plan = method.select(model, run.config.selection(), example_input=example)
+        plan = method.select(model, run.config.selection(name), example_input=example)
         plan = same_on_all_ranks(plan)
     save_plan(run, name, plan)
     return plan
@@ -40,7 +38,7 @@ def save_plan(run: Run, name: str, plan: PruningPlan) -> None:
         with_plan = (
             other
             for other, stage in config.stages.items()
-            if stage.kind == "prune" or _regularizes_for_a_plan(config, other)
+            if stage.does.removes or _regularizes_for_a_plan(config, other)
         )
         if name == next(with_plan):
             plan.save(run.folder / PLAN_FILE)
@@ -48,8 +46,7 @@ def save_plan(run: Run, name: str, plan: PruningPlan) -> None:
 
 def _regularizes_for_a_plan(config: Config, name: str) -> bool:
     """Whether a stage readies the network for the removal of filters that it knows."""
-    kind = config.stages[name].kind
-    return kind == "regularize" and config.stage_method(name).picks != "after"
+    return config.stages[name].does.regularizes and config.stage_method(name).picks != "after"
 
 
 def load_plan(run: Run, name: str) -> PruningPlan:

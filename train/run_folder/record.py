@@ -4,6 +4,7 @@ import functools
 import json
 import platform
 import subprocess
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -12,18 +13,20 @@ import torch
 from accelerate import Accelerator
 
 from tpp.common.files import write_whole
+from train.config.stage_kinds import stage_kind
 from train.distributed.accelerator import engine_name
 from train.run import Run
 from train.run_folder.log import say
+from train.run_folder.results import NetworkResult, Results, StageResult
 from train.run_folder.same_run import stage_settings
+from train.tasks.base import Task
 
 
 def finish_stage(run: Run, name: str, results: dict[str, Any]) -> None:
     """Mark a stage as done, with what it found."""
     stage = run.config.stages[name]
-    # Dense training is what every method starts from; none has a say in it.
-    method = run.config.stage_method(name) if stage.kind != "dense" else None
-    run.done[name] = {
+    method = run.config.stage_method(name) if stage.does.has_method else None
+    said = {
         "kind": stage.kind,
         "method": method.name if method else None,
         "title": method.title if method else None,
@@ -34,57 +37,80 @@ def finish_stage(run: Run, name: str, results: dict[str, Any]) -> None:
         "epochs": None,
         **results,
     }
+    result = StageResult.from_dict(said, run.task.metrics)
+    run.done[name] = result.to_dict()
+    assert run.done[name].keys() >= results.keys()  # nothing that results.json has no place for
     if run.is_main:
         folder = run.stage_folder(name)
         folder.mkdir(parents=True, exist_ok=True)
         marker = {"settings": stage_settings(run.config, name), "results": run.done[name]}
         write_whole(folder / "done.json", json.dumps(marker, indent=1) + "\n")
         write_results(run, "running")
-        say(f"{name}: {_summary(run.done[name])}")
+        say(f"{name}: {_summary(run, result)}")
     run.accelerator.wait_for_everyone()
 
 
-def _summary(results: dict[str, Any]) -> str:
+def _summary(run: Run, result: StageResult) -> str:
     parts = []
-    if results.get("top1") is not None:
-        parts.append(f"top-1 {results['top1']:.2f}%, loss {results['loss']:.4f}")
-    parts.append(f"{results['parameters']:,} parameters")
-    if results["speedup"] != 1:
-        parts.append(f"{results['speedup']:.4f}x fewer MACs")
-    if results.get("removed_magnitude") is not None:
-        parts.append(f"largest weight removed {results['removed_magnitude']:.3g}")
-    return ", ".join((*parts, f"{results['wall_seconds']:.0f} s"))
+    if result.score is not None:
+        parts.append(run.task.say(result.scores))
+    parts.append(f"{result.parameters:,} parameters")
+    if result.speedup != 1:
+        parts.append(f"{result.speedup:.4f}x fewer MACs")
+    if result.removed_magnitude is not None:
+        parts.append(f"largest weight removed {result.removed_magnitude:.3g}")
+    return ", ".join((*parts, f"{result.wall_seconds:.0f} s"))
 
 
 def write_results(run: Run, status: str) -> None:
     """Write results.json from what the stages have reported."""
-    stages = {name: dict(run.done[name]) for name in run.config.stages if name in run.done}
-    dense: dict[str, Any] = {"top1": None, "top5": None, "loss": None}
-    for stage in stages.values():
-        if stage["kind"] == "dense":
-            dense = {key: stage[key] for key in dense}
-        elif dense["top1"] is None and stage["input"] is None:
-            measured = stage if stage["kind"] == "evaluate" else stage["start"]
-            dense = {key: measured[key] for key in dense} if measured else dense
-        if stage["start"] and stage["input"] and stages[stage["input"]]["top1"] is None:
-            # Pruning needs no data, so what it cost is measured when finetuning begins.
-            stages[stage["input"]].update(stage["start"])
-    results = {
-        "name": run.config.name,
-        "seed": run.config.seed,
-        "status": status,
-        "model": run.config.model.name,
-        "wall_seconds": sum(stage["wall_seconds"] for stage in stages.values()),
-        "versions": _versions(),
-        "git_commit": _git_commit(),
-        "device": _device(run.accelerator),
-        "ranks": run.accelerator.num_processes,
-        "engine": engine_name(run.accelerator),
-        "published": run.config.published.model_dump() if run.config.published else None,
-        "dense": {**dense, "parameters": run.dense.parameters, "macs": run.dense.macs},
-        "stages": stages,
+    stages = {
+        name: StageResult.from_dict(run.done[name], run.task.metrics)
+        for name in run.config.stages
+        if name in run.done
     }
-    write_whole(run.folder / "results.json", json.dumps(results, indent=1) + "\n")
+    for stage in stages.values():
+        before = stages.get(stage.input) if stage.input else None
+        if before and before.score is None and stage.input and stage.start:
+            # Pruning needs no data, so what it cost is measured when finetuning begins.
+            stages[stage.input] = before.measured(stage.start)
+    results = Results(
+        name=run.config.name,
+        seed=run.config.seed,
+        status=status,
+        model=run.config.model.name,
+        task=run.task.kind,
+        versions=_versions(),
+        git_commit=_git_commit(),
+        device=_device(run.accelerator),
+        ranks=run.accelerator.num_processes,
+        engine=engine_name(run.accelerator),
+        published=run.config.published,
+        dense=NetworkResult(
+            scores=_dense_scores(run.task, stages.values()),
+            parameters=run.dense.parameters,
+            macs=run.dense.macs,
+        ),
+        stages=stages,
+    )
+    # Unchecked, as a sum of nothing stays the 0 that it was in this file from the beginning.
+    results.wall_seconds = sum(
+        stage.wall_seconds for stage in stages.values() if stage.wall_seconds is not None
+    )
+    write_whole(run.folder / "results.json", json.dumps(results.to_dict(), indent=1) + "\n")
+
+
+def _dense_scores(task: Task, stages: Iterable[StageResult]) -> dict[str, float | None]:
+    """Of the dense network: where it was trained, or first measured before it was pruned."""
+    scores: dict[str, float | None] = {metric.name: None for metric in task.metrics}
+    for stage in stages:
+        kind = stage_kind(stage.kind)
+        if kind.is_dense:
+            scores = stage.scores
+        elif scores[task.score.name] is None and stage.input is None:
+            measured = stage.start if kind.makes_network else stage
+            scores = measured.scores if measured else scores
+    return scores
 
 
 def _versions() -> dict[str, str]:

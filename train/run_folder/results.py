@@ -1,58 +1,179 @@
-"""results.json: what the stages found."""
+"""results.json: what the stages found. Its writer fills the model that its readers get."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Self
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ValidationError, field_validator, model_validator
 
 from tpp.common.errors import UserError
 from tpp.common.reading import read_json
-from train.config.sections import PublishedSection
+from tpp.common.registry import pick
+from train.config.sections import PublishedScore, PublishedSection
+from train.config.stage_kinds import stage_kind
+from train.tasks import available_tasks
+from train.tasks.base import Metric, Task
+from train.tasks.classification import Classification
+
+_SCORES = "scores"
 
 
-class Accuracy(BaseModel):
-    """Accuracy on the validation images: top-1 and top-5 in per cent, and the mean loss."""
+class Evaluation(BaseModel):
+    """What an evaluation of a network found.
 
-    top1: float | None = None
-    top5: float | None = None
-    loss: float | None = None
+    Attributes:
+        scores: by the names of the task's metrics, in their order; None where nobody measured. In
+            the file they stand among the other keys.
+        images: how many were looked at.
+    """
+
+    scores: dict[str, float | None] = {}
+    images: int | None = None
+
+    @classmethod
+    def from_dict(cls, flat: Any, metrics: Sequence[Metric]) -> Self:
+        """From what the file says.
+
+        Raises:
+            ValidationError: of pydantic.
+        """
+        return cls.model_validate(_gathered(flat, metrics))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it is in the file, without what was never said."""
+        said = self.model_dump(exclude_unset=True)
+        return {**said.pop(_SCORES, {}), **said}
+
+    @property
+    def score(self) -> float | None:
+        """Of the metric that leads; None where nobody measured."""
+        return next(iter(self.scores.values()), None)
 
 
-class NetworkResult(Accuracy):
-    """A network with its accuracy, parameters and multiply-accumulates of one image."""
+class NetworkResult(Evaluation):
+    """A network with its scores, parameters and multiply-accumulates of one image."""
 
     parameters: int | None = None
     macs: int | None = None
 
 
 class StageResult(NetworkResult):
-    """One stage, as results.json describes it; of a stage under way only what it is to do."""
+    """One stage, as results.json describes it; of a stage under way only what it is to do.
+
+    Attributes:
+        start: of the network that it started from.
+        speedup: dense MACs over this network's.
+        removed_magnitude: largest absolute weight of the filters that it removed.
+    """
 
     kind: str
     method: str | None = None
     title: str | None = None
     input: str | None = None
-    speedup: float | None = None
+    start: Evaluation | None = None
     steps: int | None = None
     epochs: float | None = None
+    speedup: float | None = None
+    removed_magnitude: float | None = None
     wall_seconds: float | None = None
-    start: Accuracy | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it is in the file, without what was never said."""
+        flat = super().to_dict()
+        if self.start is not None:
+            flat["start"] = self.start.to_dict()
+        names = ("kind", "method", "title", "input", "start", "steps", "epochs")
+        first = {name: flat.pop(name) for name in names if name in flat}
+        if "images" in flat and not stage_kind(self.kind).needs_images:
+            flat["images"] = flat.pop("images")  # the next stage looked at them: they come last
+        return {**first, **flat}
+
+    def measured(self, found: Evaluation) -> Self:
+        """This stage with what was found of its network later."""
+        return self.model_copy(
+            update={name: getattr(found, name) for name in found.model_fields_set}
+        )
 
 
 class Results(BaseModel):
-    """The content of results.json."""
+    """The content of results.json.
+
+    Attributes:
+        task: its kind.
+        engine: what shared the training among the ranks.
+        published: figures to put beside these.
+        dense: the network that the run prunes.
+    """
 
     name: str
     seed: int | None = None
     status: str = "running"
     model: str = ""
+    task: str = Classification.kind
     wall_seconds: float | None = None
     versions: dict[str, str] = {}
     git_commit: str | None = None
     device: str | None = None
     ranks: int | None = None
+    engine: str | None = None
     published: PublishedSection | None = None
     dense: NetworkResult | None = None
     stages: dict[str, StageResult] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather_scores(cls, data: Any) -> Any:
+        task = _task(data.get("task", Classification.kind)) if isinstance(data, dict) else None
+        if task is None:
+            return data  # refused below
+        stages = data.get("stages")
+        if isinstance(stages, dict):
+            stages = {name: _gathered(stage, task.metrics) for name, stage in stages.items()}
+        gathered = {"dense": _gathered(data.get("dense"), task.metrics), "stages": stages}
+        return {**data, **{key: value for key, value in gathered.items() if key in data}}
+
+    @field_validator("task")
+    @classmethod
+    def _task_is_known(cls, task: str) -> str:
+        try:
+            pick(available_tasks(), task, "unknown task")
+        except UserError as error:
+            raise ValueError(str(error)) from None
+        return task
+
+    @property
+    def task_type(self) -> type[Task]:
+        """What the networks were trained for."""
+        return available_tasks()[self.task]
+
+    @property
+    def published_score(self) -> PublishedScore:
+        """What was published of the task's score."""
+        score = self.task_type.metrics[0]
+        return self.published.score(score) if self.published else PublishedScore()
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it is in the file."""
+        content = self.model_dump()
+        if self.task == Classification.kind:
+            del content["task"]
+        content["dense"] = self.dense and self.dense.to_dict()
+        content["stages"] = {name: stage.to_dict() for name, stage in self.stages.items()}
+        return content
+
+
+def _task(kind: Any) -> type[Task] | None:
+    return available_tasks().get(kind) if isinstance(kind, str) else None
+
+
+def _gathered(flat: Any, metrics: Sequence[Metric]) -> Any:
+    """A network of the file, with its scores in a mapping of their own."""
+    if not isinstance(flat, dict):
+        return flat
+    gathered = {**flat, _SCORES: {metric.name: flat.get(metric.name) for metric in metrics}}
+    if "start" in flat:
+        gathered["start"] = _gathered(flat["start"], metrics)
+    return gathered
 
 
 def read_results(path: Path) -> Results:
@@ -65,6 +186,10 @@ def read_results(path: Path) -> Results:
         return Results.model_validate(read_json(path, "the results"))
     except ValidationError as error:
         problem = error.errors()[0]
-        key = ".".join(str(part) for part in problem["loc"]) or "the file"
-        message = problem["msg"][0].lower() + problem["msg"][1:]
+        parts = [str(part) for part in problem["loc"]]
+        if _SCORES in parts[-2:-1] and parts[-1] not in StageResult.model_fields:
+            del parts[-2]  # in the file there is no such level
+        message = problem["msg"].removeprefix("Value error, ")
+        message = message[0].lower() + message[1:]
+        key = ".".join(parts) or "the file"
         raise UserError(f"{path}: not the results of a run: {key}: {message}") from None

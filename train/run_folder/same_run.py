@@ -1,69 +1,119 @@
-"""Whether what a stage has left behind was made with the settings and images of now."""
+"""Whether what a stage has left behind was made with the settings and images of now.
+
+A setting that may differ when a run goes on says so at its key
+(:data:`tpp.common.settings.MAY_DIFFER`). One at its default is not written down, and one that is
+not there counts as its default: a run that began before a setting existed goes on.
+"""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+from pydantic import BaseModel
+
+from data_pipelines.settings import AugmentSection
 from tpp.common.errors import UserError
 from tpp.common.reading import read_json
+from tpp.common.settings import MAY_DIFFER
+from tpp.selection.settings import PruningSection
 from train.config.config import Config
-from train.config.sections import TRAINING_KINDS
 from train.run import MOST_NAMED, Run
+from train.run_folder.results import StageResult
 
-# What may differ between a stage's run and its resumption without making it another run.
-_HARMLESS = {
-    "data": {"root", "threads", "index", "on_error", "max_skipped", "prefetch"},
-    "training": {
-        "log_every",
-        "statistics_every",
-        "trainability_every",
-        "trainability_images",
-        "evaluate_batch_size",
-        "evaluate_every",
-        "on_bad_step",
-        "max_bad_steps",
-        "max_gradient_norm",
-        "deepspeed",
-        "rank_timeout",
-    },
-}
+# What a stage says in words of its own, rather than as it is written.
+_RESOLVED = ("method", "augment", "pruning")
+# Without a reference batch that differs from the batch, these change nothing.
+_OF_THE_BATCH = ("batch", "reference_batch_size", "batch_warmup_epochs")
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """A setting, and what it was before it could be set."""
+
+    value: Any
+    default: Any = None
 
 
 def stage_settings(config: Config, name: str) -> dict[str, Any]:
-    """All that decides a stage's outcome: its own settings, and those of the stages before it.
+    """All that decides a stage's outcome: its own settings, and those of the stages before it."""
+    found: dict[str, Any] = _plain(_decisive(config, name))
+    return found
 
-    Of newer settings, those that are as it always was are left out: a run begun before they
-    existed goes on.
-    """
+
+def _decisive(config: Config, name: str) -> dict[str, Any]:
     stages: dict[str, Any] = {}
+    needs_plan = False
     current: str | None = name
     while current is not None:
-        stages[current] = config.stages[current].model_dump()
-        stages[current].pop("method")
-        stages[current].pop("augment")
-        if (optimizer := stages[current]["optimizer"]) and not optimizer["warmup_from"]:
-            optimizer.pop("warmup_from")
-        if config.stages[current].kind in TRAINING_KINDS:
-            augment = config.stage_augment(current).model_dump(exclude_defaults=True)
-            stages[current] |= {"augment": augment} if augment else {}
-        if stages[current]["kind"] != "dense":
+        stage = config.stages[current]
+        own: dict[str, Any] = {**_entries(stage, leave_out=_RESOLVED)}
+        own["pruning"] = _Setting(stage.pruning)
+        if stage.does.trains:
+            own["augment"] = _Setting(config.stage_augment(current), AugmentSection())
+        if stage.does.has_method:
             method = config.stage_method(current, as_given=True)
-            stages[current]["method"] = {"name": method.name, **method.settings.model_dump()}
-        current = config.stages[current].input
-    settings = config.model_dump(include={"seed", "model", "data", "training"})
-    for section, keys in _HARMLESS.items():
-        settings[section] = {k: v for k, v in settings[section].items() if k not in keys}
-    settings["data"].pop("augment")
-    if config.data.shuffle_window is None:
-        settings["data"].pop("shuffle_window")
-    if config.training.clip_gradient_norm is None:
-        settings["training"].pop("clip_gradient_norm")
-    if config.training.batch_factor == 1:
-        for key in ("batch", "reference_batch_size", "batch_warmup_epochs"):
-            settings["training"].pop(key)
-    if any(stage["kind"] in ("regularize", "prune") for stage in stages.values()):
-        settings["pruning"] = config.pruning.model_dump(exclude_defaults=True)
-    return {**settings, "stages": stages}
+            own["method"] = {"name": method.name, **_entries(method.settings)}
+        stages[current] = own
+        needs_plan |= stage.does.needs_plan
+        current = stage.input
+    task = config.make_task()
+    unused = _OF_THE_BATCH if config.training.batch_factor == 1 else ()
+    found = {
+        "seed": config.seed,
+        "task": _Setting(
+            {"kind": task.kind, **_entries(task.settings)}, {"kind": "classification"}
+        ),
+        "model": config.model,
+        "data": _entries(config.data, leave_out=("augment",)),
+        "training": _entries(config.training, leave_out=unused),
+        "stages": stages,
+    }
+    if needs_plan:
+        found["pruning"] = _Setting(config.pruning, PruningSection())
+    return found
+
+
+def _entries(section: BaseModel, leave_out: tuple[str, ...] = ()) -> dict[str, _Setting]:
+    """The settings of a section that decide an outcome."""
+    return {
+        name: _Setting(
+            getattr(section, name),
+            None if field.is_required() else field.get_default(call_default_factory=True),
+        )
+        for name, field in type(section).model_fields.items()
+        if name not in leave_out and MAY_DIFFER not in field.metadata
+    }
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it."""
+    if isinstance(value, _Setting):
+        return _plain(value.value)
+    if isinstance(value, BaseModel):
+        return _plain(_entries(value))
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items() if not _is_default(inner)}
+    return json.loads(json.dumps(value))
+
+
+def _is_default(value: Any) -> bool:
+    return isinstance(value, _Setting) and _plain(value.value) == _plain(value.default)
+
+
+def _differences(old: Any, now: Any, key: str = "") -> Iterator[str]:
+    """What differs of settings as a file has them and those of now."""
+    if isinstance(now, BaseModel):
+        now = _entries(now)
+    if not isinstance(old, dict) or not isinstance(now, Mapping):
+        if old != _plain(now):
+            yield f"{key} was {old!r} and is {_plain(now)!r}"
+        return
+    for part in [*old, *(name for name in now if name not in old)]:
+        entry = now.get(part)
+        setting = entry if isinstance(entry, _Setting) else _Setting(entry)
+        was = old[part] if part in old else _plain(setting.default)
+        yield from _differences(was, setting.value, f"{key}.{part}".strip("."))
 
 
 def take_up_done(run: Run, name: str) -> None:
@@ -74,7 +124,8 @@ def take_up_done(run: Run, name: str) -> None:
     marker = read_json(path, "the done marker")
     try:
         settings, results = dict(marker["settings"]), dict(marker["results"])
-    except (ValueError, KeyError, TypeError):
+        StageResult.from_dict(results, run.task.metrics)
+    except (ValueError, KeyError, TypeError):  # ValidationError of pydantic is a ValueError
         raise UserError(f"{path}: not a done marker; delete it to run the stage again") from None
     check_same_settings(run, name, settings)
     run.done[name] = results
@@ -86,14 +137,13 @@ def check_same_settings(run: Run, name: str, settings: dict[str, Any]) -> None:
     Raises:
         UserError: names what differs, and what to do.
     """
-    now = json.loads(json.dumps(stage_settings(run.config, name)))
-    found = list(_differences(settings, now))
+    found = list(_differences(settings, _decisive(run.config, name)))
     if found:
         more = f", and {len(found) - MOST_NAMED} more" if len(found) > MOST_NAMED else ""
         raise UserError(
             f"{run.folder}: stage {name!r} was run with other settings: "
-            f"{', '.join(found[:MOST_NAMED])}{more}; choose another folder with output=..., or delete "
-            f"{run.stage_folder(name)} to run it again"
+            f"{', '.join(found[:MOST_NAMED])}{more}; choose another folder with output=..., or "
+            f"delete {run.stage_folder(name)} to run it again"
         )
 
 
@@ -110,11 +160,3 @@ def check_same_images(run: Run, name: str, fingerprint: str | None) -> None:
             f"{index.root} was {fingerprint} and is {index.fingerprint}; give it the same images, "
             f"or delete {run.stage_folder(name)} to run it again"
         )
-
-
-def _differences(old: Any, new: Any, key: str = "") -> Iterator[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        for part in [*old, *(k for k in new if k not in old)]:
-            yield from _differences(old.get(part), new.get(part), f"{key}.{part}".strip("."))
-    elif old != new:
-        yield f"{key} was {old!r} and is {new!r}"

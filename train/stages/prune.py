@@ -3,23 +3,22 @@
 from typing import Any
 
 from tpp.checkpoints.model_file import load_model, network_of, read_metadata, save_model
-from tpp.checkpoints.prune_file import prune_checkpoint
 from tpp.measure.counts import count
 from tpp.models.layers import prunable_layers
-from train.config.sections import StageSection
+from train.config.sections import MODEL_FILE
 from train.run import Run
-from train.run_folder.networks import MODEL_FILE, load_input, save_network
+from train.run_folder.networks import load_input, save_network
 from train.run_folder.plans import choose_plan
 
 
-def prune_stage(run: Run, name: str, stage: StageSection) -> dict[str, Any]:
+def prune_stage(run: Run, name: str) -> dict[str, Any]:
     """Remove the planned filters from the input checkpoint: no data, no GPU, one rank."""
-    folder = run.stage_folder(name)
+    stage, folder = run.config.stages[name], run.stage_folder(name)
     output = folder / MODEL_FILE
     method = run.config.stage_method(name)
     if run.is_main:
         folder.mkdir(parents=True, exist_ok=True)
-    model = load_input(run, stage)
+    model = load_input(run, stage.input)
     plan = choose_plan(run, name, model, method)
     assert plan is not None
     if run.is_main:
@@ -28,7 +27,7 @@ def prune_stage(run: Run, name: str, stage: StageSection) -> dict[str, Any]:
         else:  # straight from the starting weights, whatever kind of file they came in
             source = folder / "dense.safetensors"
             save_network(run, name, source, model, None)
-        prune_checkpoint(source, plan, output)
+        method.remove(source, plan, output)
         pruned = load_model(output)
         if method.after_removal(pruned, run.config.seed):
             save_model(output, pruned, extra=read_metadata(output).extra)
@@ -39,9 +38,7 @@ def prune_stage(run: Run, name: str, stage: StageSection) -> dict[str, Any]:
         for layer in plan.active_layers
     ]
     return {
-        "top1": None,
-        "top5": None,
-        "loss": None,
+        **{metric.name: None for metric in run.task.metrics},
         **run.count_fields(count(network_of(read_metadata(output), source=str(output)))),
         "removed_magnitude": max(removed, default=0.0),
     }

@@ -1,6 +1,7 @@
 """The stages of a run: each turns one checkpoint into the next, and is skipped when done."""
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from accelerate import Accelerator
@@ -8,7 +9,6 @@ from accelerate import Accelerator
 from tpp.measure.counts import count
 from tpp.models.architecture import build_on_meta
 from train.config.config import Config, save_config, stages_until
-from train.config.sections import TRAINING_KINDS
 from train.distributed.collectives import from_main_rank
 from train.distributed.stopping import Stopped, StopRequest, message_of
 from train.distributed.watchdog import Watchdog
@@ -21,6 +21,12 @@ from train.run_folder.same_run import take_up_done
 from train.stages.evaluate import evaluate_stage
 from train.stages.prune import prune_stage
 from train.stages.training import TrainingStage, clean_up
+
+# What a stage of a kind does, where it does not train; a new kind is a line here.
+_DO: dict[str, Callable[[Run, str], dict[str, Any]]] = {
+    "prune": prune_stage,
+    "evaluate": evaluate_stage,
+}
 
 
 def open_run(
@@ -77,7 +83,7 @@ def run_stages(run: Run, until: str | None = None) -> None:
         write_results(run, "running")
     for name in stages_until(config, until):
         stage = config.stages[name]
-        trains = stage.kind in TRAINING_KINDS
+        trains = stage.does.trains
         if name in run.done:
             if run.is_main:
                 say(f"{name}: done before, skipped")
@@ -91,8 +97,7 @@ def run_stages(run: Run, until: str | None = None) -> None:
             clean_up(run, name)
             continue
         started = time.perf_counter()
-        do = prune_stage if stage.kind == "prune" else evaluate_stage
-        results = do(run, name, stage)
+        results = _DO[stage.kind](run, name)
         finish_stage(run, name, {**results, "wall_seconds": time.perf_counter() - started})
     if run.is_main:
         all_done = len(run.done) == len(config.stages)

@@ -1,12 +1,13 @@
 """Trainability of the network while it trains: measured at the same images in every stage."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from data_pipelines.images.batch import LoaderSettings
 from data_pipelines.images.image_index import ImageIndex
 from data_pipelines.images.order import Int64s
 from data_pipelines.loaders import eval_batches
@@ -20,6 +21,7 @@ class TrainabilityProbe:
     Args:
         index: the validation images.
         transform: how they are prepared for the network.
+        inputs: what the network takes of a batch of them.
         count: how many of them to measure at; all, where there are fewer.
         loader: 'dali' or 'torchvision'.
         device: where the networks are.
@@ -32,6 +34,7 @@ class TrainabilityProbe:
         self,
         index: ImageIndex,
         transform: ImageTransform,
+        inputs: Callable[[Tensor], Tensor],
         *,
         count: int,
         loader: str,
@@ -41,15 +44,11 @@ class TrainabilityProbe:
         batches = eval_batches(
             index.subset(chosen),
             transform,
-            loader=loader,
-            batch_size=len(chosen),
-            rank=0,
-            world_size=1,
-            threads=1,
-            device=device,
+            len(chosen),
+            LoaderSettings(loader=loader, threads=1, device=device),
         )
         # A copy: the loader may use its buffer again.
-        self._images: Tensor = next(batches)[0].clone()
+        self._images: Tensor = inputs(next(batches)[0].clone())
         batches.close()
 
     def __call__(self, network: nn.Module) -> Trainability:

@@ -1,0 +1,133 @@
+"""A second task, images in and images out, through all that the first one goes through."""
+
+import copy
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import tpp
+from data_pipelines.images.image_index import scan_class_folders
+from train.run_folder.results import read_results
+from train.tasks import make_task
+
+TASK = {"kind": "super_resolution", "scale": 2}
+
+
+@pytest.fixture
+def sr_config(tiny_config):
+    """TPP on a small EDSR, on generated images of 32x32."""
+    config = copy.deepcopy(tiny_config)
+    config["task"] = TASK
+    config["model"] = {"name": "edsr", "args": {"blocks": 2, "width": 8}}
+    config["data"] |= {"augmentation": "none", "mean": [0.0] * 3, "std": [1.0] * 3}
+    config["pruning"] = {"ratios": {"body.*.conv1": 0.5}}
+    config["method"] |= {"stabilize_steps": 12}
+    for stage in config["stages"].values():
+        if "optimizer" in stage:
+            stage["optimizer"]["lr"] = 0.01
+    return config
+
+
+def test_all_stages_and_the_commands(sr_config, run_main, tmp_path):
+    done = run_main(sr_config)
+    run = Path(sr_config["output"])
+    results = read_results(run / "results.json")
+    assert results.status == "finished"
+    flat = json.loads((run / "results.json").read_text())
+    assert flat["task"] == "super_resolution"
+    for name, stage in flat["stages"].items():
+        assert 5 < stage["psnr"] < 60 and "top1" not in stage, name
+    assert flat["stages"]["evaluate"]["psnr"] == flat["stages"]["finetune"]["psnr"]
+    assert flat["stages"]["prune"]["removed_magnitude"] == 0
+    assert flat["stages"]["prune"]["parameters"] < flat["dense"]["parameters"]
+    assert "PSNR" in done.stdout and "top-1" not in done.stdout
+    logged = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert all("psnr" in e for e in logged if e["event"] in ("train", "evaluate"))
+
+    # What was removed was at zero: the same images come out, and of a pruned file too.
+    before = tpp.load_model(run / "regularize" / "model.safetensors")
+    after = tpp.load_model(run / "prune" / "model.safetensors")
+    images = torch.rand(2, 3, 17, 11)
+    torch.testing.assert_close(after(images), before(images), rtol=1e-5, atol=1e-6)
+    assert after(images).shape == (2, 3, 34, 22)
+    assert after.get_submodule("body.0.conv1").out_channels == 4
+
+    checkpoint = str(run / "finetune" / "model.safetensors")
+    val = str(Path(sr_config["data"]["root"]) / "val")
+    options = ["--checkpoint", checkpoint, "--data", val, "--threads", "1"]
+    evaluated = run_main(None, *options, script="train.evaluate").stdout
+    assert f"PSNR {flat['stages']['finetune']['psnr']:.2f} dB, loss" in evaluated
+    described = run_main(None, checkpoint, script="tpp.describe").stdout
+    assert "body.0.conv1" in described and "None" not in described
+    reported = run_main(None, str(run), "--output", str(tmp_path), script="train.report").stdout
+    assert "PSNR dB" in reported and "Top-1" not in reported
+    dry = run_main(sr_config, "--dry-run").stdout
+    assert "body.1.conv1" in dry and "speedup" in dry
+
+
+def test_two_ranks_killed_and_gone_on_to_the_bit(sr_config, run_main):
+    sr_config["stages"] = {k: sr_config["stages"][k] for k in ("dense", "regularize", "prune")}
+    sr_config["training"]["accumulation"] = 2
+    whole = copy.deepcopy(sr_config)
+    whole["output"] += "-whole"
+    run_main(whole, ranks=2)
+    kept = Path(sr_config["output"]) / "regularize" / "checkpoints" / "step-00000010"
+    run_main(sr_config, ranks=2, kill_when=kept)
+    assert "regularize: resumed after" in run_main(sr_config, ranks=2).stdout
+    for stage in sr_config["stages"]:
+        one, other = (
+            load_file(Path(config["output"]) / stage / "model.safetensors")
+            for config in (whole, sr_config)
+        )
+        assert all(one[key].equal(other[key]) for key in one), stage
+
+
+def test_psnr_by_hand(tiny_data):
+    """Image by image in NumPy: 8-bit values, all channels, two pixels of edge left out."""
+    index = scan_class_folders(tiny_data / "val")
+    task = make_task(TASK)
+    pixels = [np.array(Image.open(index.root / f).convert("RGB")) / 255 for f in index.files]
+    images = torch.tensor(np.stack(pixels)).permute(0, 3, 1, 2).float()
+
+    def enlarge(small):  # a network that repeats every pixel
+        return small.repeat_interleave(2, 2).repeat_interleave(2, 3) + 0.02
+
+    labels = torch.zeros(len(images), dtype=torch.int64)
+    batches = zip(images.split(7), labels.split(7), strict=True)
+    found = task.evaluate(enlarge, batches, device=torch.device("cpu"))
+    truth = []
+    for image in images.double():
+        small = task.inputs(image[None])[0].double().numpy()
+        assert np.allclose(small * 255, np.round(small * 255), atol=1e-4)
+        assert small.shape == (3, 16, 16)
+        large = np.clip(small.repeat(2, 1).repeat(2, 2) + 0.02, 0, 1)
+        off = (large - image.numpy())[:, 2:-2, 2:-2]
+        truth.append(-10 * np.log10((off**2).mean()))
+    assert found.images == len(images) == 40
+    assert found.values["psnr"] == pytest.approx(np.mean(truth), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("task.scale=5", "task.scale: input should be 2, 3 or 4, not 5"),
+        ("task.kind=super_resolutoin", "task.kind: unknown task 'super_resolutoin'; did you mean"),
+        ("task.scael=2", "task.scael: unknown key; did you mean 'scale'?"),
+        ("data.mean=[0.5, 0.5, 0.5]", "data.mean and data.std: super_resolution takes pixels"),
+        ("data.image_size=33", "data.image_size (33) must be a multiple of task.scale (2)"),
+        ("model.num_classes=4", "model.num_classes: super_resolution has no classes"),
+        ("model.args={scale: 3}", "model.args.scale is 3, but task.scale is 2"),
+        ("stages.dense.label_smoothing=0.1", "stages.dense.label_smoothing: goes with classif"),
+        ("model={name: cifar_resnet8}", "cifar_resnet8"),
+        ("task={kind: classification}", "edsr"),
+    ],
+)
+def test_what_does_not_go_together_is_one_line(sr_config, run_inside, capsys, override, says):
+    run_inside(sr_config, override, expect=2)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert says in line

@@ -1,0 +1,124 @@
+"""What looks at the network while a stage trains it; each at its steps, and at the last one."""
+
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+from torch import nn
+
+from tpp.methods.base import Method
+from train.data import image_transform
+from train.monitor import Monitor
+from train.run import Run
+from train.run_folder.networks import evaluate_network
+from train.stages.trainability import TrainabilityProbe
+from train.tasks.base import Scores
+
+
+class Observer(Protocol):
+    """Looks at the network after some steps.
+
+    Attributes:
+        takes_time: whether the steps' rate leaves out the time that a look takes.
+    """
+
+    takes_time: bool
+
+    def due(self, step: int, *, last: bool) -> bool:
+        """Whether to look after ``step`` steps, maybe the last one; all ranks answer alike."""
+        ...
+
+    def look(self, step: int, network: nn.Module) -> None:
+        """Look, and log what is found; all ranks together."""
+        ...
+
+
+class LayerObserver:
+    """Logs the method's statistics per layer."""
+
+    takes_time = False
+
+    def __init__(self, every: int, method: Callable[[], Method], monitor: Monitor) -> None:
+        self._every, self._method, self._monitor = every, method, monitor
+
+    def due(self, step: int, *, last: bool) -> bool:
+        """Before the first step too."""
+        return last or step % self._every == 0
+
+    def look(self, step: int, network: nn.Module) -> None:
+        """Log them."""
+        self._monitor.layers(step, self._method().statistics())
+
+
+class JacobianObserver:
+    """Measures the singular values of the Jacobian, on the main rank.
+
+    The others train on, and meet it at the next step.
+    """
+
+    takes_time = True
+
+    def __init__(self, run: Run, monitor: Monitor) -> None:
+        training = run.config.training
+        self._every, self._monitor = training.trainability_every, monitor
+        self._probe: TrainabilityProbe | None = None
+        if self._every is not None and run.is_main:
+            self._probe = TrainabilityProbe(
+                run.data.val.index,
+                image_transform(run.config),
+                run.task.inputs,
+                count=training.trainability_images,
+                loader=run.data.loader,
+                device=run.accelerator.device,
+            )
+
+    def due(self, step: int, *, last: bool) -> bool:
+        """Before the first step too; never, if nobody asked for it."""
+        return self._every is not None and (last or step % self._every == 0)
+
+    def look(self, step: int, network: nn.Module) -> None:
+        """Measure and log it."""
+        if self._probe is not None:
+            self._monitor.trainability(step, self._probe(network))
+
+
+class ScoreObserver:
+    """Evaluates over the validation images.
+
+    Attributes:
+        scores: what the newest evaluation found.
+        at: the step that it was at.
+    """
+
+    takes_time = True
+
+    def __init__(
+        self, run: Run, stage: str, every: int, epochs_per_step: float, monitor: Monitor
+    ) -> None:
+        self._run, self._stage, self._monitor = run, stage, monitor
+        self._every, self._epochs_per_step = every, epochs_per_step
+        self.scores: Scores | None = None
+        self.at = 0
+
+    def due(self, step: int, *, last: bool) -> bool:
+        """Not before the first step: that is the stage's start."""
+        return last or (step > 0 and step % self._every == 0)
+
+    def look(self, step: int, network: nn.Module) -> None:
+        """Evaluate, log and tell."""
+        self.scores, self.at = evaluate_network(self._run, network), step
+        found = self.scores.to_dict()
+        self._monitor.scalars("evaluate", step, found, prefix="val/")
+        epoch = step * self._epochs_per_step
+        self._monitor.say(
+            f"{self._stage}: step {step}, epoch {epoch:.2f}: {self._run.task.say(found)}"
+        )
+
+
+def look(observers: Iterable[Observer], step: int, network: nn.Module, *, last: bool) -> bool:
+    """Let those look whose step it is, in their order; whether that took time."""
+    took_time = False
+    for observer in observers:
+        if observer.due(step, last=last):
+            observer.look(step, network)
+            took_time |= observer.takes_time
+    return took_time
