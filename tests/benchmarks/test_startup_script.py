@@ -19,6 +19,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
 def test_a_command_is_ended_at_its_first_line(stream):
     code = f"import sys, time; print('there', file=sys.{stream}, flush=True); time.sleep(60)"

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from tests.fuzz.harness import Target, whole
 from tpp.common.errors import UserError
-from train import sweep
+from train import grid, sweep
 from train.config.config import load_config, save_config
 from train.report import write_report
 from train.reporting import grids, page
@@ -119,9 +119,9 @@ def _parse_sweep(folder: Path, data: bytes) -> None:
     (folder / "tiny.yaml").write_text(json.dumps(SETTINGS))
     path = folder / "sweep.yaml"
     path.write_bytes(data)
-    loaded = sweep.load_sweep(path, folder / "runs")
+    loaded = grid.load_sweep(path, folder / "runs")
     with _named(folder):
-        runs = sweep.expand(loaded)
+        runs = grid.expand(loaded)
     for run in runs:
         assert run.folder.resolve().parent == (folder / "runs").resolve()
 
@@ -206,8 +206,8 @@ def _parse_run(folder: Path, data: bytes) -> None:
     run = load_run(folder)
     output = io.StringIO()
     console = Console(file=output, width=200)
-    for grid in [*grids.grids_of([run]), grids.stage_grid(run)]:
-        console.print(grids.to_rich(grid))
+    for table in [*grids.grids_of([run]), grids.stage_grid(run)]:
+        console.print(grids.to_rich(table))
     text = page.page_of([run], [b""])
     assert all(line.isprintable() for line in output.getvalue().split("\n")), "escape codes"
     assert "<script" not in text, "markup of a stranger in the page"
@@ -224,8 +224,8 @@ def _parse_table(folder: Path, data: bytes) -> None:
     (folder / "tiny.yaml").write_text(json.dumps(SETTINGS))
     path = folder / "sweep.yaml"
     path.write_text(json.dumps({**_SWEEP, "output": str(folder / "runs")}))
-    loaded = sweep.load_sweep(path)
-    runs = sweep.expand(loaded)
+    loaded = grid.load_sweep(path)
+    runs = grid.expand(loaded)
     (folder / "runs").mkdir()
     _run_folder(runs[1].folder, data)
     table = collect(loaded)

@@ -252,6 +252,7 @@ class Touch:
         return os.system, ("touch owned",)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("legacy", [False, True])
 def test_code_in_a_file_does_not_run(legacy, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -178,6 +178,7 @@ class Watched(nn.Module):
         return self.fc(images).relu()
 
 
+@pytest.mark.processes
 def test_any_number_of_networks_is_compiled_each_for_its_sizes():
     torch.compiler.reset()
     uncompiled = []

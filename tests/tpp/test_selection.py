@@ -316,6 +316,7 @@ def keep_rank_0s_plan(rank: int, port: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.processes
 def test_all_ranks_take_rank_0s_plan(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

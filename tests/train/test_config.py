@@ -105,7 +105,7 @@ def test_defaults(file: Path) -> None:
         "finetune",
     ]
     assert [stage.kind for stage in config.stages.values()] == list(config.stages)
-    assert config.stage_method("regularize").steps() == 10 * 1000 + 10_000
+    assert config.stage_method("regularize").steps() == 10 * 1000 + 10_000 + 1
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from data_pipelines.demo import generate_demo
+from data_pipelines.settings import DemoData
 from train.run_folder.results import read_results
 
 FOLDER = Path(__file__).with_name("old_run_folder")
@@ -19,9 +20,8 @@ def old_run(tmp_path) -> dict:
     shutil.copytree(FOLDER, tmp_path / "run")
     config = yaml.safe_load((FOLDER / "given.yaml").read_text())
     config["output"], config["data"]["root"] = str(tmp_path / "run"), str(tmp_path / "data")
-    generate_demo(
-        tmp_path / "data", classes=2, train_per_class=24, val_per_class=8, image_size=8, seed=1
-    )
+    demo = DemoData(classes=2, train_per_class=24, val_per_class=8, seed=1)
+    generate_demo(tmp_path / "data", demo, image_size=8)
     return config
 
 
