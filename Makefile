@@ -1,7 +1,7 @@
 # The two commands; each sets everything up on a fresh machine. And one for every change.
 #   make demo    dense network -> TPP -> pruned -> finetuned, beside plain L1 (3 to 7 minutes)
 #   make test    lint, types, tests (WORKERS=5 for five tests at a time)
-#   make check   lint, types, and the tests that start no process (less than 4 minutes)
+#   make check   lint, types, and the quick tests: one process, no large network (under 4 minutes)
 # One worker more than two cores, as there always is one that waits for jobs of the cluster.
 WORKERS ?= 3
 CHECKERS ?= 2
@@ -46,7 +46,7 @@ unit: setup
 	$(PYTEST) -n $(WORKERS) $(PYTEST_ARGS)
 
 quick: setup
-	$(PYTEST) -n $(CHECKERS) -m no_process $(PYTEST_ARGS)
+	$(PYTEST) -n $(CHECKERS) -m "no_process and not large" $(PYTEST_ARGS)
 
 clean:
 	rm -rf runs .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -12,17 +12,24 @@ ROOT = Path(__file__).resolve().parents[1]
 # A worker of pytest-xdist runs a file from its beginning to its end, so that what begins last
 # should be short. The jobs of the cluster mostly wait.
 LONGEST = (
-    "test_jobs.py",
-    "test_engines.py",
-    "test_chaos.py",
-    "test_ranks.py",
+    *("test_jobs.py", "test_table1.py", "test_architectures.py", "test_engines.py"),
+    *("test_data.py", "test_watchdog.py", "test_chaos.py", "test_run.py"),
+    *("test_sweep.py", "test_export.py", "test_evaluate.py", "test_faults.py"),
+    *("test_stopping.py", "test_prepare.py", "test_ranks.py", "test_prune_faults.py"),
 )
+
+# Networks that take their time, and of which each kind has a smaller one: not for `make check`.
+LARGE = {
+    *("resnet101", "wide_resnet50_2", "resnext50_32x4d", "vgg16_bn", "densenet121"),
+    *("convnext_tiny", "timm:seresnet50", "timm:resnet50d", "timm:repvit_m1"),
+}
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """In the background of a shell SIGINT is ignored, and what the tests start would inherit it."""
     # Where it is by default, clones in two places build what DeepSpeed compiles again and again.
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".cache" / "torch_extensions"))
+    config.addinivalue_line("markers", "large: a large network; set by itself")
     for marker in processes.MARKERS:
         config.addinivalue_line("markers", marker)
     processes.install_guard()
@@ -32,10 +39,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what starts no process; begin with the files that take longest, see Makefile."""
+    """Mark what `make check` asks for; begin with the files that take longest, see Makefile."""
     for item in items:
         if not processes.needs_processes(item):
             item.add_marker("no_process")
+        parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        if LARGE.intersection(map(str, parameters)):
+            item.add_marker("large")
     order = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.name, len(order)))
 

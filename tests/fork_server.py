@@ -7,6 +7,7 @@ tested in tests/cluster, tests/chaos.py and wherever a test has a command line o
 """
 
 import atexit
+import contextlib
 import gc
 import importlib
 import json
@@ -76,10 +77,11 @@ class Fork:
             raise subprocess.TimeoutExpired(str(self.pid), timeout, *self.output())
         return code
 
-    def kill(self) -> None:
-        """SIGKILL; nothing where it has ended."""
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        """Send it a signal; nothing where it has ended, be it this moment."""
         if self.poll() is None:
-            os.kill(self.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
 
     def output(self) -> tuple[str, str]:
         """What it has written to stdout and to stderr."""
@@ -185,7 +187,7 @@ def wait_for_all(ranks: list[Fork], timeout: float) -> subprocess.CompletedProce
         if codes and not failed:
             failed = codes[0]
             for rank in running:
-                os.kill(rank.pid, signal.SIGTERM)
+                rank.kill(signal.SIGTERM)
             # One that waits for the others in a collective notes the signal and waits on.
             deadline = time.monotonic() + 10
         time.sleep(0.005)
