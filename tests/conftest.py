@@ -51,8 +51,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """What is taken to start no process cannot, be it in a fixture."""
+def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
+    """What is taken to start no process cannot, be it in a fixture.
+
+    Its end is not looked at: the last test of a session takes down what others have set up.
+    """
+    with processes.none_may_start(item.get_closest_marker("no_process") is not None):
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """As :func:`pytest_runtest_setup`."""
     with processes.none_may_start(item.get_closest_marker("no_process") is not None):
         return (yield)
 

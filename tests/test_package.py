@@ -158,7 +158,7 @@ def test_the_package_alone_prunes_describes_and_regularises(place: Path, tmp_pat
     code, out, error = end(start(str(place / "python"), "-P", "-u", "-c", session, tool))
     assert code == 0, error
     lines = out.splitlines()
-    assert lines[:2] == ["model 'timm:resnet18' needs timm: pip install timm", "11 steps"]
+    assert lines[:2] == ["model 'timm:resnet18' needs timm: pip install timm", "12 steps"]
     assert lines[2].startswith("cifar_resnet8: parameters 75.3 k -> ")
     assert lines[3:] == ["wrote pruned.safetensors", "loaded"]
 

@@ -63,7 +63,7 @@ def test_the_study_end_to_end(digits, tmp_path):
     figures = json.loads((tmp_path / "f.json").read_text())
 
     # 120 images in batches of 20 are 6 steps an epoch.
-    assert figures["regularize_steps"] == 9
+    assert figures["regularize_steps"] == 10
     rows = {(r["ratio"], r["method"], r["learning_rate"]): r for r in figures["rows"]}
     assert set(rows) == {(r, m, lr) for r in CONFIGS for m in METHODS for lr in RATES}
     for (_, method, _), row in rows.items():

@@ -250,6 +250,7 @@ def test_worker_does_not_take_another_index_for_this_one(tmp_path: Path) -> None
 LOADING = """
 import sys
 from pathlib import Path
+import torch  # every process that trains has it; what is measured is the index
 from data_pipelines.images.image_index import INDEX_FILE, load_index
 
 def memory():

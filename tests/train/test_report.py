@@ -707,7 +707,8 @@ def test_images_that_the_next_stage_looked_at_come_last() -> None:
 
 
 def test_matplotlib_is_not_imported_before_something_is_drawn(tpp: Path) -> None:
-    code = "import sys, train.report as r, pathlib; r.load_run(pathlib.Path(sys.argv[1]))"
+    code = "import sys, pathlib, train.report, train.reporting.rows as rows"
+    code += "; rows.load_run(pathlib.Path(sys.argv[1]))"
     code += "; sys.exit('matplotlib' in sys.modules)"
     subprocess.run([sys.executable, "-c", code, str(tpp)], cwd=ROOT, check=True)
 
