@@ -16,6 +16,7 @@ LONGEST = (
     *("test_data.py", "test_watchdog.py", "test_chaos.py", "test_run.py"),
     *("test_sweep.py", "test_export.py", "test_evaluate.py", "test_faults.py"),
     *("test_stopping.py", "test_prepare.py", "test_ranks.py", "test_prune_faults.py"),
+    "test_method_contract.py",
 )
 
 # Networks that take their time, and of which each kind has a smaller one: not for `make check`.
