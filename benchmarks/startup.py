@@ -194,6 +194,8 @@ def main() -> None:
             commands = help_commands() if part == "help" else first_line_commands(Path(folder))
             print(f"timing {len(commands)} commands, {rounds} times ...", file=sys.stderr)
             results[part] = measured(commands, rounds, warm=not arguments.quick)
+            for row in results[part].values():  # where it was made is no result
+                row["line"] = row["line"].replace(f"{folder}/", "")
     results["on"] = {
         "machine": platform.machine(),
         "processors": os.cpu_count(),
