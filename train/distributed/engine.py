@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 
@@ -23,6 +24,38 @@ def forward_pass(model: nn.Module, accelerator: Accelerator) -> Callable[[Tensor
         return outputs if outputs.dtype == torch.float64 else outputs.float()
 
     return forward
+
+
+class _SumOfParameters(nn.Module):
+    """Reaches every parameter, in their order, and none of the network's hooks and buffers."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self._reached = tuple(p for p in network.parameters() if p.requires_grad)
+
+    def forward(self, total: Tensor) -> Tensor:
+        # A chain, which autograd goes back along: the last parameter's gradient is the first one.
+        for parameter in self._reached:
+            total = total + parameter.sum()
+        return total
+
+
+def settle_buckets(model: DistributedDataParallel) -> None:
+    """Have DDP arrange its buckets of gradients before the first step.
+
+    By itself it arranges them anew after the first one. Where in a bucket a gradient lies decides
+    in which order the ranks' values are added (from three ranks on, that is rounded differently),
+    so the first step of a resumed process would differ from the same step of an undisturbed one.
+    The arrangement is that of the parameters backwards; neither weights nor buffers nor random
+    numbers change. To be called on all ranks.
+    """
+    network, with_buffers = model.module, model.broadcast_buffers
+    model.module, model.broadcast_buffers = _SumOfParameters(network), False
+    try:
+        model(torch.zeros((), device=next(network.parameters()).device)).backward()
+    finally:
+        model.module, model.broadcast_buffers = network, with_buffers
+    network.zero_grad(set_to_none=True)
 
 
 class Engine:
@@ -56,6 +89,8 @@ class Engine:
         self._parameters = [p for p in network.parameters() if p.requires_grad]
         self._norm: Tensor | None = None
         self.model, self._optimizer = accelerator.prepare(network, optimizer)
+        if isinstance(self.model, DistributedDataParallel):
+            settle_buckets(self.model)
 
     def set_learning_rate(self, lr: float) -> None:
         """The learning rate of the step to come."""
