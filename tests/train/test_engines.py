@@ -114,9 +114,7 @@ def test_a_run_of_four_ranks_goes_on_to_the_bit(trained, first, second):
     whole = weights(folder, f"{second}-all")
     del found["norms"], whole["norms"]  # of the second half only
     assert all(found[key].equal(whole[key]) for key in whole)
-    mine, its = (
-        momentum(folder, name) for name in (f"{first}-{second}-resumed", f"{second}-all")
-    )
+    mine, its = (momentum(folder, name) for name in (f"{first}-{second}-resumed", f"{second}-all"))
     assert mine.equal(its)
 
 
