@@ -189,6 +189,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m tpp.prun
         timing = measure({"dense": model, "pruned": load_model(options.output)}, LatencySettings())
         dense_ms, pruned_ms = (1000 * timing[name].median for name in ("dense", "pruned"))
         print(f"latency here, one image: {dense_ms:.1f} ms -> {pruned_ms:.1f} ms (medians)")
+    if done.preparation is not None and done.preparation.source:
+        print(f"images {done.preparation}")
     for note in done.notes:
         print(f"note: {note}")
     companions = ", ".join(done.companions)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from nvidia.dali import Pipeline, fn, pipeline_def
 from nvidia.dali.data_node import DataNode
 from nvidia.dali.plugin.pytorch import DALIGenericIterator
-from nvidia.dali.types import DALIDataType, DALIImageType
+from nvidia.dali.types import DALIDataType, DALIImageType, DALIInterpType
 from torch.nn.functional import interpolate
 
 from data_pipelines.images.batch import Batch, LoaderSettings, Request
@@ -39,6 +39,10 @@ _READERS = 16
 # Batches whose files are read before DALI asks for them.
 _READ_AHEAD = 4
 _Sized = tuple[Bytes, tuple[int, int]]
+_INTERPOLATIONS = {
+    "bilinear": DALIInterpType.INTERP_LINEAR,
+    "bicubic": DALIInterpType.INTERP_CUBIC,
+}
 
 
 def dali_batches(
@@ -58,7 +62,7 @@ def dali_batches(
     """
     while True:
         feed = _Feed(source, requests, transform)
-        scaler = None if settings.device.type == "cuda" else _Scaler(settings.threads)
+        scaler = None if settings.device.type == "cuda" else _Scaler(settings.threads, transform)
         pipeline = _pipeline(feed, scaler, transform, batch_size, settings)
         iterator = DALIGenericIterator(
             [pipeline], ["images", "labels"], auto_reset=False, prepare_first_batch=False
@@ -96,8 +100,8 @@ class _Scaler:
     pixels that Pillow gives.
     """
 
-    def __init__(self, threads: int) -> None:
-        self._threads = max(threads, 1)
+    def __init__(self, threads: int, transform: ImageTransform) -> None:
+        self._threads, self._mode = max(threads, 1), transform.interpolation
         self._pool = ThreadPoolExecutor(self._threads, "scale")
 
     def __call__(self, images: list[Bytes], sizes: list[NDArray[np.float32]]) -> list[Bytes]:
@@ -105,18 +109,22 @@ class _Scaler:
         # Few large tasks: handing each image over by itself would cost a tenth of the time.
         length = -(-len(images) // self._threads)
         parts = [slice(start, start + length) for start in range(0, len(images), length)]
-        scaled = self._pool.map(lambda part: [*map(_scale, images[part], sizes[part])], parts)
-        return [image for part in scaled for image in part]
+
+        def scale(part: slice) -> list[Bytes]:
+            pairs = zip(images[part], sizes[part], strict=True)
+            return [_scale(image, size, self._mode) for image, size in pairs]
+
+        return [image for part in self._pool.map(scale, parts) for image in part]
 
     def close(self) -> None:
         """End the threads."""
         self._pool.shutdown()
 
 
-def _scale(image: Bytes, size: NDArray[np.float32]) -> Bytes:
+def _scale(image: Bytes, size: NDArray[np.float32], mode: str) -> Bytes:
     # Channels last, in and out, as torch sees it only in this order: nothing is copied.
     pixels = torch.from_numpy(image)[None].permute(0, 3, 1, 2)
-    scaled = interpolate(pixels, [*map(int, size)], mode="bilinear", antialias=True)
+    scaled = interpolate(pixels, [*map(int, size)], mode=mode, antialias=True)
     return np.ascontiguousarray(scaled[0].permute(1, 2, 0).numpy())
 
 
@@ -171,7 +179,7 @@ def _graph(
     else:
         images = fn.decoders.image(given["encoded"], **decoding)
     if "size" in given:
-        images = _scaled(images, given["size"], scaler)
+        images = _scaled(images, given["size"], scaler, transform)
     if "corner" in given:
         images = fn.slice(
             images,
@@ -201,10 +209,13 @@ def _graph(
     return images, labels.gpu() if on_gpu else labels
 
 
-def _scaled(images: DataNode, sizes: DataNode, scaler: _Scaler | None) -> DataNode:
-    """Scale images, HWC, to height and width, antialiased bilinear; without a scaler by DALI."""
+def _scaled(
+    images: DataNode, sizes: DataNode, scaler: _Scaler | None, transform: ImageTransform
+) -> DataNode:
+    """Scale images, HWC, to height and width, antialiased; without a scaler by DALI."""
     if scaler is None:
-        return cast(DataNode, fn.resize(images, size=sizes, antialias=True))
+        kind = _INTERPOLATIONS[transform.interpolation]
+        return cast(DataNode, fn.resize(images, size=sizes, antialias=True, interp_type=kind))
     return fn.python_function(
         images, sizes, function=scaler, batch_processing=True, output_layouts="HWC"
     )

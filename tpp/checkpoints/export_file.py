@@ -22,7 +22,7 @@ from tpp.checkpoints.model_file import load_model, read_metadata
 from tpp.checkpoints.safetensors_files import PathLike
 from tpp.common.errors import UserError
 from tpp.common.files import aside_of, sync
-from tpp.models.architecture import architecture_of, example_input_for
+from tpp.models.architecture import architecture_of, image_shape_for
 
 INPUT = "images"
 TOLERANCE = 1e-4
@@ -152,11 +152,7 @@ def _check_size(name: str, model: nn.Module) -> None:
 
 def _image_shape(model: nn.Module, example_input: Tensor | None) -> tuple[int, int, int]:
     if example_input is None:
-        example_input = example_input_for(model)
-        prepared = getattr(model, "preprocessing", None) or {}
-        channels, height, width = example_input.shape[1:]
-        size = prepared.get("image_size")
-        return prepared.get("channels", channels), size or height, size or width
+        return image_shape_for(model)
     channels, height, width = example_input.shape[1:]
     return channels, height, width
 
