@@ -97,7 +97,7 @@ def test_the_loaders_know_what_files_say():
     assert augment.CROP_MODES == preparation.CROP_MODES
 
 
-def self_labelled(name, photos, folder, *, classes=4):
+def self_labelled(name, photos, folder, *, classes=3):
     """A network's random weights, and the photos in folders by what it says of each.
 
     Where an evaluation prepares images as the network's own library does, it finds 100%.
@@ -115,7 +115,7 @@ def self_labelled(name, photos, folder, *, classes=4):
         head.bias.copy_((head.bias - logits.mean(0)) * scale)
         logits = network(batch)
     answers, best = logits.argmax(1).tolist(), logits.topk(2, dim=1).values
-    sure = (best[:, 0] - best[:, 1] > 0.1).tolist()  # rounding decides about the others
+    sure = (best[:, 0] - best[:, 1] > 0.03).tolist()  # rounding decides about the others
     for k in range(classes):
         (folder / "data" / f"c{k}").mkdir(parents=True)
     for number, (image, answer) in enumerate(zip(images, answers, strict=True)):
