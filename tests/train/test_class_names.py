@@ -138,5 +138,5 @@ def test_labels_are_mapped_in_an_evaluation(tmp_path, monkeypatch, capsys):
         said = capsys.readouterr().out
         assert "top-1 100.00%" in said and "class folder" in said
     (tmp_path / folder / called(0)).rename(tmp_path / folder / "eleven")
-    with pytest.raises(UserError, match="are brightness 0, .* no class is called eleven"):
+    with pytest.raises(UserError, match=r"are brightness 0, .* no class is called eleven;"):
         evaluate()

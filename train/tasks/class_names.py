@@ -93,10 +93,12 @@ def _by_name(folders: Sequence[str], names: Sequence[str], file: str, place: str
         first = sorted(folders, key=int)[0]
         said = f"class folder {first} is {printable(names[0])}, and so on"
         return Labels(numbers, f"the class folders are taken for places among the classes: {said}")
-    unknown = [folder for folder in folders if folder not in where]
+    known = {*map(_plain, names)}
+    unknown = [folder for folder in folders if _plain(folder) not in known]
+    why = f"no class is called {printable(unknown[0])}" if unknown else "two have one name"
     raise UserError(
         f"the classes of {file} are {_few(names)}, the class folders of {place} {_few(folders)}: "
-        f"no class is called {printable(unknown[0] if unknown else folders[0])}; rename the "
+        f"{why}; rename the "
         f"folders, or, if there are as many in the same order, say --class-order text or numbers"
     )
 
