@@ -34,9 +34,7 @@ from data_pipelines.settings import (
     RandAugment,
 )
 from tpp.common.errors import UserError
-
-INTERPOLATIONS = ("bilinear", "bicubic")
-CROP_MODES = ("center", "squash")
+from tpp.common.images import CROP_MODES, INTERPOLATIONS
 
 # Zhong et al., "Random Erasing Data Augmentation", AAAI 2020. Width over height here; the paper's
 # ratio, 0.3 to 3.3, is height over width.

@@ -13,7 +13,6 @@ from torchvision.models import get_model_weights
 from data_pipelines.images.batch import LoaderSettings
 from data_pipelines.images.image_index import scan_class_folders
 from data_pipelines.loaders import eval_batches
-from data_pipelines.loading import augment
 from data_pipelines.loading.augment import ImageTransform
 from tpp.checkpoints.model_file import read_metadata, save_model
 from tpp.models import preparation
@@ -90,11 +89,6 @@ def test_images_are_those_of_the_librarys_own_transform(photos, name, loader):
     assert (levels > 0.5).float().mean() < 0.06
     assert (levels > 1.5).float().mean() < 0.001
     assert levels.max() < (8 if transform.interpolation == "bicubic" else 2)
-
-
-def test_the_loaders_know_what_files_say():
-    assert augment.INTERPOLATIONS == preparation.INTERPOLATIONS
-    assert augment.CROP_MODES == preparation.CROP_MODES
 
 
 def self_labelled(name, photos, folder, *, classes=3):

@@ -15,11 +15,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
-from tpp.common.errors import UserError
-from tpp.models.architecture import LARGEST_IMAGE, Architecture, gives_images, input_shape
+from torch import nn
 
-INTERPOLATIONS = ("bilinear", "bicubic")
-CROP_MODES = ("center", "squash")
+from tpp.common.errors import UserError
+from tpp.common.images import CROP_MODES, INTERPOLATIONS
+from tpp.models.architecture import (
+    LARGEST_IMAGE,
+    Architecture,
+    gives_images,
+    input_shape,
+    set_preprocessing,
+)
+
 _NEEDED = {"image_size", "resize", "mean", "std", "channels"}
 _TIMM = "timm:"
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -136,6 +143,17 @@ def changed(
             raise UserError(f"crop_share must be above 0 and at most 1, not {crop_share}")
         new["resize"] = int(new["image_size"] / crop_share)  # rounded down as timm does
     return new | {key: value for key, value in others.items() if value is not None}
+
+
+def take_image_size(model: nn.Module, image_size: int | None) -> None:
+    """Let a network be counted and timed with images of another side; None: as it is.
+
+    Raises:
+        UserError: there are no such images.
+    """
+    if image_size is not None:
+        said = getattr(model, "preprocessing", None) or {}
+        set_preprocessing(model, changed(said, image_size=image_size))
 
 
 def in_words(values: Mapping[str, Any]) -> str:
