@@ -1,9 +1,10 @@
 """The settings of the images: where they are, and how they become tensors."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
+from tpp.common.images import ImagesSection
 from tpp.common.settings import MAY_DIFFER, PositiveFloat, PositiveInt, Ratio, Section
 
 MOST_OPERATIONS = 4
@@ -120,19 +121,15 @@ class AugmentSection(Section):
     progressive: ProgressiveResizing | None = None
 
 
-class DataSection(Section):
+class DataSection(ImagesSection):
     """The images: class folders or shards below ``root``, and how they become tensors.
 
-    Attributes:
+    Attributes beyond those of :class:`tpp.common.images.ImagesSection`:
         root: folder that holds the ``train`` and ``val`` folders.
         train, val: names of these two folders.
         loader: ``dali``, ``torchvision``, or ``auto`` for DALI where it is installed.
         augmentation: ``imagenet`` (RandomResizedCrop, flip), ``cifar`` (padded crop, flip),
             ``none``.
-        image_size: side of the square that the network sees, in pixels.
-        resize: shorter side before the centre crop of evaluation; null for no resize.
-        mean, std: per channel, of values in 0..1.
-        channels: 3 for RGB, 1 for grey.
         threads: decoding threads (DALI) or worker processes (torchvision) per rank.
         demo: generate the embedded data set.
         index: folder that holds the indices, ``train.safetensors`` and so on, that
@@ -153,11 +150,6 @@ class DataSection(Section):
     val: str = "val"
     loader: Loader = "auto"
     augmentation: Literal["imagenet", "cifar", "none"] = "imagenet"
-    image_size: PositiveInt = 224
-    resize: PositiveInt | None = 256
-    mean: list[float] = [0.485, 0.456, 0.406]
-    std: list[PositiveFloat] = [0.229, 0.224, 0.225]
-    channels: Literal[1, 3] = 3
     threads: Annotated[int, Field(ge=1, le=256), MAY_DIFFER] = 4
     demo: DemoData | None = None
     index: Annotated[str | None, MAY_DIFFER] = None
@@ -166,17 +158,3 @@ class DataSection(Section):
     shuffle_window: PositiveInt | None = None
     prefetch: Annotated[int, Field(ge=1, le=64), MAY_DIFFER] = 2
     augment: AugmentSection = AugmentSection()
-
-    @model_validator(mode="after")
-    def _one_value_per_channel(self) -> "DataSection":
-        if len(self.mean) != self.channels or len(self.std) != self.channels:
-            raise ValueError(f"mean and std need {self.channels} values, one per channel")
-        if self.resize is not None and self.resize < self.image_size:
-            raise ValueError(
-                f"resize ({self.resize}) must not be smaller than image_size ({self.image_size})"
-            )
-        return self
-
-    def preprocessing(self) -> dict[str, Any]:
-        """What a user of the trained network must do to an image; kept in every checkpoint."""
-        return self.model_dump(include={"image_size", "resize", "mean", "std", "channels"})

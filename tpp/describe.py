@@ -27,34 +27,41 @@ def summary(dense: "Counts", counts: "Counts") -> str:
     removed = 1 - counts.parameters / dense.parameters
     return (
         f"parameters {_short(dense.parameters)} -> {_short(counts.parameters)} (-{removed:.2%}), "
-        f"MACs {_short(dense.macs)} -> {_short(counts.macs)}, "
+        f"MACs {_short(dense.macs)} -> {_short(counts.macs)} for {counts.of_image}, "
         f"speedup {dense.macs / counts.macs:.4f}x"
     )
 
 
-def print_description(path: str, console: Console) -> None:
+def print_description(path: str, console: Console, image_size: int | None = None) -> None:
     """Print what is in a checkpoint: a table of its layers, totals, and where it came from.
 
+    Args:
+        path: one of our checkpoints.
+        console: where to.
+        image_size: side of the image that is counted, in pixels; by default what the checkpoint
+            says, or else its architecture.
+
     Raises:
-        UserError: the file is not one of our checkpoints.
+        UserError: the file is not one of our checkpoints, or the network takes no such images.
     """
-    info, dense, counts = _read(path)
+    info, dense, counts = _read(path, image_size)
     console.print(_layer_table(dense, counts, console), highlight=False)
     console.print(_facts(path, info, dense, counts), highlight=False)
 
 
-def plot_description(path: str, picture: Path) -> None:
+def plot_description(path: str, picture: Path, image_size: int | None = None) -> None:
     """Draw what is in a checkpoint: filters and multiply-accumulates, layer by layer.
 
     Args:
         path: one of our checkpoints.
         picture: the file to write, ``.png``, ``.svg`` or ``.pdf``.
+        image_size: see :func:`print_description`.
 
     Raises:
         UserError: the file is not one of our checkpoints, or the picture cannot be written.
     """
     plot = _plot()
-    info, dense, counts = _read(path)
+    info, dense, counts = _read(path, image_size)
     title = f"{info.architecture.name}, {info.architecture.output}"
     headline = summary(dense, counts).replace("->", "→")
     figure = plot.draw_layers(dense, counts, title=title, headline=headline)
@@ -70,15 +77,19 @@ def _plot() -> ModuleType:
     return plot
 
 
-def _read(path: str) -> "tuple[CheckpointInfo, Counts, Counts]":
+def _read(path: str, image_size: int | None) -> "tuple[CheckpointInfo, Counts, Counts]":
     """What a checkpoint says, and the size of its network before pruning and now."""
     from tpp.checkpoints.model_file import network_of, read_metadata
     from tpp.measure.counts import count
-    from tpp.models.architecture import build_on_meta
+    from tpp.models.architecture import build_on_meta, set_preprocessing
+    from tpp.models.preparation import take_image_size
 
     info = read_metadata(path)
-    dense = count(build_on_meta(info.architecture))
-    return info, dense, count(network_of(info, source=path))
+    dense, now = build_on_meta(info.architecture), network_of(info, source=path)
+    set_preprocessing(dense, info.preprocessing)
+    for model in (dense, now):
+        take_image_size(model, image_size)
+    return info, count(dense), count(now)
 
 
 def _layer_table(dense: "Counts", counts: "Counts", console: Console) -> Table:
@@ -168,7 +179,7 @@ def _facts(path: str, info: "CheckpointInfo", dense: "Counts", counts: "Counts")
         "network": network,
         "parameters": f"{counts.parameters:,} of {dense.parameters:,} "
         f"({1 - counts.parameters / dense.parameters:.2%} removed)",
-        "MACs": f"{_short(counts.macs)} of {_short(dense.macs)} for one image",
+        "MACs": f"{_short(counts.macs)} of {_short(dense.macs)} for {counts.of_image}",
         "speedup": f"{dense.macs / counts.macs:.4f}x",
     }
     if info.companions:
@@ -234,12 +245,18 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m tpp.desc
     parser.add_argument(
         "--plot", type=Path, metavar="FILE", help="draw it too, as a .png, .svg or .pdf file"
     )
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        metavar="N",
+        help="side of the image that MACs are counted for, in pixels (default: what the file says)",
+    )
     options = parser.parse_args(arguments)
     if options.plot:
         _plot().check_ending(options.plot)
-    print_description(options.checkpoint, make_console())
+    print_description(options.checkpoint, make_console(), options.image_size)
     if options.plot:
-        plot_description(options.checkpoint, options.plot)
+        plot_description(options.checkpoint, options.plot, options.image_size)
         print(f"\nwrote {options.plot}")
 
 

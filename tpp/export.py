@@ -23,6 +23,12 @@ def _parse_arguments(arguments: Sequence[str] | None, prog: str) -> argparse.Nam
         help="FILE.onnx (ONNX) or FILE.pt2 (torch.export)",
     )
     parser.add_argument("--batch", type=int, metavar="N", help="images per call (default: any)")
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        metavar="N",
+        help="side of the images, in pixels (default: what the checkpoint says)",
+    )
     parser.add_argument("--opset", type=int, metavar="N", help="version of the ONNX operators")
     parser.add_argument(
         "--no-check",
@@ -57,6 +63,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m tpp.expo
         batch=options.batch,
         opset=options.opset,
         check=not options.no_check,
+        image_size=options.image_size,
     )
     _say(options.checkpoint, exported)
 

@@ -12,10 +12,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.markup import escape
+from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
-from tpp.common.errors import UserError, run_command
+from tpp.common.errors import UserError, printable, run_command
 from tpp.common.files import write_whole
 from tpp.describe import make_console
 
@@ -45,26 +46,43 @@ class _Network:
     dense: str
 
 
-def _read_networks(paths: list[str]) -> dict[str, _Network]:
-    """The networks of the checkpoints by row name, each architecture's dense one before them."""
+def _read_networks(paths: list[str], image_size: int | None = None) -> dict[str, _Network]:
+    """The networks of the checkpoints by row name, the dense ones that they came from before them.
+
+    There is a dense one for each architecture and size of the images.
+    """
     from tpp.checkpoints.model_file import load_model
     from tpp.measure.counts import count
     from tpp.measure.timing import in_words
-    from tpp.models.architecture import architecture_of, build_model
+    from tpp.models.architecture import (
+        architecture_of,
+        build_model,
+        image_shape_for,
+        set_preprocessing,
+    )
+    from tpp.models.preparation import take_image_size
 
     models = {path: load_model(path) for path in paths}
     architectures: dict[str, Architecture] = {}
     of_path: dict[str, list[str]] = {}
     for path, model in models.items():
+        take_image_size(model, image_size)
         architecture = architecture_of(model)
         assert architecture is not None
-        key = json.dumps(architecture.to_dict(), sort_keys=True)
+        said = {**architecture.to_dict(), "image": image_shape_for(model)}
+        key = json.dumps(said, sort_keys=True)
         architectures[key] = architecture
         of_path.setdefault(key, []).append(path)
+    sizes = {image_shape_for(model) for model in models.values()}
+    of_different = len({*map(str, architectures.values())}) > 1
     networks = {}
     for key, architecture in architectures.items():
-        dense = f"dense {in_words(architecture) if len(architectures) > 1 else architecture.name}"
+        first = models[of_path[key][0]]
+        dense = f"dense {in_words(architecture) if of_different else architecture.name}"
+        if len(sizes) > 1:
+            dense += f", {'x'.join(map(str, image_shape_for(first)))}"
         model = build_model(architecture.name, architecture.num_classes, **architecture.args)
+        set_preprocessing(model, getattr(first, "preprocessing", None))
         networks[dense] = _Network(model, count(model), dense)
         for path in of_path[key]:
             networks[_row_name(path, paths)] = _Network(models[path], count(models[path]), dense)
@@ -83,7 +101,6 @@ def _measure_rows(
 ) -> list[dict[str, Any]]:
     """One row per network at one batch size, as it is written to JSON."""
     from tpp.measure.timing import measure
-    from tpp.models.architecture import example_input_for
 
     timings = measure({name: network.model for name, network in networks.items()}, settings)
     rows = []
@@ -96,7 +113,7 @@ def _measure_rows(
                 "network": name,
                 "dense": network.dense,
                 "batch": settings.batch,
-                "image": list(example_input_for(network.model).shape[1:]),
+                "image": list(network.counts.image),
                 "parameters": network.counts.parameters,
                 "macs": network.counts.macs,
                 "counted_speedup": counted,
@@ -112,27 +129,56 @@ def _measure_rows(
     return rows
 
 
-def _table(rows: list[dict[str, Any]], settings: "LatencySettings") -> Table:
-    title = f"batch {settings.batch}, {_conditions(settings)}, median of {settings.repeats}"
-    table = Table(box=None, pad_edge=False, title=title, title_justify="left", title_style="bold")
-    table.add_column("network", overflow="fold")
-    headings = ("parameters", "MACs", "counted", "ms/batch", "quartiles", "images/s", "real")
-    for heading in (*headings, "arrives"):
+_HEADINGS = (
+    "parameters",
+    "MACs",
+    "counted",
+    "ms/batch",
+    "quartiles",
+    "images/s",
+    "real",
+    "arrives",
+)
+_GAP = 2
+
+
+def _table(rows: list[dict[str, Any]], settings: "LatencySettings", width: int) -> RenderableType:
+    """A row for each network; on a narrow screen numbers stand for names, which come before."""
+    shapes = ["x".join(map(str, row["image"])) for row in rows]
+    images = f", images {shapes[0]}" if len({*shapes}) == 1 else ""
+    conditions = f"{_conditions(settings)}, median of {settings.repeats}"
+    title = Text(f"batch {settings.batch}{images}, {conditions}", style="bold")
+    figures = [_figures(row) for row in rows]
+    names = [printable(row["network"]) for row in rows]
+    styles = ["" if row["network"] == row["dense"] else "cyan" for row in rows]
+    columns = zip(_HEADINGS, *figures, strict=True)
+    room = width - sum(_GAP + max(map(len, column)) for column in columns)
+    # A name is broken up into no pieces that nobody can read.
+    narrow = room < min(24, max(map(len, names)))
+    table = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0))
+    table.add_column("" if narrow else "network", overflow="fold")
+    for heading in _HEADINGS[2:] if narrow else _HEADINGS:
         table.add_column(heading, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(
-            escape(row["network"]),
-            f"{row['parameters']:,}",
-            f"{row['macs'] / 1e6:,.1f} M",
-            f"{row['counted_speedup']:.2f}x",
-            _short(row["median_ms"]),
-            f"{_short(row['low_ms'])} - {_short(row['high_ms'])}",
-            _short(row["images_per_second"]),
-            f"{row['real_speedup']:.2f}x",
-            "" if row["arrives"] is None else f"{row['arrives']:.0%}",
-            style=None if row["network"] == row["dense"] else "cyan",
-        )
-    return table
+    legend = []
+    for number, (name, cells, style) in enumerate(zip(names, figures, styles, strict=True), 1):
+        if narrow:
+            legend.append(Text(f"{number}  {name}: {cells[0]} parameters, {cells[1]} MACs", style))
+            name, cells = str(number), cells[2:]
+        table.add_row(Text(name), *cells, style=style)
+    return Group(title, *legend, table)
+
+
+def _figures(row: dict[str, Any]) -> list[str]:
+    return [
+        f"{row['parameters']:,}",
+        f"{row['macs'] / 1e6:,.1f} M",
+        f"{row['counted_speedup']:.2f}x",
+        _short(row["median_ms"]),
+        f"{_short(row['low_ms'])} - {_short(row['high_ms'])}",
+        _short(row["images_per_second"]),
+        f"{row['real_speedup']:.2f}x",
+        "" if row["arrives"] is None else f"{row['arrives']:.0%}",
+    ]
 
 
 def _short(number: float) -> str:
@@ -168,6 +214,13 @@ def _parse_arguments(arguments: Sequence[str] | None, prog: str) -> argparse.Nam
     )
     parser.add_argument(
         "checkpoints", nargs="+", metavar="CHECKPOINT", help="a file that tpp wrote"
+    )
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        default=None,
+        metavar="N",
+        help="side of the images, in pixels (default: what each checkpoint says)",
     )
     parser.add_argument("--batch", default="1", metavar="N[,N]", help="images per pass (default 1)")
     parser.add_argument(
@@ -205,16 +258,17 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m tpp.late
     from tpp.measure.timing import LatencySettings
 
     paths, file, batches = options.pop("checkpoints"), options.pop("json"), options.pop("batch")
+    image_size = options.pop("image_size")
     each = [LatencySettings(**options, batch=batch) for batch in _batches(batches)]
     if file:
         _check_place(file)
-    networks = _read_networks(paths)
+    networks = _read_networks(paths, image_size)
     console = make_console()
     rows = []
     for settings in each:
         print(f"timing {len(networks)} networks at batch {settings.batch} ...", file=sys.stderr)
         of_batch = _measure_rows(networks, settings)
-        console.print(_table(of_batch, settings), highlight=False)
+        console.print(_table(of_batch, settings, console.width), highlight=False)
         console.print()
         rows += of_batch
     if file:

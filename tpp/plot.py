@@ -142,7 +142,7 @@ def _draw_macs(axes: Axes, dense: "Counts", counts: "Counts") -> None:
         share = layer.macs / counts.macs
         text = f"{share:.1%}" if share >= 0.001 else "<0.1%"
         axes.text(end + 0.012 * most, row, text, size=size, color=_PALE, va="center")
-    axes.set_title("MACs for one image, and share of what is kept")
+    axes.set_title(f"MACs for {counts.of_image}, and share of what is kept")
     axes.set_xlim(0, 1.12 * most)
     axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
 

@@ -107,6 +107,13 @@ def _parse_arguments(arguments: Sequence[str] | None, prog: str) -> argparse.Nam
     )
     add("--output", required=True, metavar="OUT", help="the pruned checkpoint (safetensors)")
     add("--model", metavar="NAME", help="the network, where neither IN nor --config says it")
+    add(
+        "--image-size",
+        type=int,
+        metavar="N",
+        help="side of the images that MACs and milliseconds are of, in pixels; OUT keeps it "
+        "(default: what IN or --config says, or else what public weights of the network want)",
+    )
     add("--save-plan", metavar="FILE", help="write down which filters went (JSON)")
 
     what = parser.add_argument_group("what goes")
@@ -175,7 +182,10 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m tpp.prun
     named = network_named(options.model) if options.model else None
     configured = read_configured(options.config) if options.config else None
     otherwise = configured.architecture() if configured else None
-    dense = read_dense(options.checkpoint, named, otherwise)
+    images = configured.data.preprocessing() if configured and configured.data else None
+    dense = read_dense(
+        options.checkpoint, named, otherwise, images=images, image_size=options.image_size
+    )
     model = meta_copy(dense.model)
     assign_tensors(model, dense.tensors)
     plan = _make_plan(options, configured, model)
@@ -184,11 +194,14 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m tpp.prun
         plan.save(options.save_plan)
     network = architecture_of(dense.model)
     assert network is not None
-    print(f"{network.name}: {summary(count(dense.model), count(pruned))}")
+    counts = count(pruned)
+    print(f"{network.name}: {summary(count(dense.model), counts)}")
     if options.max_latency_ms is not None:
         timing = measure({"dense": model, "pruned": load_model(options.output)}, LatencySettings())
         dense_ms, pruned_ms = (1000 * timing[name].median for name in ("dense", "pruned"))
-        print(f"latency here, one image: {dense_ms:.1f} ms -> {pruned_ms:.1f} ms (medians)")
+        print(f"latency here, {counts.of_image}: {dense_ms:.1f} ms -> {pruned_ms:.1f} ms (medians)")
+    if done.preparation is not None and done.preparation.source:
+        print(f"images {done.preparation}")
     for note in done.notes:
         print(f"note: {note}")
     companions = ", ".join(done.companions)

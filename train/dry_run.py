@@ -11,7 +11,7 @@ from data_pipelines.images.image_index import open_images
 from tpp.channels.removal import prune_model
 from tpp.common.errors import UserError
 from tpp.measure.counts import count
-from tpp.models.architecture import Architecture, build_on_meta
+from tpp.models.architecture import Architecture, build_on_meta, set_preprocessing
 from tpp.plan import PruningPlan
 from train.config.batch_rule import describe
 from train.config.config import Config
@@ -36,16 +36,20 @@ def dry_run(config: Config, *, ranks: int) -> None:
     console.print(yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True))
     _say_batch_rule(config, console)
     dense = build_on_meta(architecture)
+    set_preprocessing(dense, config.data.preprocessing())
     counts = count(dense)
     if plan is None:
-        console.print(f"no pruning: {counts.parameters:,} parameters, {counts.macs:,} MACs")
+        console.print(
+            f"no pruning: {counts.parameters:,} parameters, {counts.macs:,} MACs for "
+            f"{counts.of_image}"
+        )
         return
     pruned = count(prune_model(dense, plan))
     console.print(_plan_table(plan))
     _say_what_stands_in(config, console)
     for name, before, after in (
         ("parameters", counts.parameters, pruned.parameters),
-        ("MACs", counts.macs, pruned.macs),
+        (f"MACs for {counts.of_image}", counts.macs, pruned.macs),
     ):
         removed = 100 * (1 - after / before)
         console.print(f"{name}: {before:,} -> {after:,} ({removed:.2f}% removed)")

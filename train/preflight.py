@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from data_pipelines.demo import generate_demo
 from tpp.common.errors import UserError
-from tpp.models.architecture import Architecture, build_on_meta
+from tpp.models.architecture import Architecture, build_on_meta, set_preprocessing
 from tpp.models.layers import prunable_layers
 from tpp.plan import PruningPlan
 from tpp.selection.selection import Selection
@@ -89,6 +89,7 @@ def check_plans(config: Config, architecture: Architecture) -> PruningPlan | Non
     if not planned:
         return None
     model = build_on_meta(architecture)
+    set_preprocessing(model, config.data.preprocessing())
     known: dict[str, tuple[PruningPlan, PruningPlan]] = {}
     for name in planned:
         pruning = (config.stages[name].pruning or config.pruning).model_dump_json()

@@ -25,7 +25,7 @@ from data_pipelines.loading.draws import (
     first_fitting,
     log_between,
 )
-from data_pipelines.loading.recipes import RECIPES, Recipe
+from data_pipelines.loading.recipes import RECIPES, SQUASHED, Recipe
 from data_pipelines.settings import (
     AugmentSection,
     ColorJitter,
@@ -34,6 +34,7 @@ from data_pipelines.settings import (
     RandAugment,
 )
 from tpp.common.errors import UserError
+from tpp.common.images import CROP_MODES, INTERPOLATIONS
 
 # Zhong et al., "Random Erasing Data Augmentation", AAAI 2020. Width over height here; the paper's
 # ratio, 0.3 to 3.3, is height over width.
@@ -65,6 +66,8 @@ class ImageTransform:
         mean, std: per channel, of values in 0..1.
         channels: 3 for RGB, 1 for grey.
         augment: of training, beyond ``augmentation``.
+        interpolation: of all scaling, ``bilinear`` or ``bicubic``, antialiased.
+        crop_mode: of evaluation. ``squash``: both sides are scaled to ``resize``.
 
     Raises:
         UserError: a value lies outside its range; mean or std has another length than channels;
@@ -78,13 +81,15 @@ class ImageTransform:
     std: tuple[float, ...]
     channels: int = 3
     augment: AugmentSection = field(default_factory=AugmentSection)
+    interpolation: str = INTERPOLATIONS[0]
+    crop_mode: str = CROP_MODES[0]
 
     @classmethod
     def prepared(cls, preprocessing: Mapping[str, Any], *, augmentation: str) -> "ImageTransform":
         """The transform of a network whose images are prepared as its checkpoint says.
 
         Args:
-            preprocessing: image_size, resize, mean, std and channels; plain data.
+            preprocessing: see :mod:`tpp.models.preparation`; plain data.
             augmentation: of training; a checkpoint says nothing of it.
 
         Raises:
@@ -99,7 +104,9 @@ class ImageTransform:
     def __post_init__(self) -> None:
         if self.image_size < 1:
             raise UserError(f"image_size must be at least 1, not {self.image_size}")
-        if self.resize is not None and self.resize < self.image_size:
+        # Evaluation may be meant to see more than the image: timm's volo_d5_448 does.
+        bordered = self.resize is not None and self.resize < self.image_size
+        if bordered and self.augmentation != "none":
             raise UserError(
                 f"resize {self.resize} is smaller than image_size {self.image_size}: "
                 "the centre crop would have black borders"
@@ -108,6 +115,12 @@ class ImageTransform:
             raise UserError(
                 f"augmentation must be one of {', '.join(RECIPES)}, not {self.augmentation!r}"
             )
+        for name, value, known in (
+            ("interpolation", self.interpolation, INTERPOLATIONS),
+            ("crop_mode", self.crop_mode, CROP_MODES),
+        ):
+            if value not in known:
+                raise UserError(f"{name} must be one of {', '.join(known)}, not {value!r}")
         if self.channels not in (1, 3):
             raise UserError(f"channels must be 3 (RGB) or 1 (grey), not {self.channels}")
         for name, values in (("mean", self.mean), ("std", self.std)):
@@ -123,7 +136,8 @@ class ImageTransform:
     @property
     def recipe(self) -> Recipe:
         """How images are cut in training."""
-        return RECIPES[self.augmentation]
+        recipe = RECIPES[self.augmentation]
+        return SQUASHED if self.crop_mode == "squash" and not recipe.random else recipe
 
     def plain(self) -> "ImageTransform":
         """The transform of evaluation: as this one, with nothing random in it."""

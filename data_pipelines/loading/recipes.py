@@ -34,7 +34,7 @@ class Cuts(NamedTuple):
 
     Attributes:
         window: top, left, height, width of the part that is decoded, int64, shape (n, 4).
-        size: height and width that it is scaled to, antialiased bilinear, int64, shape (n, 2).
+        size: height and width that it is scaled to, antialiased, int64, shape (n, 2).
         corner: top and left of the square that is cut from that; it may reach over the border into
             black; int64, shape (n, 2).
         mirrored: which squares are turned left to right in the end, bool, shape (n,).
@@ -89,14 +89,18 @@ class ScaleThenCut(Recipe):
     Attributes:
         random: the square is cut anywhere from the image and a black border of side // 8 pixels,
             and flipped; else from the middle.
+        squash: both sides are scaled to the same length, whatever shape that gives the image.
     """
 
     random: bool
+    squash: bool = False
     any_side = False
 
     def cuts(self, sizes: Int64s, uniforms: Float64s, side: int, resize: int | None) -> Cuts:
         """As in :class:`Recipe`."""
-        scaled = sizes if resize is None else _scaled_sizes(sizes, resize)
+        scaled = sizes
+        if resize is not None:
+            scaled = np.full_like(sizes, resize) if self.squash else _scaled_sizes(sizes, resize)
         corner = _centre_corners(scaled, side)
         mirrored = np.zeros(len(sizes), np.bool_)
         if self.random:
@@ -113,6 +117,9 @@ RECIPES: dict[str, Recipe] = {
     "none": ScaleThenCut(random=False),
 }
 """The recipes by what ``data.augmentation`` calls them."""
+
+SQUASHED = ScaleThenCut(random=False, squash=True)
+"""Of evaluation, for networks that are to see whole images."""
 
 
 def flips(uniforms: Float64s) -> NDArray[np.bool_]:

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from data_pipelines.images.batch import Batch, LoaderSettings, Request, decode_with_pil
@@ -129,7 +130,10 @@ class _Images(Dataset[_Made | UserError]):
         sizes = np.array([(image.height, image.width) for image in images], dtype=np.int64)
         uniforms = request.uniforms[fetched.rows]
         cuts = transform.recipe.cuts(sizes, uniforms, request.side, transform.resize)
-        squares = [_square(image, cuts, place, request.side) for place, image in enumerate(images)]
+        squares = [
+            _square(image, cuts, place, request.side, transform.interpolation)
+            for place, image in enumerate(images)
+        ]
         batch = torch.stack([F.pil_to_tensor(square) for square in squares])
         if transform.augment.rand_augment is not None:
             choices = rand_augment_choices(uniforms, transform.augment.rand_augment)
@@ -151,12 +155,14 @@ class _Images(Dataset[_Made | UserError]):
         return made._replace(images=_finished(made, transform, self._settings))
 
 
-def _square(image: Image.Image, cuts: Cuts, place: int, side: int) -> Image.Image:
+def _square(
+    image: Image.Image, cuts: Cuts, place: int, side: int, interpolation: str
+) -> Image.Image:
     """What a recipe cuts from the image at a place of its batch; not mirrored yet."""
     if cuts.window is not None:
         image = F.crop(image, *cuts.window[place].tolist())
     if cuts.size is not None:
-        image = F.resize(image, cuts.size[place].tolist())
+        image = F.resize(image, cuts.size[place].tolist(), InterpolationMode(interpolation))
     if cuts.corner is not None:
         image = F.crop(image, *cuts.corner[place].tolist(), side, side)
     return image

@@ -22,7 +22,8 @@ from tpp.checkpoints.model_file import load_model, read_metadata
 from tpp.checkpoints.safetensors_files import PathLike
 from tpp.common.errors import UserError
 from tpp.common.files import aside_of, sync
-from tpp.models.architecture import architecture_of, example_input_for
+from tpp.models.architecture import architecture_of, image_shape_for
+from tpp.models.preparation import take_image_size
 
 INPUT = "images"
 TOLERANCE = 1e-4
@@ -63,6 +64,7 @@ def export_model(
     check: bool = True,
     classes: Sequence[str] | None = None,
     example_input: Tensor | None = None,
+    image_size: int | None = None,
 ) -> Exported:
     """Write a network as ONNX (``.onnx``) or as an exported program of PyTorch (``.pt2``).
 
@@ -82,6 +84,7 @@ def export_model(
         classes: names of the outputs; by default those in the checkpoint.
         example_input: an image batch (N, channels, height, width) whose shape the file is to
             take; by default what the preprocessing, or else the architecture, says.
+        image_size: side of its images, in pixels, in place of what the preprocessing says.
 
     Raises:
         UserError: the output's ending is unknown, a package is missing, the network cannot be
@@ -97,6 +100,7 @@ def export_model(
     if classes is None and not isinstance(source, nn.Module):
         classes = read_metadata(source).extra.get("classes")
     model = deepcopy(network).to("cpu", torch.float32).eval()
+    take_image_size(model, image_size)
     shape = _image_shape(model, example_input)
     _check_runs(name, model, shape)
     metadata = _metadata(model, classes)
@@ -152,11 +156,7 @@ def _check_size(name: str, model: nn.Module) -> None:
 
 def _image_shape(model: nn.Module, example_input: Tensor | None) -> tuple[int, int, int]:
     if example_input is None:
-        example_input = example_input_for(model)
-        prepared = getattr(model, "preprocessing", None) or {}
-        channels, height, width = example_input.shape[1:]
-        size = prepared.get("image_size")
-        return prepared.get("channels", channels), size or height, size or width
+        return image_shape_for(model)
     channels, height, width = example_input.shape[1:]
     return channels, height, width
 

@@ -32,7 +32,13 @@ from tpp.checkpoints.safetensors_files import (
 from tpp.common.errors import UserError
 from tpp.common.files import aside_of, sync
 from tpp.common.reading import parse_json
-from tpp.models.architecture import Architecture, architecture_of, build_model, build_on_meta
+from tpp.models.architecture import (
+    Architecture,
+    architecture_of,
+    build_model,
+    build_on_meta,
+    set_preprocessing,
+)
 from tpp.models.fitting import assign_tensors, fill_buffers, fitted
 from tpp.models.layers import layer_widths
 
@@ -65,7 +71,7 @@ class CheckpointInfo:
 
     Attributes:
         architecture: the network before pruning.
-        preprocessing: how images are prepared (image_size, resize, mean, std, channels), or None.
+        preprocessing: how images are prepared, see :mod:`tpp.models.preparation`, or None.
         extra: whatever the writer added, such as class names, stage or metrics.
         shapes: shape of every tensor of the network's ``state_dict``.
         widths: [inputs, outputs] of every Conv2d and Linear layer.
@@ -175,7 +181,6 @@ def load_model(path: PathLike, *, companion: str | None = None) -> nn.Module:
         _check_dense_size(path, arch)
         with torch.random.fork_rng(devices=[]):
             fill_buffers(model, build_model(arch.name, arch.num_classes, **arch.args))
-    model.__dict__["preprocessing"] = info.preprocessing
     return model.eval()
 
 
@@ -298,6 +303,7 @@ def network_of(info: CheckpointInfo, *, source: str) -> nn.Module:
                 f"{source}: {layer}.weight has [inputs, outputs] {width}, "
                 f"but the file says {info.widths.get(layer)}"
             )
+    set_preprocessing(model, info.preprocessing)
     return model
 
 

@@ -13,8 +13,9 @@ from tpp.checkpoints.model_file import CheckpointInfo, Companions, save_model
 from tpp.checkpoints.safetensors_files import PathLike
 from tpp.checkpoints.sources import name_optimizer_state, read_source
 from tpp.common.errors import UserError
-from tpp.models.architecture import Architecture, architecture_of
+from tpp.models.architecture import Architecture, architecture_of, set_preprocessing
 from tpp.models.fitting import fitted
+from tpp.models.preparation import Preparation, find_preparation
 from tpp.plan import PruningPlan
 
 
@@ -53,13 +54,28 @@ class _Dense:
     companions: Companions
     info: CheckpointInfo | None
     model: nn.Module
+    preparation: Preparation | None
     notes: tuple[str, ...] = ()
 
 
 def read_dense(
-    path: PathLike, architecture: Architecture | None, otherwise: Architecture | None = None
+    path: PathLike,
+    architecture: Architecture | None,
+    otherwise: Architecture | None = None,
+    *,
+    images: Mapping[str, Any] | None = None,
+    image_size: int | None = None,
 ) -> _Dense:
-    """Read a checkpoint; ``otherwise`` is the network where neither file nor caller says it."""
+    """Read a checkpoint.
+
+    Args:
+        path: what to read.
+        architecture: the network; by default what the file says.
+        otherwise: the network where neither of them says it.
+        images: how images are prepared where the file does not say; by default as the network's
+            public weights want it, see :mod:`tpp.models.preparation`.
+        image_size: in pixels, in place of what that says.
+    """
     source = read_source(path)
     architecture = architecture or source.architecture or otherwise
     if architecture is None:
@@ -76,7 +92,28 @@ def read_dense(
         if states is None:
             notes.append("the optimiser's state is left out: whose it is cannot be told")
         companions |= states or {}
-    return _Dense(path, source.tensors, companions, source.info, model, tuple(notes))
+    said = (source.info.preprocessing if source.info else None) or images
+    # A folder of a training stage does not say how its run prepares images, and whose weights
+    # they are is no secret: what public ones want is no guess for it.
+    unknown = said is None and image_size is None and source.architecture is not None
+    preparation = None if unknown else _preparation(said, model, path, image_size)
+    if preparation is not None:
+        set_preprocessing(model, preparation.values)
+    return _Dense(path, source.tensors, companions, source.info, model, preparation, tuple(notes))
+
+
+def _preparation(
+    said: Mapping[str, Any] | None, model: nn.Module, path: PathLike, image_size: int | None
+) -> Preparation | None:
+    architecture = architecture_of(model)
+    assert architecture is not None
+    try:
+        found = find_preparation(said, architecture, str(path))
+    except UserError:  # nothing is known of such a network
+        if image_size is not None:
+            raise
+        return None
+    return found.changed(image_size=image_size)
 
 
 def write_pruned(dense: _Dense, plan: PruningPlan, path_out: PathLike) -> tuple[nn.Module, _Dense]:
@@ -87,7 +124,7 @@ def write_pruned(dense: _Dense, plan: PruningPlan, path_out: PathLike) -> tuple[
         path_out,
         cut_tensors(dense.tensors, cuts),
         architecture=architecture_of(dense.model),
-        preprocessing=dense.info.preprocessing if dense.info else None,
+        preprocessing=dense.preparation.values if dense.preparation else None,
         extra=_extra_after(dense),
         companions=companions,
     )

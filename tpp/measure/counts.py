@@ -43,11 +43,18 @@ class Counts:
         parameters: all trainable values, those of BatchNorm included.
         macs: multiply-accumulates of convolutions and linear layers for one image.
         layers: the Conv2d and Linear layers that the forward pass calls, in that order.
+        image: shape of the image, (channels, height, width).
     """
 
     parameters: int
     macs: int
     layers: list[LayerCount]
+    image: tuple[int, ...]
+
+    @property
+    def of_image(self) -> str:
+        """Of what the multiply-accumulates are, in words: ``a 3x224x224 image``."""
+        return f"a {'x'.join(map(str, self.image))} image"
 
 
 def count(model: nn.Module, *, example_input: Tensor | None = None) -> Counts:
@@ -60,7 +67,7 @@ def count(model: nn.Module, *, example_input: Tensor | None = None) -> Counts:
     Args:
         model: any network, on any device; left alone.
         example_input: a batch (N, channels, height, width), of which one image is counted; by
-            default what the model's architecture expects.
+            default see :func:`tpp.models.architecture.image_shape_for`.
 
     Raises:
         UserError: the model does not run on such an input.
@@ -90,6 +97,7 @@ def count(model: nn.Module, *, example_input: Tensor | None = None) -> Counts:
         parameters=sum(parameter.numel() for parameter in copy.parameters()),
         macs=_counted_macs(counter),
         layers=[_layer_count(name, modules[name], macs[name]) for name in macs],
+        image=tuple(images.shape[1:]),
     )
 
 

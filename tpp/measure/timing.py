@@ -102,7 +102,8 @@ def measure(
         networks: networks by name, any device and dtype; left alone.
         settings: the conditions.
         example_input: images (N, channels, height, width) for all networks, repeated or cut to
-            the batch; by default random ones of the shape that each one's architecture expects.
+            the batch; by default random ones of the shape of
+            :func:`tpp.models.architecture.image_shape_for`.
 
     Returns:
         For every name its times, in seconds per batch.

@@ -62,7 +62,7 @@ _MOST_MODULES = 5_000
 # what is built has to stay small until the file's tensors have turned out to fit.
 _MOST_CLASSES = 2**24
 _LARGEST_ARG = 2**16
-_LARGEST_IMAGE = 4096
+LARGEST_IMAGE = 4096
 _MOST_ARGS = 1000
 
 
@@ -239,7 +239,7 @@ def input_shape(name: str, **args: Any) -> tuple[int, int, int]:
     """
     shape = _input_shape(name, args)
     whole = all(isinstance(side, int) and not isinstance(side, bool) for side in shape)
-    if len(shape) != 3 or not whole or not 1 <= min(shape) <= max(shape) <= _LARGEST_IMAGE:
+    if len(shape) != 3 or not whole or not 1 <= min(shape) <= max(shape) <= LARGEST_IMAGE:
         raise UserError(f"model {name!r}: takes no images of {shape} (channels, height, width)")
     channels, height, width = shape
     return channels, height, width
@@ -263,20 +263,47 @@ def _input_shape(name: str, args: Mapping[str, Any]) -> tuple[Any, ...]:
     return 1 if name == "mlp7_linear" else 3, size, size
 
 
-def example_input_for(model: nn.Module, device: str = "cpu") -> Tensor:
-    """One blank image for ``model``, (1, channels, height, width), float32.
+def set_preprocessing(model: nn.Module, preprocessing: Mapping[str, Any] | None) -> None:
+    """Attach how images are prepared for ``model``, see :mod:`tpp.models.preparation`."""
+    model.__dict__["preprocessing"] = None if preprocessing is None else dict(preprocessing)
 
-    Its shape is what the model's architecture expects, 1x3x224x224 where that is not known.
 
-    Args:
-        model: the network.
-        device: ``meta`` for one without memory.
+def image_shape_for(model: nn.Module) -> tuple[int, int, int]:
+    """Shape (channels, height, width) of what a network is counted, timed and traced with.
+
+    Its preprocessing says it, if there is any; else its architecture; else 3x224x224. A network
+    whose output is an image takes ones that become as large as the preprocessing says.
+
+    Raises:
+        UserError: there are no such images.
     """
     architecture = architecture_of(model)
     shape = (3, 224, 224)
     if architecture is not None:
         shape = input_shape(architecture.name, **architecture.args)
-    return torch.zeros(1, *shape, device=device)
+    prepared = getattr(model, "preprocessing", None) or {}
+    channels, side = (prepared.get(key) for key in ("channels", "image_size"))
+    for key, value in (("channels", channels), ("image_size", side)):
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if value is not None and not (whole and 1 <= value <= LARGEST_IMAGE):
+            raise UserError(f"preprocessing: {key} is {value!r}: there are no such images")
+    if side is not None:
+        if architecture is not None and architecture.num_classes is None:
+            side = max(side // architecture.output_shape((shape[0], 1, 1))[1], 1)
+        shape = (shape[0], side, side)
+    return (channels or shape[0], *shape[1:])
+
+
+def example_input_for(model: nn.Module, device: str = "cpu") -> Tensor:
+    """One blank image for ``model``, (1, channels, height, width), float32.
+
+    Its shape is that of :func:`image_shape_for`.
+
+    Args:
+        model: the network.
+        device: ``meta`` for one without memory.
+    """
+    return torch.zeros(1, *image_shape_for(model), device=device)
 
 
 def _build(architecture: Architecture) -> nn.Module:

@@ -250,8 +250,11 @@ def removals(
     cost = price(model, counts, units)
     limit, least = budget.limit(cost.dense), cost.one(widths.most)
     if least > limit:
+        of_image = f" for {counts.of_image}" if budget.kind == "macs" else ""
         best = f"{cost.dense / least:.4f}x" if budget.kind == "speedup" else f"{least:,}"
-        raise UserError(f"budget: {budget} cannot be met: the best that {_LIMITS} allow is {best}")
+        raise UserError(
+            f"budget: {budget}{of_image} cannot be met: the best that {_LIMITS} allow is {best}"
+        )
     return meet(cost, widths, order, limit)
 
 

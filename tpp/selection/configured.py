@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import ValidationError, model_validator
 
 from tpp.common.errors import UserError
+from tpp.common.images import ImagesSection
 from tpp.common.settings import Section, Seed, mistakes
 from tpp.common.yaml_files import Merging, read_yaml
 from tpp.models.architecture import Architecture, gives_images
@@ -29,9 +30,11 @@ class Configured(Section):
 
     Attributes:
         seed: of the run.
+        data: how images are prepared; None where there is no such section.
     """
 
     seed: Seed = 0
+    data: ImagesSection | None = None
     model: ModelSection
     pruning: PruningSection = PruningSection()
 
@@ -60,6 +63,8 @@ def read_configured(path: Path) -> Configured:
     """
     data = read_yaml(path, Merging((*MODEL_REPLACED, *PRUNING_REPLACED), (another_budget,)))
     known = {key: value for key, value in data.items() if key in Configured.model_fields}
+    if isinstance(images := known.get("data"), dict):
+        known["data"] = {k: v for k, v in images.items() if k in ImagesSection.model_fields}
     try:
         return Configured.model_validate(known)
     except ValidationError as error:

@@ -32,7 +32,7 @@ def summary_table(results: Results | Mapping[str, Any]) -> Table:
     results = Results.model_validate(results)
     rows, task = summary_rows(results), results.task_type
     cells = [_network_cells(row, rows, task) for row in rows]
-    return to_rich(Grid("", _network_columns(task), cells))
+    return to_rich(Grid("", _network_columns(task, [results]), cells))
 
 
 class Grid(NamedTuple):
@@ -43,9 +43,16 @@ class Grid(NamedTuple):
     rows: Sequence[Sequence[str]]
 
 
-def _network_columns(task: type[Task]) -> list[str]:
+def _network_columns(task: type[Task], results: Sequence[Results]) -> list[str]:
     scores = [metric.column for metric in _judging(task)]
-    return ["Network", *scores, "Parameters", "MACs", "Speedup"]
+    sizes = {_image_size(result) for result in results}
+    macs = f"MACs at {sizes.pop()}" if len(sizes) == 1 and None not in sizes else "MACs"
+    return ["Network", *scores, "Parameters", macs, "Speedup"]
+
+
+def _image_size(results: Results) -> str | None:
+    """Of the image that multiply-accumulates are of: ``64x64``."""
+    return None if results.image is None else "x".join(map(str, results.image[1:]))
 
 
 def _judging(task: type[Task]) -> list[Metric]:
@@ -71,7 +78,7 @@ def comparison(runs: Sequence[RunRecord]) -> Grid:
     """All networks of all runs, and what was published for each."""
     task = task_of(runs)
     metric = task.metrics[0]
-    network, score, *rest = _network_columns(task)
+    network, score, *rest = _network_columns(task, [run.results for run in runs])
     columns = ("Run", network, score, _in_unit("Published", metric), "Difference", *rest)
     cells = []
     for run, label in zip(runs, labels_of(runs), strict=True):
@@ -121,6 +128,7 @@ def _circumstances(runs: Sequence[RunRecord]) -> Grid:
     rows = [
         ["status", *(r.status for r in results)],
         ["model", *(r.model or "-" for r in results)],
+        ["MACs are of", *(_setting(_image_size(r)) for r in results)],
         ["seed", *(_setting(r.seed) for r in results)],
         ["wall time", *(_duration(r.wall_seconds) for r in results)],
         ["device", *(r.device or "-" for r in results)],

@@ -7,7 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from tpp.checkpoints.model_file import load_model, read_checkpoint, save_model
-from tpp.models.architecture import Architecture, architecture_of, build_model
+from tpp.models.architecture import (
+    Architecture,
+    architecture_of,
+    build_model,
+    set_preprocessing,
+)
 from tpp.models.fitting import assign_tensors, fill_buffers, fitted
 from train.config.sections import MODEL_FILE, StageSection
 from train.distributed.collectives import broadcast_buffers, sum_over_ranks
@@ -20,11 +25,18 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def load_input(run: Run, stage: str | None) -> nn.Module:
-    """The network of a stage that another starts from, or the starting weights; on the CPU."""
+    """The network of a stage that another starts from, or the starting weights; on the CPU.
+
+    In float32, whatever the file's type is, as training and evaluation need it.
+    """
     if stage is not None:
-        return load_model(_file_of(run, stage))
-    with run.accelerator.local_main_process_first():  # one download per node, not one per rank
-        return load_starting_weights(run.config.model, run.architecture, run.config.seed)
+        model = load_model(_file_of(run, stage))
+    else:
+        with run.accelerator.local_main_process_first():  # one download per node, not per rank
+            model = load_starting_weights(run.config.model, run.architecture, run.config.seed)
+    # What public weights were trained with does not count: the run prepares the images.
+    set_preprocessing(model, run.config.data.preprocessing())
+    return model.float()
 
 
 def place(run: Run, model: nn.Module) -> nn.Module:
@@ -75,13 +87,14 @@ def shapes_of(model: nn.Module) -> Shapes:
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def network_of_shapes(architecture: Architecture, shapes: Shapes) -> nn.Module:
+def network_of_shapes(run: Run, architecture: Architecture, shapes: Shapes) -> nn.Module:
     """An ordinary network of these shapes, on the CPU; its weights are still to be loaded.
 
     Raises:
         UserError: they are no shapes of such a network.
     """
     network = fitted(architecture, shapes)
+    set_preprocessing(network, run.config.data.preprocessing())
     empty = {name: torch.zeros_like(t, device="cpu") for name, t in network.state_dict().items()}
     assign_tensors(network, empty)
     if any(buffer.is_meta for buffer in network.buffers()):

@@ -86,6 +86,7 @@ def write_results(run: Run, status: str) -> None:
         ranks=run.accelerator.num_processes,
         engine=engine_name(run.accelerator),
         published=run.config.published,
+        image=list(run.dense.image),
         dense=NetworkResult(
             scores=_dense_scores(run.task, stages.values()),
             parameters=run.dense.parameters,

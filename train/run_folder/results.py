@@ -103,6 +103,8 @@ class Results(BaseModel):
         engine: what shared the training among the ranks.
         published: figures to put beside these.
         dense: the network that the run prunes.
+        image: shape of the image that multiply-accumulates are of, (channels, height, width);
+            None where an older run did not say.
     """
 
     name: str
@@ -117,6 +119,7 @@ class Results(BaseModel):
     ranks: int | None = None
     engine: str | None = None
     published: PublishedSection | None = None
+    image: list[int] | None = None
     dense: NetworkResult | None = None
     stages: dict[str, StageResult] = {}
 

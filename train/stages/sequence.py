@@ -7,7 +7,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from tpp.measure.counts import count
-from tpp.models.architecture import build_on_meta
+from tpp.models.architecture import build_on_meta, set_preprocessing
 from train.config.config import Config, save_config, stages_until
 from train.distributed.collectives import from_main_rank
 from train.distributed.stopping import Stopped, StopRequest, message_of
@@ -43,6 +43,8 @@ def open_run(
     Raises:
         UserError: a stage was done with other settings.
     """
+    dense = build_on_meta(found.architecture)
+    set_preprocessing(dense, config.data.preprocessing())
     run = Run(
         config=config,
         accelerator=accelerator,
@@ -50,7 +52,7 @@ def open_run(
         stop=stop,
         images=found.images,
         architecture=found.architecture,
-        dense=count(build_on_meta(found.architecture)),
+        dense=count(dense),
     )
 
     def look() -> dict[str, dict[str, Any]]:

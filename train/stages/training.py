@@ -216,7 +216,7 @@ class TrainingStage:
             architecture = Architecture.from_dict(state.architecture)
             if architecture.name != self._run.architecture.name:
                 raise UserError(f"it is a {architecture.name}")
-            return network_of_shapes(architecture, shapes)
+            return network_of_shapes(self._run, architecture, shapes)
         except UserError as error:
             raise self._other_network(str(error)) from None
 
@@ -336,7 +336,7 @@ class TrainingStage:
             save_network(run, self._name, self._folder / MODEL_FILE, self._network, scores)
         return {
             **scores.to_dict(),
-            **run.count_fields(count(network_of_shapes(run.architecture, self._shapes))),
+            **run.count_fields(count(network_of_shapes(run, run.architecture, self._shapes))),
             "start": self._start,
             "steps": steps,
             "epochs": steps * self._epochs_per_step,

@@ -12,6 +12,7 @@ from data_pipelines.settings import AugmentSection, DataSection
 from tpp.common.settings import Section
 from tpp.models.architecture import Architecture
 from tpp.models.settings import ModelSection
+from train.tasks.class_names import Labels
 
 # From what the network takes to its outputs in float32.
 Forward = Callable[[Tensor], Tensor]
@@ -144,15 +145,30 @@ class Task:
         """What a model file says about this task beside the network; JSON-ready."""
         return {"task": {"kind": self.kind, **self.settings.model_dump()}}
 
-    def check_images(self, architecture: Architecture, classes: int, file: str, place: str) -> None:
-        """Raise UserError if a network is none for the images that it is to be evaluated on.
+    def labels(
+        self,
+        classes: list[str],
+        architecture: Architecture,
+        names: list[str] | None,
+        order: str | None,
+        *,
+        file: str,
+        place: str,
+    ) -> Labels | None:
+        """Which output of a network is which class folder; None where there are no classes.
 
         Args:
-            architecture: of the network in ``file``.
-            classes: how many class folders ``place`` holds.
-            file: the checkpoint.
-            place: the folder of images.
+            classes: names of the class folders, sorted as text.
+            architecture: of the network.
+            names: of its outputs; None where its file does not say.
+            order: see :func:`train.tasks.class_names.match_classes`.
+            file: the network's, for messages.
+            place: the folder of images, for messages.
+
+        Raises:
+            UserError: the network is none for these images, or there is no sure way to tell.
         """
+        return None
 
     def inputs(self, images: Tensor) -> Tensor:
         """What the network takes, made from the loader's images (n, c, h, w) on their device."""

@@ -10,6 +10,7 @@ from tpp.common.errors import UserError
 from tpp.models.architecture import Architecture
 from tpp.models.settings import ModelSection
 from train.tasks.base import LOSS, Forward, Metric, Settings, Task
+from train.tasks.class_names import Labels, match_classes
 
 TOP1 = Metric("top1", "Top-1", "top-1", unit="%", factor=100, noun="accuracy")
 TOP5 = Metric("top5", "Top-5", "top-5", unit="%", factor=100, noun="accuracy")
@@ -47,13 +48,20 @@ class Classification(Task):
         """The classes' names, in the order of the outputs."""
         return {"classes": classes}
 
-    def check_images(self, architecture: Architecture, classes: int, file: str, place: str) -> None:
-        """As many outputs as class folders."""
-        if architecture.num_classes != classes:
-            raise UserError(
-                f"{file} tells {architecture.num_classes} classes apart, {place} holds {classes} "
-                "class folders"
-            )
+    def labels(
+        self,
+        classes: list[str],
+        architecture: Architecture,
+        names: list[str] | None,
+        order: str | None,
+        *,
+        file: str,
+        place: str,
+    ) -> Labels | None:
+        """By their names, where the file has them."""
+        outputs = architecture.num_classes
+        assert outputs is not None
+        return match_classes(classes, outputs, names, order, file=file, place=place)
 
     def loss(self, forward: Forward, batch: Batch) -> tuple[Tensor, Tensor]:
         """Cross entropy with labels (n,), or with shares of the classes (n, classes) if mixed."""
