@@ -30,13 +30,11 @@ class Folder:
         tensors: the network's ``state_dict``.
         architecture: the network, if the folder says it (timm's ``config.json``).
         optimizer: an optimiser's ``state_dict``, if there is one (Accelerate's).
-        notes: what a user should know of how it was found.
     """
 
     tensors: dict[str, Tensor]
     architecture: Architecture | None
     optimizer: Mapping[str, Any] | None
-    notes: list[str]
 
 
 def read_weights_folder(path: Path) -> Folder:
@@ -45,10 +43,8 @@ def read_weights_folder(path: Path) -> Folder:
     Raises:
         UserError: it holds no weights of one network, or what it holds cannot be read.
     """
-    notes: list[str] = []
-    files = _weights(path)
     tensors: dict[str, Tensor] = {}
-    for file in files:
+    for file in _weights(path):
         if file.suffix == ".safetensors":
             with open_safetensors(file) as opened:
                 part = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
@@ -60,7 +56,7 @@ def read_weights_folder(path: Path) -> Folder:
         state = load_torch(path / _OPTIMIZER)
         if isinstance(state, Mapping) and "param_groups" in state:
             optimizer = state
-    return Folder(tensors, _architecture(path), optimizer, notes)
+    return Folder(tensors, _architecture(path), optimizer)
 
 
 def _weights(path: Path) -> list[Path]:
@@ -99,9 +95,18 @@ def _architecture(path: Path) -> Architecture | None:
     config = read_json(path / "config.json", "the network's configuration")
     if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
         return None
-    classes, args = config.get("num_classes"), config.get("model_args") or {}
+    args = {key: value for key, value in _dict(config, "model_args").items() if value is not None}
+    classes = args.pop("num_classes", config.get("num_classes"))
+    size = _dict(config, "pretrained_cfg").get("input_size")
+    if isinstance(size, list) and size[:1] == [args.get("in_chans")]:
+        del args["in_chans"]
     found = {"name": f"timm:{config['architecture']}", "num_classes": classes, "args": args}
     return Architecture.from_dict(found, source=str(path / "config.json"))
+
+
+def _dict(config: dict[str, Any], key: str) -> dict[str, Any]:
+    value = config.get(key)
+    return value if isinstance(value, dict) else {}
 
 
 def _instead(path: Path) -> str:
