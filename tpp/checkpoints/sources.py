@@ -180,7 +180,7 @@ def load_weights(model: nn.Module, path: PathLike) -> tuple[str, ...]:
     architecture = architecture_of(model)
     if not source.foreign or architecture is None:
         return source.notes
-    published, notes = as_published(architecture)
+    published, notes = as_published(architecture)  # attributes, which forward() looks at
     for name in published.args.keys() - architecture.args.keys():
         setattr(model, name, published.args[name])
     set_architecture(model, published)

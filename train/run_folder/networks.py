@@ -13,6 +13,7 @@ from train.config.sections import MODEL_FILE, StageSection
 from train.distributed.collectives import broadcast_buffers, sum_over_ranks
 from train.distributed.engine import forward_pass
 from train.run import Run
+from train.run_folder.log import say
 from train.tasks.base import Scores
 from train.weights import load_starting_weights
 
@@ -24,7 +25,8 @@ def load_input(run: Run, stage: str | None) -> nn.Module:
     if stage is not None:
         return load_model(_file_of(run, stage))
     with run.accelerator.local_main_process_first():  # one download per node, not one per rank
-        return load_starting_weights(run.config.model, run.architecture, run.config.seed)
+        tell = say if run.accelerator.is_main_process else lambda _: None
+        return load_starting_weights(run.config.model, run.architecture, run.config.seed, tell)
 
 
 def place(run: Run, model: nn.Module) -> nn.Module:
