@@ -1,6 +1,7 @@
 """Where the first stage's weights come from."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import parse_qs, urlparse
 
@@ -10,7 +11,7 @@ from torch import nn
 from tpp.checkpoints.model_file import find_metadata, load_model
 from tpp.checkpoints.sources import load_weights
 from tpp.common.errors import UserError
-from tpp.models.architecture import Architecture, build_model
+from tpp.models.architecture import Architecture, as_published, build_model
 from tpp.models.settings import ModelSection
 
 TORCHVISION = "torchvision:"
@@ -33,12 +34,23 @@ def starting_weights_exist(model: ModelSection) -> None:
         return
     if checkpoint.startswith(TORCHVISION):
         _torchvision_url(model.name, checkpoint)
-    elif not Path(checkpoint).is_file():
+    elif not Path(checkpoint).exists():
         raise UserError(f"model.checkpoint: {checkpoint}: no such file")
 
 
-def load_starting_weights(model: ModelSection, architecture: Architecture, seed: int) -> nn.Module:
+def load_starting_weights(
+    model: ModelSection,
+    architecture: Architecture,
+    seed: int,
+    say: Callable[[str], None] = lambda _: None,
+) -> nn.Module:
     """Build the network and give it its starting weights.
+
+    Args:
+        model: what the configuration says.
+        architecture: the network.
+        seed: of weights that come from no file.
+        say: told what a user should know of a file, such as what is left out of it.
 
     Raises:
         UserError: the file does not fit the network, or cannot be fetched.
@@ -49,14 +61,15 @@ def load_starting_weights(model: ModelSection, architecture: Architecture, seed:
     path = _local_file(model)
     info = find_metadata(path)
     if info is not None:
-        if info.architecture != architecture:
+        if info.architecture not in (architecture, as_published(architecture)[0]):
             raise UserError(
                 f"model.checkpoint: {path} holds a {info.architecture}, "
                 f"the configuration asks for a {architecture}"
             )
         return load_model(path)  # it may be pruned already: its own widths count
     network = build_model(architecture.name, architecture.num_classes, **architecture.args)
-    load_weights(network, path)
+    for note in load_weights(network, path):
+        say(f"{path}: {note}")
     return network
 
 

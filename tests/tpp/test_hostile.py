@@ -259,7 +259,7 @@ def test_code_in_a_file_does_not_run(legacy, tmp_path, monkeypatch):
     torch.save({"a": Touch()}, "x.pth", _use_new_zipfile_serialization=not legacy)
     with pytest.raises(NeedsPickleError, match=r"x.pth: holds (posix|os).system"):
         load_torch(Path("x.pth"))
-    with pytest.raises(UserError, match="needs pickle"):
+    with pytest.raises(UserError, match=r"holds (posix|os).system"):
         read_source("x.pth")
     assert not Path("owned").exists()
     torch.load("x.pth", weights_only=False)

@@ -50,7 +50,9 @@ def test_foreign_files(tmp_path, key, prefix, zipped):
     )
     source = read_source(path)
     assert source.info is None and source.architecture is None
-    same(source.tensors, state)
+    model = nn.ModuleDict({"a": nn.Linear(3, 2)})
+    assert load_weights(model, path) == ()
+    same(model.state_dict(), state)
 
 
 def test_old_batchnorm_weights_and_plain_safetensors(tmp_path):
@@ -77,12 +79,12 @@ class Hostile:
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-@pytest.mark.parametrize("name", ["x.pth", "x.safetensors", "x"])
+@pytest.mark.parametrize("name", ["x.pth", "x"])
 def test_a_hostile_file_runs_nothing(tmp_path, zipped, name):
     marker, path = tmp_path / "marker", tmp_path / name
     content = {"state_dict": build_model("mlp7_linear", 10).state_dict(), "more": Hostile(marker)}
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(UserError, match=r"needs pickle|not a whole safetensors file"):
+    with pytest.raises(UserError, match=r"x.*: holds (posix|os)\.system, and reading that"):
         read_source(path)
     assert not marker.exists()
 
@@ -90,7 +92,10 @@ def test_a_hostile_file_runs_nothing(tmp_path, zipped, name):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (Anything(), "needs pickle"),
+        (
+            Anything(),
+            r"holds \S*test_sources\.Anything, and reading that could run any code; where it",
+        ),
         ([1, 2], "holds a list"),
         ({"epoch": 3, "best": 1.0}, "epoch, best are no tensor"),
         ({}, "empty"),
@@ -299,7 +304,7 @@ def test_a_checkpoint_that_a_stage_resumes_from_says_all_itself(tmp_path):
         (lambda f: (f / "state.json").unlink(), "state.json: missing"),
         (
             lambda f: [(f / name).unlink() for name in ("manifest.json", "state.json")],
-            "holds neither a DeepSpeed checkpoint nor",
+            "manifest.json: missing",
         ),
     ],
 )

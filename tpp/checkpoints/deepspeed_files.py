@@ -53,39 +53,6 @@ _MOST_CANDIDATES = 10_000
 _LONGEST_TAG = 4096  # bytes of the file latest
 
 
-class _Inert:
-    """Takes the place of a foreign object whose content is of no interest; does nothing."""
-
-    def __new__(cls, *_: Any) -> "_Inert":
-        return super().__new__(cls)
-
-    def __setstate__(self, _: Any) -> None:
-        pass
-
-
-class _Number(int):
-    """Takes the place of an enumeration of integers."""
-
-    def __new__(cls, value: Any = 0, *_: Any) -> "_Number":
-        return super().__new__(cls, value if isinstance(value, int) else 0)
-
-
-# Classes that DeepSpeed 0.19 writes, and those that training scripts often add. Only their names
-# are looked up: none of them is imported, and what stands for them has no content.
-_STAND_INS: list[Any] = [
-    (_Number, "deepspeed.runtime.zero.config.ZeroStageEnum"),
-    (_Inert, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
-    (_Inert, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
-    (_Inert, "deepspeed.utils.tensor_fragment.fragment_address"),
-    (_Inert, "argparse.Namespace"),
-    (_Inert, "pathlib.PosixPath"),
-    (_Inert, "pathlib._local.PosixPath"),  # Python 3.13
-    (_Inert, "numpy.dtype"),
-    (_Inert, "numpy.core.multiarray.scalar"),
-    (_Inert, "numpy._core.multiarray.scalar"),
-]
-
-
 @dataclass(frozen=True)
 class DeepSpeedState:
     """A DeepSpeed checkpoint, put together from the files of all ranks.
@@ -270,10 +237,8 @@ def _is_stage_3(model_file: Path) -> bool:
 
 def _load(path: Path) -> _File:
     try:
-        data = load_torch(path, _STAND_INS)
+        data = load_torch(path)
     except NeedsPickleError as error:
-        if error.refused is None:
-            raise UserError(f"{path}: not a whole PyTorch file") from None
         raise UserError(f"{error}; {_CONVERT}") from None
     if not isinstance(data, dict):
         raise UserError(f"{path}: not as DeepSpeed 0.19 writes it: it holds {_is(data)}")

@@ -10,6 +10,7 @@ of those that are kept. They are called ``companion:tensor``.
 """
 
 import json
+import shlex
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,10 +22,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from tpp.checkpoints.file_kinds import begins_as_torch, is_safetensors
 from tpp.checkpoints.safetensors_files import (
     PathLike,
     find_ties,
-    is_safetensors,
     open_safetensors,
     sha256_of,
     storable,
@@ -44,6 +45,7 @@ from tpp.models.layers import layer_widths
 
 FORMAT = "tpp-checkpoint"
 VERSION = 2
+_UNSAID = "it does not say which network it holds"
 EMA = "ema"
 OPTIMIZER = "optimizer."
 # A dense network is this many times as large as the file of what is left of it, and so many
@@ -241,18 +243,22 @@ def read_metadata(path: PathLike) -> CheckpointInfo:
         UserError: the file is missing, truncated, or of another format or version.
     """
     path = Path(path)
-    with open_safetensors(path) as file:
+    with _open_ours(path) as file:
         return _parse(path, file)
 
 
 def find_metadata(path: PathLike) -> CheckpointInfo | None:
-    """What a file says about itself, None if it is not one of ours; its tensors are not read.
+    """What a file says about itself; its tensors are not read.
+
+    Returns:
+        None for a folder, and for a file that is not one of ours.
 
     Raises:
-        UserError: the file is missing, or one of ours that is damaged or of another version.
+        UserError: the file is missing, of a kind that holds no weights, or one of ours that is
+            damaged or of another version.
     """
     path = Path(path)
-    if not is_safetensors(path):
+    if path.is_dir() or not is_safetensors(path):
         return None
     with open_safetensors(path) as file:
         return _parse(path, file) if is_ours(file) else None
@@ -269,7 +275,7 @@ def read_checkpoint(
         UserError: the file is missing, truncated, damaged, or of another format or version.
     """
     path = Path(path)
-    with open_safetensors(path) as file:
+    with _open_ours(path) as file:
         info = _parse(path, file)
         stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     try:
@@ -312,6 +318,30 @@ def is_ours(file: Any) -> bool:
     return FORMAT in (file.metadata() or {})
 
 
+def _open_ours(path: Path) -> Any:
+    """Open a file that should be one of ours; say what it is where it cannot be."""
+    if path.is_dir():
+        raise UserError(
+            f"{path}: a folder, not a {FORMAT}: name a file in it, or {_make_ours(path)}"
+        )
+    if not is_safetensors(path):
+        begins_as_torch(path)
+        raise UserError(
+            f"{path}: a file of torch.save, not a {FORMAT}: {_UNSAID}; {_make_ours(path)}"
+        )
+    return open_safetensors(path)
+
+
+def _make_ours(path: Path) -> str:
+    """What to do with a checkpoint that is none of ours, or is not one file."""
+    # What training resumes from says the network.
+    model = "" if (path / "manifest.json").is_file() else " --model NAME"
+    return (
+        f"make one of it: python -m tpp.prune --checkpoint {shlex.quote(str(path))}{model} "
+        "--ratio '*=0' --output NEW.safetensors"
+    )
+
+
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
     aside = aside_of(path)
     try:
@@ -349,9 +379,7 @@ def _verify_tensors(tensors: Mapping[str, Tensor], sha256: Mapping[str, str]) ->
 def _parse(path: Path, file: Any) -> CheckpointInfo:
     text = (file.metadata() or {}).get(FORMAT)
     if text is None:
-        raise UserError(
-            f"{path}: not a {FORMAT} (a plain safetensors file does not say which network it is)"
-        )
+        raise UserError(f"{path}: plain safetensors, not a {FORMAT}: {_UNSAID}; {_make_ours(path)}")
     data = parse_json(text, f"{path}: the metadata")
     version = data.get("version") if isinstance(data, dict) else None
     if version not in (1, VERSION):

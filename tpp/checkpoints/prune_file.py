@@ -5,15 +5,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tpp.channels.cuts import Cut, cut_tensors
 from tpp.channels.removal import pruned_on_meta, shapes_of
 from tpp.checkpoints.model_file import CheckpointInfo, Companions, save_model
 from tpp.checkpoints.safetensors_files import PathLike
-from tpp.checkpoints.sources import name_optimizer_state, read_source
+from tpp.checkpoints.sources import Source, fit_names, name_optimizer_state, read_source
 from tpp.common.errors import UserError
-from tpp.models.architecture import Architecture, architecture_of, set_preprocessing
+from tpp.models.architecture import (
+    Architecture,
+    architecture_of,
+    as_published,
+    set_preprocessing,
+)
 from tpp.models.fitting import fitted
 from tpp.models.preparation import Preparation, find_preparation
 from tpp.plan import PruningPlan
@@ -77,21 +83,27 @@ def read_dense(
         image_size: in pixels, in place of what that says.
     """
     source = read_source(path)
-    architecture = architecture or source.architecture or otherwise
+    architecture = _agreed(path, source, architecture) or otherwise
     if architecture is None:
         raise UserError(f"{path}: does not say which network it holds; name it (--model)")
+    assumed: list[str] = []
+    if source.foreign:
+        architecture, assumed = as_published(architecture)
     try:
+        source = fit_names(source, architecture)
         model = fitted(architecture, shapes_of(source.tensors))
     except UserError as error:
         raise UserError(f"{path}: not a {architecture.name}: {error}") from None
-    companions, notes = dict(source.companions), []
-    if source.not_read:
-        notes.append(f"not read from {path}: {source.not_read}")
+    companions, notes = dict(source.companions), [*source.notes, *assumed]
     if source.optimizer is not None:
-        states = name_optimizer_state(source.optimizer, model)
+        states = name_optimizer_state(source.optimizer, model, source.others)
         if states is None:
             notes.append("the optimiser's state is left out: whose it is cannot be told")
         companions |= states or {}
+    kinds = {t.dtype for t in source.tensors.values() if t.is_floating_point()}
+    if kinds != {torch.float32}:
+        named = " and ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds))
+        notes.append(f"the weights are {named}, and so are those that come out")
     said = (source.info.preprocessing if source.info else None) or images
     # A folder of a training stage does not say how its run prepares images, and whose weights
     # they are is no secret: what public ones want is no guess for it.
@@ -114,6 +126,18 @@ def _preparation(
             raise
         return None
     return found.changed(image_size=image_size)
+
+
+def _agreed(path: PathLike, source: Source, named: Architecture | None) -> Architecture | None:
+    """The network that the caller and the checkpoint name, if either does."""
+    if named is None or source.architecture is None:
+        return named or source.architecture
+    if named.name != source.architecture.name:
+        raise UserError(
+            f"{path}: holds a {source.architecture.name}, and is said to be a {named.name}; leave "
+            "--model out"
+        )
+    return source.architecture
 
 
 def write_pruned(dense: _Dense, plan: PruningPlan, path_out: PathLike) -> tuple[nn.Module, _Dense]:

@@ -10,19 +10,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from tpp.checkpoints.file_kinds import check_file
 from tpp.common.errors import UserError, reason_of
 from tpp.common.reading import check_names
 
 PathLike = str | os.PathLike[str]
-
-
-def is_safetensors(path: Path) -> bool:
-    """Whether a file looks like safetensors, by its name or its first bytes."""
-    check_file(path)
-    if path.suffix == ".safetensors":
-        return True
-    with path.open("rb") as file:
-        return file.read(9)[8:] == b"{"
 
 
 def open_safetensors(path: Path) -> Any:
@@ -38,14 +30,6 @@ def open_safetensors(path: Path) -> Any:
         raise UserError(f"{path}: not a whole safetensors file ({reason_of(error)})") from None
     check_names(file.keys(), str(path))
     return file
-
-
-def check_file(path: Path) -> None:
-    """Raise UserError if there is no such file, or it cannot be read."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    if not os.access(path, os.R_OK):
-        raise UserError(f"{path}: no permission to read it")
 
 
 def find_ties(tensors: Mapping[str, Tensor]) -> dict[str, str]:

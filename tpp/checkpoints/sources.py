@@ -1,32 +1,38 @@
 """Reading weights from whatever kind of checkpoint they come in, without running any of it.
 
 A source is one of our checkpoints, a folder that one of our training stages resumes from, any
-safetensors file, a ``.pth`` file, or a DeepSpeed folder.
+safetensors file, a ``.pth`` file, or a folder of DeepSpeed, Accelerate or Hugging Face.
+``docs/checkpoints.md`` has a row for each.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tpp.checkpoints.file_kinds import is_safetensors
+from tpp.checkpoints.folders import read_weights_folder
 from tpp.checkpoints.model_file import EMA, OPTIMIZER, CheckpointInfo, is_ours, read_checkpoint
-from tpp.checkpoints.safetensors_files import PathLike, is_safetensors, open_safetensors
+from tpp.checkpoints.names import match_names, rename_part
+from tpp.checkpoints.safetensors_files import PathLike, open_safetensors
+from tpp.checkpoints.state_dicts import find_state_dict
 from tpp.checkpoints.torch_files import NeedsPickleError, load_torch
 from tpp.checkpoints.training_state import DamagedState, read_state
 from tpp.common.errors import UserError
-from tpp.common.reading import check_names
-from tpp.models.architecture import Architecture
+from tpp.models.architecture import (
+    Architecture,
+    architecture_of,
+    as_published,
+    build_on_meta,
+    set_architecture,
+)
 from tpp.models.fitting import by, few
 
-# Where training scripts keep the weights, a moving average of them, and the optimiser's state
-# (timm, torchvision's references, and what people write), and what wrappers put before names.
-_STATE_KEYS = ("state_dict", "model_state_dict", "model")
-_EMA_KEYS = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
-_OPTIMIZER_KEYS = ("optimizer", "optimizer_state_dict")
-_PREFIXES = ("module.", "_orig_mod.", "model.")
+_TRAINING_STATE = ("manifest.json", "state.json", "optimizer.safetensors")
+_BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "total_ops", "total_params")
 
 
 @dataclass(frozen=True)
@@ -35,14 +41,17 @@ class Source:
 
     Attributes:
         path: where it was found.
-        tensors: the network's ``state_dict``, on the CPU.
+        tensors: the network's ``state_dict``, on the CPU; of a foreign file all that is there, by
+            its names there, see :func:`fit_names`.
         info: the checkpoint's description, if it is one of ours.
         architecture: the network, if the checkpoint says it.
         companions: sets of tensors that belong to the network's, see
             :mod:`tpp.checkpoints.model_file`.
         optimizer: a PyTorch optimiser's ``state_dict`` whose states still go by number, if there
             is one; :func:`name_optimizer_state` gives them names.
-        not_read: what the checkpoint holds that could not be read, and why; None if nothing.
+        others: parameters of the file that are no part of the network, in the file's order, with
+            the network's own between them: {name: dimensions}; empty if there are none.
+        notes: what a user should know: what was left out, what could not be read, and why.
     """
 
     path: Path
@@ -51,21 +60,25 @@ class Source:
     architecture: Architecture | None = None
     companions: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     optimizer: Mapping[str, Any] | None = None
-    not_read: str | None = None
+    others: Mapping[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def foreign(self) -> bool:
+        """Whether it is from somebody else, and its names and settings may be too."""
+        return self.info is None and self.architecture is None
 
 
 def read_source(path: PathLike) -> Source:
     """Read a checkpoint of any kind that is known.
 
-    A ``.pth`` (``.pt``, ``.th``, ...) file holds a ``state_dict``, alone or under the key
-    ``state_dict``, ``model_state_dict`` or ``model``; a moving average and an optimiser's state
-    beside it are read too. Prefixes that wrappers put before every name (``module.``,
-    ``_orig_mod.``, ``model.``) are taken off. BatchNorm's ``num_batches_tracked``, which weights
-    from before PyTorch 0.4.1 lack, is filled in as 0. Files are mapped, not read, where their
-    format allows it.
+    A ``.pth`` (``.pt``, ``.th``, ...) file holds a ``state_dict``, alone or under a key; a moving
+    average and an optimiser's state beside it are read too. Files are mapped, not read, where
+    their format allows it.
 
     Raises:
-        UserError: the file is missing, damaged, holds no ``state_dict``, or needs pickle.
+        UserError: the file is missing, damaged, of another kind, holds no ``state_dict``, or an
+            object of a class that is not known to be harmless.
     """
     path = Path(path)
     if path.is_dir():
@@ -75,22 +88,81 @@ def read_source(path: PathLike) -> Source:
     with open_safetensors(path) as file:
         if not is_ours(file):
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return Source(path, _tidy(tensors))
+            return Source(path, tensors)
     ours, companions, info = read_checkpoint(path)
     return Source(path, ours, info, info.architecture, companions)
 
 
-def load_weights(model: nn.Module, path: PathLike) -> None:
+def fit_names(source: Source, architecture: Architecture) -> Source:
+    """A source whose tensors, and what goes with them, have the names of a network's.
+
+    Prefixes and words of wrappers are taken off, what is no part of the network is left out, and
+    BatchNorm's ``num_batches_tracked``, which weights from before PyTorch 0.4.1 lack, is filled in
+    as 0. The notes say so. A source that says itself which network it holds is returned as it is.
+
+    Args:
+        source: what :func:`read_source` found.
+        architecture: the network.
+
+    Raises:
+        UserError: the network is not all there, or other layers are there too.
+    """
+    if not source.foreign:
+        return source
+    model = build_on_meta(architecture)
+    return _fit_names(source, model, model.state_dict())
+
+
+def _fit_names(source: Source, model: nn.Module, wanted: Mapping[str, Tensor]) -> Source:
+    network = type(model).__name__
+    match = match_names(source.tensors, list(wanted), network)
+    tensors = {
+        name: source.tensors[match.names[name]] if name in match.names else torch.tensor(0)
+        for name in wanted
+        if name in match.names or name.endswith("num_batches_tracked")
+    }
+    companions = {
+        companion: rename_part(members, match, wanted, network)
+        for companion, members in source.companions.items()
+    }
+    others: dict[str, int] = {}
+    if any(not name.endswith(_BUFFERS) for name in match.left_out):
+        own = {name: mine for mine, name in match.names.items()}
+        parameters = {name for name, _ in model.named_parameters()}
+        others = {
+            own.get(name, name): tensor.dim()
+            for name, tensor in source.tensors.items()
+            if (own[name] in parameters if name in own else not name.endswith(_BUFFERS))
+        }
+    return replace(
+        source,
+        tensors=tensors,
+        companions=companions,
+        others=others,
+        notes=(*source.notes, *match.notes),
+    )
+
+
+def load_weights(model: nn.Module, path: PathLike) -> tuple[str, ...]:
     """Load the tensors of a checkpoint into ``model``, dense or pruned, in place.
 
     Anything that :func:`read_source` reads will do. Values are converted to the model's dtype
-    and device.
+    and device. Settings that go with torchvision's published weights (``transform_input``) are
+    set in the model and its architecture, unless the architecture's arguments say otherwise.
+
+    Returns:
+        What a user should know: what was left out, and what is assumed.
 
     Raises:
         UserError: names or shapes of the tensors are not those of the model.
     """
-    source = read_source(path)
-    tensors, state = source.tensors, model.state_dict()
+    source, state = read_source(path), model.state_dict()
+    if source.foreign:
+        try:
+            source = _fit_names(source, model, state)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+    tensors = source.tensors
     missing = [name for name in state if name not in tensors]
     unexpected = [name for name in tensors if name not in state]
     for problem, names in (("lacks", missing), ("has unknown", unexpected)):
@@ -105,10 +177,18 @@ def load_weights(model: nn.Module, path: PathLike) -> None:
             f"the model's is {by(state[name].shape)} ({len(wrong)} such tensors){hint}"
         )
     model.load_state_dict(tensors)
+    architecture = architecture_of(model)
+    if not source.foreign or architecture is None:
+        return source.notes
+    published, notes = as_published(architecture)  # attributes, which forward() looks at
+    for name in published.args.keys() - architecture.args.keys():
+        setattr(model, name, published.args[name])
+    set_architecture(model, published)
+    return (*source.notes, *notes)
 
 
 def name_optimizer_state(
-    state: Mapping[str, Any], model: nn.Module
+    state: Mapping[str, Any], model: nn.Module, others: Mapping[str, int] | None = None
 ) -> dict[str, dict[str, Tensor]] | None:
     """Give the states of a PyTorch optimiser, which go by number, their parameters' names.
 
@@ -120,6 +200,8 @@ def name_optimizer_state(
     Args:
         state: the optimiser's ``state_dict``.
         model: the network, on any device.
+        others: see :class:`Source`: parameters that the optimiser had beside the network's, whose
+            states are left out.
 
     Returns:
         {``optimizer.KEY``: {parameter: tensor}}, or None if no order fits.
@@ -128,11 +210,14 @@ def name_optimizer_state(
         groups, entries = state["param_groups"], state["state"]
         numbers = [number for group in groups for number in group["params"]]
         stated = [name for group in groups for name in group.get("param_names", ())]
-        for names in (stated, *_orders(model)):
+        own = {name: p.dim() for name, p in model.named_parameters()}
+        orders = [*_orders(own), *(_orders(others) if others else ())]
+        for names in (stated, *orders):
             if len(names) != len(numbers):
                 continue
             named = dict(zip(numbers, names, strict=True))
-            found = _by_name(entries, named, dict(model.named_parameters()))
+            foreign = others.keys() - own.keys() if others else ()
+            found = _by_name(entries, named, dict(model.named_parameters()), foreign)
             if found is not None:
                 return found
     except (AttributeError, KeyError, OverflowError, RuntimeError, TypeError, ValueError):
@@ -140,10 +225,10 @@ def name_optimizer_state(
     return None
 
 
-def _orders(model: nn.Module) -> Iterator[list[str]]:
-    names = [name for name, _ in model.named_parameters()]
+def _orders(dimensions: Mapping[str, int]) -> Iterator[list[str]]:
+    names = list(dimensions)
     yield names
-    plain = {name for name, p in model.named_parameters() if p.dim() <= 1 or name.endswith("bias")}
+    plain = {name for name, dim in dimensions.items() if dim <= 1 or name.endswith("bias")}
     decayed = [name for name in names if name not in plain]
     undecayed = [name for name in names if name in plain]
     yield undecayed + decayed
@@ -154,10 +239,13 @@ def _by_name(
     entries: Mapping[Any, Mapping[str, Any]],
     named: Mapping[Any, str],
     parameters: Mapping[str, Tensor],
+    foreign: Collection[str],
 ) -> dict[str, dict[str, Tensor]] | None:
     result: dict[str, dict[str, Tensor]] = {}
     for number, values in entries.items():
         name = named.get(number)
+        if name in foreign:
+            continue
         if name is None or name not in parameters:
             return None
         for key, value in values.items():
@@ -179,13 +267,17 @@ def _read_folder(path: Path) -> Source:
         states: dict[str, dict[str, Tensor]] = dict(found.optimizer)
         for key, numbers in found.scalars.items():
             states[key] = {name: torch.tensor(number) for name, number in numbers.items()}
-        companions = {f"{OPTIMIZER}{key}": _strip(named) for key, named in states.items()}
-        return Source(path, _tidy(found.tensors), companions=companions, not_read=found.not_read)
-    if any((path / name).is_file() for name in ("manifest.json", "state.json")):
+        companions = {f"{OPTIMIZER}{key}": named for key, named in states.items()}
+        notes = () if found.not_read is None else (f"not read from {path}: {found.not_read}",)
+        return Source(path, dict(found.tensors), companions=companions, notes=notes)
+    if any((path / name).is_file() for name in _TRAINING_STATE):
         return _read_training_state(path)
-    raise UserError(
-        f"{path}: a folder that holds neither a DeepSpeed checkpoint nor one that a training "
-        "stage resumes from (checkpoints/step-...)"
+    folder = read_weights_folder(path)
+    return Source(
+        path,
+        folder.tensors,
+        architecture=folder.architecture,
+        optimizer=folder.optimizer,
     )
 
 
@@ -203,54 +295,17 @@ def _read_training_state(path: Path) -> Source:
 
 def _read_torch(path: Path) -> Source:
     try:
-        data = load_torch(path)
-    except NeedsPickleError:
+        found = find_state_dict(load_torch(path), str(path))
+    except NeedsPickleError as error:
         raise UserError(
-            f"{path}: needs pickle, which can run any code, or is not a weights file; where it "
-            "was made, save its tensors alone: torch.save(model.state_dict(), PATH)"
+            f"{error}; where it was made, save its tensors alone: "
+            "torch.save(model.state_dict(), PATH)"
         ) from None
-    companions: dict[str, dict[str, Tensor]] = {}
-    optimizer = None
-    if isinstance(data, Mapping):
-        average = next((data[k] for k in _EMA_KEYS if isinstance(data.get(k), Mapping)), None)
-        if average is not None:
-            check_names(average, str(path))
-            # AveragedModel and the like keep a counter beside the weights.
-            kept = {n: t for n, t in average.items() if isinstance(t, Tensor) and t.dim()}
-            companions[EMA] = _tidy(kept)
-        optimizer = next(
-            (data[k] for k in _OPTIMIZER_KEYS if isinstance(data.get(k), Mapping)), None
-        )
-    return Source(path, _tidy(_state_dict(path, data)), companions=companions, optimizer=optimizer)
-
-
-def _state_dict(path: Path, data: Any) -> dict[str, Tensor]:
-    for key in _STATE_KEYS:
-        if isinstance(data, Mapping) and isinstance(data.get(key), Mapping):
-            data = data[key]
-            break
-    if not isinstance(data, Mapping):
-        raise UserError(f"{path}: holds a {type(data).__name__}, not a state_dict")
-    wrong = [str(name) for name, value in data.items() if not isinstance(value, Tensor)]
-    if wrong or not data:
-        found = f"{few(wrong)} {'are' if len(wrong) > 1 else 'is'} no tensor" if wrong else "empty"
-        raise UserError(f"{path}: no state_dict, alone or under {', '.join(_STATE_KEYS)}: {found}")
-    check_names(data, str(path))
-    return dict(data)
-
-
-def _tidy(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Give the tensors of a foreign file the names that the bare network has today."""
-    tensors = _strip(tensors)
-    norms = [name for name in tensors if name.endswith("running_mean")]
-    counters = [name.replace("running_mean", "num_batches_tracked") for name in norms]
-    return {name: torch.tensor(0) for name in counters} | tensors
-
-
-def _strip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Take off the prefixes that wrappers put before every name."""
-    tensors = dict(tensors)
-    for prefix in _PREFIXES * 2:
-        if tensors and all(name.startswith(prefix) for name in tensors):
-            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    return tensors
+    companions = {} if found.average is None else {EMA: found.average}
+    return Source(
+        path,
+        found.tensors,
+        companions=companions,
+        optimizer=found.optimizer,
+        notes=tuple(found.notes),
+    )

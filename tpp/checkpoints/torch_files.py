@@ -8,64 +8,90 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tpp.checkpoints.file_kinds import begins_as_torch
+from tpp.checkpoints.stand_ins import STAND_INS
 from tpp.common.errors import UserError, reason_of
 
 # Tensors may share memory (ties, views of a flat vector), so together they may have more bytes
 # than the file; not many times as many.
 _MOST_OFTEN = 4
 _SPARE = 2**20
+# With which pickles of protocols 3 to 5 mark frames, short names, and what they remember.
+_LATER_OPERANDS = (pickle.FRAME, pickle.MEMOIZE, pickle.SHORT_BINUNICODE, pickle.STACK_GLOBAL)
 
 
 class NeedsPickleError(UserError):
     """The file holds an object of a class that is not plain data.
 
     Attributes:
-        refused: the class or function, None where the reader does not say.
+        refused: the class or function.
     """
 
-    def __init__(self, path: Path, refused: str | None) -> None:
+    def __init__(self, path: Path, refused: str) -> None:
         super().__init__(f"{path}: holds {refused}, and reading that could run any code")
         self.refused = refused
 
 
-def load_torch(path: Path, stand_ins: Sequence[Any] = ()) -> Any:
+def load_torch(path: Path) -> Any:
     """Plain data and tensors of a file that torch.save wrote; mapped, not read, where possible.
+
+    What training scripts keep beside them (arguments, paths, NumPy numbers) becomes one of
+    :mod:`tpp.checkpoints.stand_ins`.
 
     Args:
         path: an existing file.
-        stand_ins: what takes the place of other classes, see ``torch.serialization.safe_globals``.
 
     Raises:
-        NeedsPickleError: it holds something else than plain data and tensors.
+        NeedsPickleError: it holds something else, whose class is not on that list.
         UserError: it is damaged, compressed, or no file of torch.save; or a tensor is sparse,
             quantized, complex or without memory, or larger than the file can hold.
     """
+    if path.suffix == ".safetensors":
+        # torch.load goes by the name.
+        raise UserError(f"{path}: a file of torch.save, whatever its name says; rename it to .pth")
     try:
         # Only the zip format of torch >= 1.6 can be mapped instead of read.
-        mapped = zipfile.is_zipfile(path)
+        mapped = begins_as_torch(path)
         if mapped:
             _check_archive(path)
-        with torch.serialization.safe_globals(list(stand_ins)), warnings.catch_warnings():
+        with torch.serialization.safe_globals(STAND_INS), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols that a damaged file names
             data = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except UserError:
         raise
     except pickle.UnpicklingError as error:
-        refused = re.search(r"GLOBAL (\S+)", str(error))
-        raise NeedsPickleError(path, refused[1] if refused else None) from None
+        raise _unpickled_to(path, str(error)) from None
     except (Exception, MemoryError) as error:
         # A damaged file can make torch's reader stumble anywhere, or ask for any memory.
         reason = "it asks for more memory than there is" if _is_memory(error) else reason_of(error)
         raise UserError(f"{path}: not a whole PyTorch file ({reason})") from None
     _check_tensors(path, data)
     return data
+
+
+def _unpickled_to(path: Path, message: str) -> UserError:
+    """What PyTorch's reader of plain data stumbled over."""
+    refused = re.search(r"GLOBAL (\S+)", message)
+    if refused:
+        return NeedsPickleError(path, refused[1])
+    if "torch.distributed.tensor" in message:
+        return NeedsPickleError(path, "a DTensor, one rank's part of a tensor")
+    operand = re.search(r"Unsupported operand (\d+)", message)
+    if operand and bytes([int(operand[1])]) in _LATER_OPERANDS:
+        return UserError(
+            f"{path}: written with a pickle protocol above 2, which is not read here; where it was "
+            "made, leave pickle_protocol out of torch.save"
+        )
+    said = re.search(r"WeightsUnpickler error: (.*)", message)
+    reason = said[1].strip() if said else message.partition("\n")[0]
+    return UserError(f"{path}: not a whole PyTorch file ({reason})")
 
 
 def _is_memory(error: BaseException) -> bool:

@@ -53,6 +53,11 @@ _TORCHVISION_ARGS: dict[str, dict[str, Any]] = {
     "googlenet": {"aux_logits": False, "init_weights": True},
     "inception_v3": {"aux_logits": False, "init_weights": True},
 }
+# What torchvision sets in a network that it gives its published weights to, and not otherwise.
+_PUBLISHED_ARGS: dict[str, dict[str, Any]] = {
+    "googlenet": {"transform_input": True},
+    "inception_v3": {"transform_input": True},
+}
 _TIMM = "timm:"
 # With these a constructor fetches weights or opens a file.
 _LOADING_ARGS = ("weights", "pretrained", "checkpoint_path", "cache_dir")
@@ -224,6 +229,30 @@ def meta_copy(model: nn.Module) -> nn.Module:
 def set_architecture(model: nn.Module, architecture: Architecture | None) -> None:
     """Attach ``architecture`` to ``model``; it survives ``copy.deepcopy`` and is no parameter."""
     model.__dict__["architecture"] = architecture
+
+
+def as_published(architecture: Architecture) -> tuple[Architecture, list[str]]:
+    """The architecture of weights from elsewhere, as torchvision builds it for its published ones.
+
+    Arguments that are given stay as they are.
+
+    Returns:
+        The architecture, and a note for the user on each argument that was added.
+    """
+    added = {
+        key: value
+        for key, value in _PUBLISHED_ARGS.get(architecture.name, {}).items()
+        if key not in architecture.args
+    }
+    if not added:
+        return architecture, []
+    args = {**architecture.args, **added}
+    notes = [
+        f"{key} is taken to be {value}, as with torchvision's published weights; a configuration "
+        f"with model.args.{key} says otherwise"
+        for key, value in added.items()
+    ]
+    return Architecture(architecture.name, architecture.num_classes, args), notes
 
 
 def architecture_of(model: nn.Module) -> Architecture | None:

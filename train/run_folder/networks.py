@@ -18,6 +18,7 @@ from train.config.sections import MODEL_FILE, StageSection
 from train.distributed.collectives import broadcast_buffers, sum_over_ranks
 from train.distributed.engine import forward_pass
 from train.run import Run
+from train.run_folder.log import say
 from train.tasks.base import Scores
 from train.weights import load_starting_weights
 
@@ -33,7 +34,8 @@ def load_input(run: Run, stage: str | None) -> nn.Module:
         model = load_model(_file_of(run, stage))
     else:
         with run.accelerator.local_main_process_first():  # one download per node, not per rank
-            model = load_starting_weights(run.config.model, run.architecture, run.config.seed)
+            tell = say if run.accelerator.is_main_process else lambda _: None
+            model = load_starting_weights(run.config.model, run.architecture, run.config.seed, tell)
     # What public weights were trained with does not count: the run prepares the images.
     set_preprocessing(model, run.config.data.preprocessing())
     return model.float()
