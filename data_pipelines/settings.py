@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from tpp.common.settings import MAY_DIFFER, PositiveFloat, PositiveInt, Ratio, Section
+from tpp.common.settings import MAY_DIFFER, PositiveFloat, PositiveInt, Ratio, Section, UserPath
 
 MOST_OPERATIONS = 4
 Loader = Literal["auto", "dali", "torchvision"]
@@ -148,9 +148,9 @@ class DataSection(Section):
         augment: augmentation beyond ``augmentation``; a stage's ``augment`` replaces it.
     """
 
-    root: Annotated[str, MAY_DIFFER]
-    train: str = "train"
-    val: str = "val"
+    root: Annotated[UserPath, MAY_DIFFER]
+    train: UserPath = "train"
+    val: UserPath = "val"
     loader: Loader = "auto"
     augmentation: Literal["imagenet", "cifar", "none"] = "imagenet"
     image_size: PositiveInt = 224
@@ -160,7 +160,7 @@ class DataSection(Section):
     channels: Literal[1, 3] = 3
     threads: Annotated[int, Field(ge=1, le=256), MAY_DIFFER] = 4
     demo: DemoData | None = None
-    index: Annotated[str | None, MAY_DIFFER] = None
+    index: Annotated[UserPath | None, MAY_DIFFER] = None
     on_error: Annotated[OnError, MAY_DIFFER] = "fail"
     max_skipped: Annotated[Ratio, MAY_DIFFER] = 0.001
     shuffle_window: PositiveInt | None = None

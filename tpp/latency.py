@@ -17,6 +17,7 @@ from rich.table import Table
 
 from tpp.common.errors import UserError, run_command
 from tpp.common.files import write_whole
+from tpp.common.paths import user_path
 from tpp.describe import make_console
 
 if TYPE_CHECKING:
@@ -167,7 +168,11 @@ def _parse_arguments(arguments: Sequence[str] | None, prog: str) -> argparse.Nam
         "multiply-accumulates is one in time: (real - 1) / (counted - 1).",
     )
     parser.add_argument(
-        "checkpoints", nargs="+", metavar="CHECKPOINT", help="a file that tpp wrote"
+        "checkpoints",
+        nargs="+",
+        type=user_path,
+        metavar="CHECKPOINT",
+        help="a file that tpp wrote",
     )
     parser.add_argument("--batch", default="1", metavar="N[,N]", help="images per pass (default 1)")
     parser.add_argument(
@@ -194,7 +199,11 @@ def _parse_arguments(arguments: Sequence[str] | None, prog: str) -> argparse.Nam
     parser.add_argument("--repeats", type=int, metavar="N", help="timed passes of each")
     parser.add_argument("--warmup", type=int, metavar="N", help="untimed rounds before them")
     parser.add_argument(
-        "--json", type=Path, default=None, metavar="FILE", help="write the results here as well"
+        "--json",
+        type=user_path,
+        default=None,
+        metavar="FILE",
+        help="write the results here as well",
     )
     return parser.parse_args(arguments)
 

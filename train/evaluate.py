@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tpp.common.errors import UserError, run_command
+from tpp.common.paths import user_path
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,8 +23,10 @@ def main() -> None:
         description="Top-1, top-5 and loss of a checkpoint over a folder of class folders; "
         "under torchrun or accelerate launch every rank takes its share of the images.",
     )
-    parser.add_argument("--checkpoint", required=True, help="ours, .safetensors, .pth or .th")
-    parser.add_argument("--data", required=True, help="folder of class folders")
+    parser.add_argument(
+        "--checkpoint", type=user_path, required=True, help="ours, .safetensors, .pth or .th"
+    )
+    parser.add_argument("--data", type=user_path, required=True, help="folder of class folders")
     parser.add_argument("--model", help="architecture, for a checkpoint that does not say")
     parser.add_argument("--batch-size", type=int, default=128, help="per rank (default: 128)")
     parser.add_argument("--loader", default="auto", help="auto, dali or torchvision")
@@ -55,8 +58,8 @@ def main() -> None:
 
     settle_ranks(os.environ)
     accelerator = make_accelerator(arguments.precision)
-    index = open_for_all_ranks(Path(arguments.data), None, accelerator)
-    model, transform, task = _load(Path(arguments.checkpoint), arguments.model, index)
+    index = open_for_all_ranks(arguments.data, None, accelerator)
+    model, transform, task = _load(arguments.checkpoint, arguments.model, index)
     loader = resolve_loader(arguments.loader)
     bad = BadImages(
         index,

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from tpp.common.errors import UserError
+from tpp.common.paths import user_path
 from tpp.common.reading import DEEPEST, is_shallow, read_text
 
 # Where a value stands: the keys that lead to it.
@@ -177,7 +178,7 @@ def read_yaml(
         return data
     if not isinstance(base, str):
         raise UserError(f"{path}: extends: expected the path of a YAML file")
-    extended_data = read_yaml(path.parent / base, merging, (*extended_by, resolved))
+    extended_data = read_yaml(path.parent / user_path(base), merging, (*extended_by, resolved))
     return merge(extended_data, data, merging)
 
 

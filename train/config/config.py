@@ -26,7 +26,8 @@ from data_pipelines.loading.augment import check_augment
 from data_pipelines.settings import AugmentSection, DataSection
 from tpp.common.errors import UserError
 from tpp.common.files import write_whole
-from tpp.common.settings import Section, Seed, mistakes
+from tpp.common.paths import user_path
+from tpp.common.settings import Section, Seed, UserPath, mistakes
 from tpp.common.yaml_files import Dumper, Merging, Place, merge, parse_override, read_yaml
 from tpp.methods import method_class
 from tpp.methods.base import Method
@@ -86,7 +87,7 @@ class Config(Section):
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,199}$")]
-    output: str = ""
+    output: UserPath = ""
     seed: Seed = 0
     model: ModelSection
     data: DataSection
@@ -294,7 +295,7 @@ def load_config(path: str | Path | None, overrides: Iterable[str] = ()) -> Confi
     Raises:
         UserError: with one line per mistake, each naming the file and the key.
     """
-    path = Path(path) if path is not None else DEMO
+    path = user_path(path) if path is not None else DEMO
     data = read_yaml(path, MERGING)
     for override in overrides:
         data = merge(data, parse_override(override, MERGING), MERGING)

@@ -8,7 +8,7 @@ from pydantic_core import PydanticCustomError
 
 from data_pipelines.settings import AugmentSection
 from tpp.common.errors import UserError
-from tpp.common.settings import MAY_DIFFER, PositiveFloat, PositiveInt, Section
+from tpp.common.settings import MAY_DIFFER, PositiveFloat, PositiveInt, Section, UserPath
 from tpp.selection.settings import PruningSection
 from train.config.intervals import Interval
 from train.config.stage_kinds import KINDS, StageKind, stage_kind
@@ -144,7 +144,7 @@ class TrainingSection(Section):
     max_bad_steps: Annotated[PositiveInt, MAY_DIFFER] = 3
     max_gradient_norm: Annotated[PositiveFloat | None, MAY_DIFFER] = None
     clip_gradient_norm: PositiveFloat | None = None
-    deepspeed: Annotated[str | None, MAY_DIFFER] = None
+    deepspeed: Annotated[UserPath | None, MAY_DIFFER] = None
     rank_timeout: Annotated[float, Field(ge=1), MAY_DIFFER] = 120.0
 
     @model_validator(mode="after")
