@@ -217,7 +217,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m tpp.late
     each = [LatencySettings(**options, batch=batch) for batch in _batches(batches)]
     if file:
         _check_place(file)
-    networks = _read_networks(paths)
+    networks = _read_networks([str(path) for path in paths])
     console = make_console()
     rows = []
     for settings in each:
