@@ -4,7 +4,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from tpp.common.settings import MAY_DIFFER, PositiveFloat, PositiveInt, Ratio, Section, UserPath
+from tpp.common.settings import (
+    MAY_DIFFER,
+    OF_TRAINING,
+    PositiveFloat,
+    PositiveInt,
+    Ratio,
+    Section,
+    UserPath,
+)
 
 MOST_OPERATIONS = 4
 Loader = Literal["auto", "dali", "torchvision"]
@@ -152,7 +160,7 @@ class DataSection(Section):
     train: UserPath = "train"
     val: UserPath = "val"
     loader: Loader = "auto"
-    augmentation: Literal["imagenet", "cifar", "none"] = "imagenet"
+    augmentation: Annotated[Literal["imagenet", "cifar", "none"], OF_TRAINING] = "imagenet"
     image_size: PositiveInt = 224
     resize: PositiveInt | None = 256
     mean: list[float] = [0.485, 0.456, 0.406]
@@ -163,7 +171,7 @@ class DataSection(Section):
     index: Annotated[UserPath | None, MAY_DIFFER] = None
     on_error: Annotated[OnError, MAY_DIFFER] = "fail"
     max_skipped: Annotated[Ratio, MAY_DIFFER] = 0.001
-    shuffle_window: PositiveInt | None = None
+    shuffle_window: Annotated[PositiveInt | None, OF_TRAINING] = None
     prefetch: Annotated[int, Field(ge=1, le=64), MAY_DIFFER] = 2
     augment: AugmentSection = AugmentSection()
 

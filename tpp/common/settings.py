@@ -23,6 +23,8 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 PositiveInt = Annotated[int, Field(ge=1)]
 # Beside the type of a key that may differ when a run goes on: it decides no outcome.
 MAY_DIFFER = "may differ when a run goes on"
+# Likewise, of a key that decides nothing where nothing has been trained.
+OF_TRAINING = "of training"
 NaturalNumber = Annotated[int, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 # NaN and infinity are numbers to YAML and never what anybody wants in these settings.
