@@ -159,6 +159,8 @@ def load_sweep(path: Path, output: Path | None = None) -> Sweep:
         UserError: with one line per mistake, each naming the file and the key.
     """
     data = read_yaml(path)
+    if {"model", "stages"} & data.keys() and "methods" not in data:
+        raise UserError(f"{path}: one run, and no sweep of many; train/main.py --config {path}")
     if output is not None:
         data["output"] = str(output)
     try:
