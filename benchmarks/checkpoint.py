@@ -33,6 +33,7 @@ from torch import nn
 from tpp.checkpoints.training_state import TrainingState, state_folders
 from tpp.common.errors import UserError, run_command
 from tpp.common.files import in_bytes, write_whole
+from tpp.common.paths import user_path
 from tpp.measure.timing import LatencySettings, machine_of
 from tpp.models.architecture import build_model
 from train.config.sections import CheckpointsSection
@@ -160,8 +161,8 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=96, help="of the images (default 96 pixels)")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--steps", type=int, default=5, help="alone in each round (default 5)")
-    parser.add_argument("--folder", type=Path, help="where to write, on the disk to measure")
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--folder", type=user_path, help="where to write, on the disk to measure")
+    parser.add_argument("--output", type=user_path, default=RESULTS)
     arguments = parser.parse_args()
     if arguments.folder is not None and not arguments.folder.is_dir():
         raise UserError(f"--folder {arguments.folder}: no such folder")

@@ -30,6 +30,7 @@ from tpp.checkpoints.training_state import (
 )
 from tpp.common.errors import UserError, run_command
 from tpp.common.files import in_bytes, write_whole
+from tpp.common.paths import user_path
 from tpp.models.architecture import build_model
 
 RESULTS = Path(__file__).parent / "results" / "damage.json"
@@ -100,7 +101,7 @@ def main() -> None:
     parser.add_argument("--model", default="cifar_resnet20")
     parser.add_argument("--damages", type=int, default=2000, help="of each kind and file")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--output", type=user_path, default=RESULTS)
     arguments = parser.parse_args()
     if arguments.damages < 1:
         raise UserError("--damages must be 1 or more")

@@ -38,6 +38,7 @@ from benchmarks import resnet56
 from benchmarks.penalty import textbook_penalty
 from tpp.channels.removal import prune_model
 from tpp.common.errors import UserError, run_command
+from tpp.common.paths import user_path
 from tpp.latency import arriving_share
 from tpp.measure.counts import count
 from tpp.measure.timing import LatencySettings, measure
@@ -299,9 +300,11 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="run parts that have a result")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, to try the script")
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--data", type=Path, help="CIFAR-10: train/ and test/ of class folders")
-    parser.add_argument("--work", type=Path, default=Options.work, help="kept between calls")
+    parser.add_argument("--output", type=user_path, default=RESULTS)
+    parser.add_argument(
+        "--data", type=user_path, help="CIFAR-10: train/ and test/ of class folders"
+    )
+    parser.add_argument("--work", type=user_path, default=Options.work, help="kept between calls")
     parser.add_argument("--minutes", type=float, default=Options.minutes, help="then save and stop")
     arguments = parser.parse_args()
     unknown = [name for name in arguments.parts.split(",") if name not in PARTS]

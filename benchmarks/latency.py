@@ -31,6 +31,7 @@ from torch import nn
 from benchmarks.penalty import CONFIGS, RUNS
 from tpp.channels.removal import prune_model
 from tpp.common.errors import UserError, run_command
+from tpp.common.paths import user_path
 from tpp.latency import arriving_share
 from tpp.measure.counts import count
 from tpp.measure.timing import LatencySettings, machine_of, measure
@@ -174,7 +175,7 @@ def main() -> None:
     parser.add_argument("--parts", default="published,round_to", help=f"of {', '.join(PARTS)}")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of PyTorch")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to try the script")
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--output", type=user_path, default=RESULTS)
     arguments = parser.parse_args()
     chosen = arguments.parts.split(",")
     unknown = [part for part in chosen if part not in PARTS]

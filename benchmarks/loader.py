@@ -68,6 +68,7 @@ from data_pipelines.loaders import eval_batches, train_batches, training_order
 from data_pipelines.loading.augment import ImageTransform
 from tpp.common.errors import UserError, run_command
 from tpp.common.files import write_whole
+from tpp.common.paths import user_path
 
 RESULTS = Path(__file__).parent / "results" / "loader.json"
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -895,7 +896,11 @@ def _options() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--data", default="imagenet-sample-500.tar", metavar="FILE", help="tar of class folders"
+        "--data",
+        type=user_path,
+        default="imagenet-sample-500.tar",
+        metavar="FILE",
+        help="tar of class folders",
     )
     parser.add_argument("--threads", type=int, default=2, metavar="N", help="or workers of each")
     parser.add_argument("--batch", type=int, default=64, metavar="N", help="images per batch")
@@ -903,7 +908,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="of ours")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to try the script")
-    parser.add_argument("--output", type=Path, default=RESULTS, metavar="FILE")
+    parser.add_argument("--output", type=user_path, default=RESULTS, metavar="FILE")
     options = parser.parse_args()
     for name in ("threads", "batch", "passes"):
         if getattr(options, name) < 1:

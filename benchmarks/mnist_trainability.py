@@ -26,6 +26,7 @@ from matplotlib.axes import Axes
 
 from tpp.common.errors import UserError, run_command
 from tpp.common.files import write_whole
+from tpp.common.paths import user_path
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "mnist_trainability.json"
@@ -229,13 +230,17 @@ def main() -> None:
         description="Trainability of MLP-7-Linear on MNIST before and after pruning.",
     )
     parser.add_argument(
-        "--data", type=Path, metavar="DIR", help="holds train/ and test/; none: only collect"
+        "--data", type=user_path, metavar="DIR", help="holds train/ and test/; none: only collect"
     )
     parser.add_argument("--seeds", default="0,1,2", help="separated by commas (default: 0,1,2)")
-    parser.add_argument("--runs", type=Path, default=Path("runs/mnist_trainability"), metavar="DIR")
-    parser.add_argument("--configs", type=Path, default=ROOT / "configs" / "mnist", metavar="DIR")
-    parser.add_argument("--output", type=Path, default=RESULTS, metavar="FILE")
-    parser.add_argument("--plot", type=Path, default=PLOT, metavar="FILE")
+    parser.add_argument(
+        "--runs", type=user_path, default=Path("runs/mnist_trainability"), metavar="DIR"
+    )
+    parser.add_argument(
+        "--configs", type=user_path, default=ROOT / "configs" / "mnist", metavar="DIR"
+    )
+    parser.add_argument("--output", type=user_path, default=RESULTS, metavar="FILE")
+    parser.add_argument("--plot", type=user_path, default=PLOT, metavar="FILE")
     arguments = parser.parse_args()
     try:
         seeds = [int(seed) for seed in arguments.seeds.split(",")]

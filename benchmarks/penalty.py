@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from tpp.common.errors import UserError, run_command
+from tpp.common.paths import user_path
 from tpp.models.architecture import build_model
 from tpp.plan import PruningPlan
 from tpp.regularization.regularizer import Regularizer
@@ -243,7 +244,7 @@ def main() -> None:
     parser.add_argument("--parts", default=",".join(parts), help=f"of {', '.join(parts)}")
     parser.add_argument("--threads", type=int, default=1, help="of PyTorch (default 1: one core)")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, to try the script")
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--output", type=user_path, default=RESULTS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     chosen = arguments.parts.split(",")

@@ -42,6 +42,7 @@ from torch import Tensor, nn
 
 from tpp.checkpoints.model_file import save_model
 from tpp.common.errors import UserError, run_command
+from tpp.common.paths import user_path
 from tpp.models.architecture import Architecture, build_model, build_on_meta
 from tpp.plan import PruningPlan
 
@@ -365,7 +366,7 @@ def main() -> None:
     parser.add_argument("--parts", default="time,large,cases,refused", metavar="NAME,NAME")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="of part time")
     parser.add_argument("--layers", type=int, default=8, metavar="N", help="per network in cases")
-    parser.add_argument("--output", type=Path, default=RESULTS, metavar="FILE")
+    parser.add_argument("--output", type=user_path, default=RESULTS, metavar="FILE")
     parser.add_argument("--side", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.side:

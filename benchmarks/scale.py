@@ -42,6 +42,7 @@ from torch import nn
 
 from tpp.channels.removal import prune_model
 from tpp.common.errors import UserError, run_command
+from tpp.common.paths import user_path
 from tpp.measure.counts import count
 from tpp.models.architecture import Architecture, build_on_meta
 from train.config.config import Config, load_config, steps_for
@@ -894,7 +895,7 @@ def _parser() -> argparse.ArgumentParser:
         "--dispatch-ms", metavar="MS", help="that a pass takes at least, however small its batch"
     )
     parser.add_argument("--markdown", action="store_true", help="tables as in docs/scale.md")
-    parser.add_argument("--output", type=Path, metavar="FILE")
+    parser.add_argument("--output", type=user_path, metavar="FILE")
     return parser
 
 

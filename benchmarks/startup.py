@@ -34,6 +34,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tpp.common.errors import UserError, run_command
+from tpp.common.paths import user_path
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results" / "startup.json"
@@ -178,7 +179,7 @@ def main() -> None:
     parser.add_argument("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="default 7")
     parser.add_argument("--quick", action="store_true", help="one round, to try the script")
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--output", type=user_path, default=RESULTS)
     arguments = parser.parse_args()
     chosen = arguments.parts.split(",")
     unknown = [part for part in chosen if part not in PARTS]

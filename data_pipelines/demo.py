@@ -18,6 +18,7 @@ from PIL import Image
 from data_pipelines.images.order import uniforms
 from data_pipelines.settings import DemoData
 from tpp.common.errors import UserError, run_command
+from tpp.common.paths import user_path
 from tpp.common.reading import read_json
 
 Field = NDArray[np.floating]
@@ -276,7 +277,9 @@ def main() -> None:
         prog="python -m data_pipelines.demo",
         description="Write a small made-up data set: shapes and textures in class folders.",
     )
-    parser.add_argument("folder", metavar="DIR", help="folder to make, with train/ and val/")
+    parser.add_argument(
+        "folder", type=user_path, metavar="DIR", help="folder to make, with train/ and val/"
+    )
     parser.add_argument("--classes", type=int, default=10, help="2 to 10 (default 10)")
     parser.add_argument("--train-per-class", type=int, default=500, help="images (default 500)")
     parser.add_argument("--val-per-class", type=int, default=100, help="images (default 100)")

@@ -48,6 +48,7 @@ from data_pipelines.images.source import read_bytes
 from data_pipelines.sets.claim import progress_bar
 from tpp.common.errors import UserError, run_command
 from tpp.common.files import in_bytes, write_whole
+from tpp.common.paths import user_path
 
 REPORT_FILE = ".index-report.tsv"
 # Holds the header of 99.5% of ImageNet's photos; the others are read whole.
@@ -96,13 +97,13 @@ def main() -> None:
     parser.add_argument(
         "folder",
         metavar="DIR",
-        type=Path,
+        type=user_path,
         help="folder with one folder of images per class, or with such folders train, val and test",
     )
     parser.add_argument(
         "--out",
         metavar="FOLDER",
-        type=Path,
+        type=user_path,
         help="write train.safetensors etc. there, for a run with data.index=FOLDER; "
         f"by default {INDEX_FILE} beside the class folders",
     )

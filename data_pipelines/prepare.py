@@ -36,6 +36,7 @@ from data_pipelines.sets.shard_format import QUALITY
 from data_pipelines.shards import byte_count
 from tpp.common.errors import UserError, run_command
 from tpp.common.files import aside_of, in_bytes, sync
+from tpp.common.paths import user_path
 
 if TYPE_CHECKING:
     from data_pipelines.sets.small_sets import FoundImage
@@ -259,13 +260,13 @@ def _parser() -> argparse.ArgumentParser:
         ("--val", "ILSVRC2012_img_val.tar", "validation images; needs --devkit"),
         ("--devkit", "ILSVRC2012_devkit_t12.tar.gz", "the classes, and how many images they have"),
     ):
-        imagenet.add_argument(option, type=Path, metavar="FILE", help=f"{file}: {use}")
+        imagenet.add_argument(option, type=user_path, metavar="FILE", help=f"{file}: {use}")
     chosen = [imagenet]
     for name in ("imagenette", "cifar10", "cifar100", "mnist", "tiny-imagenet"):
         small = sets.add_parser(name, help="downloaded, or from local files")
         small.add_argument(
             "--archive",
-            type=Path,
+            type=user_path,
             nargs="+",
             default=[],
             metavar="FILE",
@@ -286,7 +287,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--out", metavar="DIR", type=Path, required=True, help="folder to make")
+    add("--out", metavar="DIR", type=user_path, required=True, help="folder to make")
     add("--threads", type=int, help="classes, or shards, that are written at once")
     add("--shards", action="store_true", help="write tar shards instead of class folders")
     add("--shard-size", help="of a tar file (default 1GB)")

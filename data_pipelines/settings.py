@@ -5,7 +5,15 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field, model_validator
 
 from tpp.common.images import ImagesSection
-from tpp.common.settings import MAY_DIFFER, PositiveFloat, PositiveInt, Ratio, Section
+from tpp.common.settings import (
+    MAY_DIFFER,
+    OF_TRAINING,
+    PositiveFloat,
+    PositiveInt,
+    Ratio,
+    Section,
+    UserPath,
+)
 
 MOST_OPERATIONS = 4
 Loader = Literal["auto", "dali", "torchvision"]
@@ -145,16 +153,16 @@ class DataSection(ImagesSection):
         augment: augmentation beyond ``augmentation``; a stage's ``augment`` replaces it.
     """
 
-    root: Annotated[str, MAY_DIFFER]
-    train: str = "train"
-    val: str = "val"
+    root: Annotated[UserPath, MAY_DIFFER]
+    train: UserPath = "train"
+    val: UserPath = "val"
     loader: Loader = "auto"
-    augmentation: Literal["imagenet", "cifar", "none"] = "imagenet"
+    augmentation: Annotated[Literal["imagenet", "cifar", "none"], OF_TRAINING] = "imagenet"
     threads: Annotated[int, Field(ge=1, le=256), MAY_DIFFER] = 4
     demo: DemoData | None = None
-    index: Annotated[str | None, MAY_DIFFER] = None
+    index: Annotated[UserPath | None, MAY_DIFFER] = None
     on_error: Annotated[OnError, MAY_DIFFER] = "fail"
     max_skipped: Annotated[Ratio, MAY_DIFFER] = 0.001
-    shuffle_window: PositiveInt | None = None
+    shuffle_window: Annotated[PositiveInt | None, OF_TRAINING] = None
     prefetch: Annotated[int, Field(ge=1, le=64), MAY_DIFFER] = 2
     augment: AugmentSection = AugmentSection()

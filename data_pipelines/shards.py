@@ -18,6 +18,7 @@ from data_pipelines.sets.shard_format import QUALITY, SKIPPED_FILE
 from data_pipelines.sets.shard_writer import Written, write_shards
 from tpp.common.errors import UserError, run_command
 from tpp.common.files import in_bytes
+from tpp.common.paths import user_path
 
 _UNITS = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -71,10 +72,10 @@ def main() -> None:
     add(
         "folder",
         metavar="DIR",
-        type=Path,
+        type=user_path,
         help="folder with one folder of images per class, or with such folders train and val",
     )
-    add("--out", metavar="DIR", type=Path, required=True, help="folder to write")
+    add("--out", metavar="DIR", type=user_path, required=True, help="folder to write")
     add("--shard-size", default="1GB", help="of a tar file (default 1GB)")
     add("--seed", type=int, default=0, help="of the samples' order in the shards (default 0)")
     add("--resize", metavar="N", type=int, help="scale larger images to a shorter side of N pixels")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tpp.common.errors import UserError, run_command
+from tpp.common.paths import user_path
 from train.run_folder.lock import holder_of, refusal
 
 if TYPE_CHECKING:
@@ -199,9 +200,11 @@ def _lines(*command: str) -> list[str]:
 def main() -> None:
     """Check, from the command line."""
     parser = argparse.ArgumentParser(prog="python -m launch.check", description=__doc__)
-    parser.add_argument("--config", required=True, metavar="FILE")
+    parser.add_argument("--config", type=user_path, required=True, metavar="FILE")
     parser.add_argument("--until", metavar="STAGE", help="the last stage that is to run")
-    parser.add_argument("--script", metavar="FILE", help="whose #SBATCH lines count")
+    parser.add_argument(
+        "--script", type=user_path, metavar="FILE", help="whose #SBATCH lines count"
+    )
     parser.add_argument("--data-on-nodes", action="store_true", help="do not look for the images")
     parser.add_argument(
         "--stages",
@@ -218,7 +221,7 @@ def main() -> None:
 
     config = load_config(arguments.config, arguments.overrides)
     stages_until(config, arguments.until)
-    script = Path(arguments.script).read_text() if arguments.script else ""
+    script = arguments.script.read_text() if arguments.script else ""
     request = Request.of(options, script, os.environ)
     check(config, request, data_on_nodes=arguments.data_on_nodes)
     if arguments.stages:

@@ -30,6 +30,18 @@ fail() { # one line that says what to change
   exit "$MISTAKE"
 }
 
+show_help() { # the comment at a script's head
+  sed -n '2,/^[^#]/{/^#SBATCH/d;s/^# \{0,1\}//p}' "$1"
+  exit
+}
+
+home_in() { # variables by name; a shell leaves ~ alone in quotes and in --config=~/x
+  local name
+  for name in "$@"; do
+    if [[ "${!name:-}" == "~/"* ]]; then printf -v "$name" %s "$HOME${!name:1}"; fi
+  done
+}
+
 find_root() { # sbatch runs a copy of the script, which is in no repository
   local command="" place
   if [[ -n "${SLURM_JOB_ID:-}" ]]; then
@@ -51,6 +63,7 @@ read_site() {
   [[ -r "$site" ]] || fail "TPP_SITE: $site cannot be read"
   # shellcheck disable=SC1090
   source "$site"
+  home_in PYTHON TPP_CONTAINER TPP_STAGE_DATA TPP_LOCAL_DISK
   LAUNCHER="${TPP_LAUNCHER:-srun}"
   case "$LAUNCHER" in
     srun | torchrun | accelerate | deepspeed) ;;
@@ -80,6 +93,7 @@ read_arguments() { # into OPTIONS (sbatch's), CONFIG, UNTIL and OVERRIDES
     argument="$1"
     shift
     case "$argument" in
+      -h | --help) show_help "$SCRIPT" ;;
       --config=*) CONFIG="${argument#*=}" ;;
       --until=*) UNTIL="${argument#*=}" ;;
       --config | --until | --script)
@@ -107,6 +121,7 @@ read_arguments() { # into OPTIONS (sbatch's), CONFIG, UNTIL and OVERRIDES
       *) fail "$argument: neither a setting (key.sub=value) nor an option" ;;
     esac
   done
+  home_in CONFIG DATA_ROOT
   [[ -n "$CONFIG" ]] || fail "--config FILE is missing; configs/ has one for each published row"
   if [[ ! -f "$CONFIG" && -f "$ROOT/$CONFIG" ]]; then CONFIG="$ROOT/$CONFIG"; fi
   [[ -f "$CONFIG" ]] || fail "--config: there is no file $CONFIG"
@@ -175,13 +190,14 @@ show_job() { # of an array, this task alone
   scontrol show job -d "${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}"
 }
 
-allocated_gpus() { # one number per node of the allocation; nothing where SLURM gives no GPUs
-  local nodes count node
+allocated_gpus() { # of what show_job prints: one number per node; nothing where there are no GPUs
+  local nodes count node names
   declare -A found=()
   # Such as: Nodes=node[1-2] CPU_IDs=0-3 Mem=0 GRES=gpu:a100:4(IDX:0-3)
   while read -r nodes count; do
-    for node in $(scontrol show hostnames "$nodes"); do found[$node]=$count; done
-  done < <(show_job | awk '/^ *Nodes=/ && match($0, /GRES=.*/) {
+    names="$(scontrol show hostnames "$nodes")" || fail "scontrol: '$nodes' is not understood"
+    for node in $names; do found[$node]=$count; done
+  done < <(awk '/^ *Nodes=/ && match($0, /GRES=.*/) {
     gres = substr($0, RSTART + 5)
     gsub(/\([^)]*\)/, "", gres)
     total = 0
@@ -190,21 +206,26 @@ allocated_gpus() { # one number per node of the allocation; nothing where SLURM 
       if (part[i] ~ /^gpu[:]/) { fields = split(part[i], field, ":"); total += field[fields] }
     split($1, named, "=")
     if (total) print named[2], total
-  }')
+  }' <<<"$1")
   if ((${#found[@]})); then
     for node in "${NODES[@]}"; do printf '%s ' "${found[$node]:-0}"; done
   fi
 }
 
 count_ranks() { # RANKS: how many on each node; GPUS: whether SLURM gives them GPUs
-  local asked here node count
-  mapfile -t NODES < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-  read -ra RANKS <<<"$(allocated_gpus)"
+  local asked here node count job names gpus
+  # Without its answer the nodes would look as if they had no GPUs.
+  job="$(show_job)" || fail "scontrol does not say what the job was given, see above; submit again"
+  names="$(scontrol show hostnames "$SLURM_JOB_NODELIST")" ||
+    fail "scontrol does not say which nodes $SLURM_JOB_NODELIST are"
+  mapfile -t NODES <<<"$names"
+  gpus="$(allocated_gpus "$job")" || exit
+  read -ra RANKS <<<"$gpus"
   GPUS=yes
   if ((${#RANKS[@]})); then
     # An exclusive node brings all its GPUs, whatever --gpus-per-node or --gres asked for, which is
     # shown such as: TresPerNode=gres:gpu:a100:4
-    asked="$(show_job | sed -n 's#^ *TresPerNode=.*gres[:/]gpu[:=]\([^:=,]*:\)*\([0-9][0-9]*\).*#\2#p')"
+    asked="$(sed -n 's#^ *TresPerNode=.*gres[:/]gpu[:=]\([^:=,]*:\)*\([0-9][0-9]*\).*#\2#p' <<<"$job")"
     if [[ -n "$asked" ]]; then
       for node in "${!NODES[@]}"; do RANKS[node]="$asked"; done
     fi
@@ -421,8 +442,8 @@ run_in_job() {
 main() {
   ROOT="$(find_root)" || exit
   SCRIPT="$ROOT/launch/job.sh"
-  read_site
   read_arguments "$@"
+  read_site
   if [[ -n "${SLURM_JOB_ID:-}" ]]; then run_in_job; else submit; fi
 }
 

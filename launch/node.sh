@@ -5,6 +5,9 @@
 # These launchers end with 1 whatever their ranks ended with, so that each rank leaves its own exit
 # code in a folder of this node's.
 set -euo pipefail
+if [[ "${1:-}" == -h || "${1:-}" == --help ]]; then
+  exec sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
+fi
 launcher="$1" python="$3"
 IFS=, read -ra ranks <<<"$2"
 shift 3
@@ -28,10 +31,11 @@ for count in "${ranks[@]}"; do world=$((world + count)); done
 node="$SLURM_NODEID" here="${ranks[$SLURM_NODEID]}"
 if [[ -z "${MASTER_ADDR:-}" || -z "${MASTER_PORT:-}" ]]; then
   # As for ranks that srun starts itself.
-  read -r found_address found_port < <("$python" -c '
+  found="$("$python" -c '
 import os
 from train.distributed.ranks import meeting_place
-print(*meeting_place(os.environ))')
+print(*meeting_place(os.environ))')"
+  read -r found_address found_port <<<"$found"
   export MASTER_ADDR="${MASTER_ADDR:-$found_address}" MASTER_PORT="${MASTER_PORT:-$found_port}"
 fi
 TPP_EXIT_CODES="$(mktemp -d)"
@@ -87,7 +91,7 @@ while kill -0 "$launched" 2>/dev/null; do
   code=0
   wait "$launched" || code=$?
 done
-most="$(cat "$TPP_EXIT_CODES"/* 2>/dev/null | sort -n | tail -n 1)"
+most="$(cat "$TPP_EXIT_CODES"/* 2>/dev/null | sort -n | tail -n 1)" || true
 rm -rf "$TPP_EXIT_CODES"
 if ((code != 0)); then code="${most:-$code}"; fi
 exit "$code"

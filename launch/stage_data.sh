@@ -3,6 +3,9 @@
 # on every node of a job. SOURCE is a folder or a tar file. A copy appears under its name when it is
 # whole; several jobs on one node wait for the one that makes it.
 set -euo pipefail
+if [[ "${1:-}" == -h || "${1:-}" == --help ]]; then
+  exec sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
+fi
 source="$1" copy="$2"
 
 fail() {
@@ -32,7 +35,10 @@ else
   # An archive of one folder: what is in it is the data set.
   inside=("$copy.partial"/*)
   if ((${#inside[@]} == 1)) && [[ -d "${inside[0]}" && ! -d "$copy.partial/train" ]]; then
-    mv "${inside[0]}" "$copy.whole" && rmdir "$copy.partial" && mv "$copy.whole" "$copy.partial"
+    rm -rf "$copy.whole"
+    mv "${inside[0]}" "$copy.whole"
+    rm -rf "$copy.partial" # and what is hidden beside that folder
+    mv "$copy.whole" "$copy.partial"
   fi
 fi
 mv "$copy.partial" "$copy"

@@ -20,7 +20,10 @@
 set -euo pipefail
 
 # sbatch runs a copy of this file in another folder.
-job="${SLURM_JOB_ID:+$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=\(/.*\)/slurm/.*|\1|p')}"
+job=""
+if [[ -n "${SLURM_JOB_ID:-}" ]]; then
+  job="$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=\(/.*\)/slurm/.*|\1|p')" || true
+fi
 for root in "${TPP_ROOT:-}" "$(dirname "${BASH_SOURCE[0]}")/.." "${job%%$'\n'*}" "${SLURM_SUBMIT_DIR:-}"; do
   if [[ -n "$root" && -f "$root/launch/job.sh" ]]; then
     exec bash "$root/launch/job.sh" --script "${BASH_SOURCE[0]}" --config configs/imagenet/resnet50_tpp_2.31x.yaml "$@"

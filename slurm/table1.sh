@@ -31,16 +31,29 @@ if [[ -n "${SLURM_ARRAY_TASK_ID:-}" ]]; then
   exec "$@" --only "$SLURM_ARRAY_TASK_ID"
 fi
 
+fail() {
+  echo "error: $*" >&2
+  exit 2
+}
+
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+for argument in "$@"; do
+  if [[ "$argument" == -h || "$argument" == --help ]]; then
+    exec sed -n '2,/^[^#]/{/^#SBATCH/d;s/^# \{0,1\}//p}' slurm/table1.sh
+  fi
+done
 # shellcheck source=launch/site.sh
 source "${TPP_SITE:-launch/site.sh}"
 if [[ -z "${PYTHON:-}" ]]; then
   PYTHON=python3
   if [[ -x .venv/bin/python ]]; then PYTHON=.venv/bin/python; fi
 fi
-output="${OUTPUT:-runs/table1}"
+CONFIG="${CONFIG:-configs/cifar10/table1.yaml}" OUTPUT="${OUTPUT:-runs/table1}"
+for name in PYTHON CONFIG OUTPUT; do # a shell leaves ~ alone in quotes
+  if [[ "${!name}" == "~/"* ]]; then printf -v "$name" %s "$HOME${!name:1}"; fi
+done
 options=()
-sweep=("$PYTHON" -m train.sweep --config "${CONFIG:-configs/cifar10/table1.yaml}" --output "$output")
+sweep=("$PYTHON" -m train.sweep --config "$CONFIG" --output "$OUTPUT")
 for argument in "$@"; do
   case "$argument" in
     -*) options+=("$argument") ;;
@@ -51,27 +64,35 @@ done
 dense="$("${sweep[@]}" --pending --only 0)"
 others="$("${sweep[@]}" --pending --only 1-)"
 if [[ -n "${LAUNCHER:-}" ]]; then sweep+=(--launcher "$LAUNCHER"); fi
-mkdir -p "$output/logs"
+command -v sbatch >/dev/null ||
+  fail "there is no SLURM here (sbatch is not found); without it: ${sweep[*]}"
+mkdir -p "$OUTPUT/logs"
 
 submit() { # the tasks, then more options of sbatch; prints the job's id
   local id
-  id="$(sbatch --parsable --chdir="$PWD" --output="$output/logs/%A_%a.log" --array="$1" \
-    "${@:2}" "${options[@]}" slurm/table1.sh "${sweep[@]}")"
-  echo "${id%%;*}" # a cluster's name may follow
+  # Inside of $(...) errexit is off: a refusal has to be handed on.
+  id="$(sbatch --parsable --chdir="$PWD" --output="$OUTPUT/logs/%A_%a.log" --array="$1" \
+    "${@:2}" "${options[@]}" slurm/table1.sh "${sweep[@]}")" || return
+  id="${id%%;*}" # a cluster's name may follow
+  [[ "$id" =~ ^[0-9]+$ ]] || return
+  echo "$id"
 }
 
-dependency=()
+dependency=() queued=""
 if [[ -n "$dense" ]]; then
-  job="$(submit "$dense")"
+  job="$(submit "$dense")" ||
+    fail "sbatch refuses the job of the dense network, see above; nothing is submitted"
   dependency=("--dependency=afterok:$job" --kill-on-invalid-dep=yes)
+  queued="job $job of the dense network is in the queue: scancel $job, or let it end; then "
   echo "dense network: job $job"
 fi
 if [[ -n "$others" ]]; then
-  job="$(submit "$others%${PARALLEL:-8}" "${dependency[@]}")"
+  job="$(submit "$others%${PARALLEL:-8}" "${dependency[@]}")" ||
+    fail "sbatch refuses the array of runs $others, see above; ${queued}call this again"
   echo "runs $others: job $job"
 fi
 if [[ -z "$dense$others" ]]; then
-  echo "nothing to do: all runs in $output are done"
+  echo "nothing to do: all runs in $OUTPUT are done"
 else
   echo "how far it is: ${sweep[*]} --list"
 fi

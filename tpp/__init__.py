@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         jacobian_singular_values,
         measure_trainability,
     )
+    from tpp.models.architecture import Architecture
     from tpp.plan import PruningPlan
     from tpp.regularization.gram import gram_penalty
     from tpp.regularization.regularizer import Regularizer
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "Architecture",
     "Budget",
     "GrowthSchedule",
     "PruningPlan",
@@ -51,6 +53,7 @@ __all__ = [
 # Imported when first asked for: `python -m tpp.prune` must not find itself imported already, and
 # a loader that wants nothing but UserError need not wait for torchvision.
 _HOME = {
+    "Architecture": "tpp.models.architecture",
     "Budget": "tpp.selection.budget",
     "GrowthSchedule": "tpp.regularization.schedule",
     "PruningPlan": "tpp.plan",

@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from tpp.common.errors import UserError, printable, run_command
+from tpp.common.paths import user_path
 
 if TYPE_CHECKING:
     from tpp.checkpoints.model_file import CheckpointInfo
@@ -241,9 +242,11 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m tpp.desc
     parser = argparse.ArgumentParser(
         prog=prog, description="Show what is in a checkpoint, layer by layer."
     )
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a file that tpp wrote")
     parser.add_argument(
-        "--plot", type=Path, metavar="FILE", help="draw it too, as a .png, .svg or .pdf file"
+        "checkpoint", type=user_path, metavar="CHECKPOINT", help="a file that tpp wrote"
+    )
+    parser.add_argument(
+        "--plot", type=user_path, metavar="FILE", help="draw it too, as a .png, .svg or .pdf file"
     )
     parser.add_argument(
         "--image-size",

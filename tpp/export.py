@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from tpp.common.errors import run_command
+from tpp.common.paths import user_path
 
 if TYPE_CHECKING:
     from tpp.checkpoints.export_file import Exported
@@ -15,9 +16,12 @@ def _parse_arguments(arguments: Sequence[str] | None, prog: str) -> argparse.Nam
         prog=prog,
         description="Write a checkpoint, pruned or not, as a file for serving programs.",
     )
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a file that tpp wrote")
+    parser.add_argument(
+        "checkpoint", type=user_path, metavar="CHECKPOINT", help="a file that tpp wrote"
+    )
     parser.add_argument(
         "--output",
+        type=user_path,
         required=True,
         metavar="FILE",
         help="FILE.onnx (ONNX) or FILE.pt2 (torch.export)",

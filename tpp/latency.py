@@ -18,6 +18,7 @@ from rich.text import Text
 
 from tpp.common.errors import UserError, printable, run_command
 from tpp.common.files import write_whole
+from tpp.common.paths import user_path
 from tpp.describe import make_console
 
 if TYPE_CHECKING:
@@ -213,7 +214,11 @@ def _parse_arguments(arguments: Sequence[str] | None, prog: str) -> argparse.Nam
         "multiply-accumulates is one in time: (real - 1) / (counted - 1).",
     )
     parser.add_argument(
-        "checkpoints", nargs="+", metavar="CHECKPOINT", help="a file that tpp wrote"
+        "checkpoints",
+        nargs="+",
+        type=user_path,
+        metavar="CHECKPOINT",
+        help="a file that tpp wrote",
     )
     parser.add_argument(
         "--image-size",
@@ -247,7 +252,11 @@ def _parse_arguments(arguments: Sequence[str] | None, prog: str) -> argparse.Nam
     parser.add_argument("--repeats", type=int, metavar="N", help="timed passes of each")
     parser.add_argument("--warmup", type=int, metavar="N", help="untimed rounds before them")
     parser.add_argument(
-        "--json", type=Path, default=None, metavar="FILE", help="write the results here as well"
+        "--json",
+        type=user_path,
+        default=None,
+        metavar="FILE",
+        help="write the results here as well",
     )
     return parser.parse_args(arguments)
 
@@ -262,7 +271,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m tpp.late
     each = [LatencySettings(**options, batch=batch) for batch in _batches(batches)]
     if file:
         _check_place(file)
-    networks = _read_networks(paths, image_size)
+    networks = _read_networks([str(path) for path in paths], image_size)
     console = make_console()
     rows = []
     for settings in each:

@@ -5,10 +5,10 @@
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tpp.common.errors import UserError, run_command
+from tpp.common.paths import user_path
 from tpp.plan import PruningPlan
 
 if TYPE_CHECKING:
@@ -101,11 +101,18 @@ def _parse_arguments(arguments: Sequence[str] | None, prog: str) -> argparse.Nam
     add = parser.add_argument
     add(
         "--checkpoint",
+        type=user_path,
         required=True,
         metavar="IN",
         help="a checkpoint that tpp wrote, .pth or .safetensors weights, or a DeepSpeed folder",
     )
-    add("--output", required=True, metavar="OUT", help="the pruned checkpoint (safetensors)")
+    add(
+        "--output",
+        type=user_path,
+        required=True,
+        metavar="OUT",
+        help="the pruned checkpoint (safetensors)",
+    )
     add("--model", metavar="NAME", help="the network, where neither IN nor --config says it")
     add(
         "--image-size",
@@ -114,18 +121,18 @@ def _parse_arguments(arguments: Sequence[str] | None, prog: str) -> argparse.Nam
         help="side of the images that MACs and milliseconds are of, in pixels; OUT keeps it "
         "(default: what IN or --config says, or else what public weights of the network want)",
     )
-    add("--save-plan", metavar="FILE", help="write down which filters went (JSON)")
+    add("--save-plan", type=user_path, metavar="FILE", help="write down which filters went (JSON)")
 
     what = parser.add_argument_group("what goes")
     add = what.add_argument
     add(
         "--config",
-        type=Path,
+        type=user_path,
         metavar="FILE",
         help="what the pruning section of this configuration says; of the others only model and "
         "seed are read, and mistakes elsewhere are not looked for",
     )
-    add("--plan", metavar="FILE", help="the filters of a saved plan (JSON)")
+    add("--plan", type=user_path, metavar="FILE", help="the filters of a saved plan (JSON)")
     add(
         "--ratio",
         action="append",

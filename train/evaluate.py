@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tpp.common.errors import UserError, run_command
+from tpp.common.paths import user_path
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,8 +25,10 @@ def _parse_arguments() -> argparse.Namespace:
         description="Top-1, top-5 and loss of a checkpoint over a folder of class folders; "
         "under torchrun or accelerate launch every rank takes its share of the images.",
     )
-    parser.add_argument("--checkpoint", required=True, help="ours, .safetensors, .pth or .th")
-    parser.add_argument("--data", required=True, help="folder of class folders")
+    parser.add_argument(
+        "--checkpoint", type=user_path, required=True, help="ours, .safetensors, .pth or .th"
+    )
+    parser.add_argument("--data", type=user_path, required=True, help="folder of class folders")
     parser.add_argument("--model", help="architecture, for a checkpoint that does not say")
     parser.add_argument("--batch-size", type=int, default=128, help="per rank (default: 128)")
     parser.add_argument("--loader", default="auto", help="auto, dali or torchvision")
@@ -90,7 +93,7 @@ def main() -> None:
 
     settle_ranks(os.environ)
     accelerator = make_accelerator(arguments.precision)
-    index = open_for_all_ranks(Path(arguments.data), None, accelerator)
+    index = open_for_all_ranks(arguments.data, None, accelerator)
     found = _load(arguments, index)
     if accelerator.is_main_process:
         for note in found.notes:

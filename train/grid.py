@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from tpp.common.errors import UserError, printable
 from tpp.common.reading import parse_json
-from tpp.common.settings import Ratio, Section, mistakes
+from tpp.common.settings import Ratio, Section, UserPath, mistakes
 from tpp.common.yaml_files import read_yaml
 from train.config.config import Config, load_config
 from train.config.sections import MODEL_FILE
@@ -63,9 +63,9 @@ class Sweep(Section):
     """
 
     name: Label
-    output: str
-    dense: str | None = None
-    methods: Annotated[dict[Label, str], Field(min_length=1)]
+    output: UserPath
+    dense: UserPath | None = None
+    methods: Annotated[dict[Label, UserPath], Field(min_length=1)]
     ratios: Annotated[dict[Label, dict[str, Ratio]], Field(min_length=1)]
     finetuning: Annotated[dict[Label, dict[str, Any]], Field(min_length=1)]
     seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Field(min_length=1)]
@@ -159,6 +159,8 @@ def load_sweep(path: Path, output: Path | None = None) -> Sweep:
         UserError: with one line per mistake, each naming the file and the key.
     """
     data = read_yaml(path)
+    if {"model", "stages"} & data.keys() and "methods" not in data:
+        raise UserError(f"{path}: one run, and no sweep of many; train/main.py --config {path}")
     if output is not None:
         data["output"] = str(output)
     try:

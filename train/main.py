@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:] = [str(ROOT), *(p for p in sys.path if Path(p or ".").resolve() != ROOT / "train")]
 
 from tpp.common.errors import UserError, run_command  # noqa: E402
+from tpp.common.paths import user_path  # noqa: E402
 
 _FIRST_TO_SPEAK = 10.0  # seconds
 
@@ -42,7 +43,9 @@ def parse_arguments() -> argparse.Namespace:
         epilog="example: accelerate launch train/main.py --config "
         "configs/imagenet/resnet50_tpp_2.31x.yaml data.root=/data/imagenet seed=1",
     )
-    parser.add_argument("--config", metavar="FILE", help="YAML file; default: configs/demo.yaml")
+    parser.add_argument(
+        "--config", type=user_path, metavar="FILE", help="YAML file; default: configs/demo.yaml"
+    )
     parser.add_argument(
         "--dry-run",
         action="store_true",

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from tpp.common.errors import UserError, run_command
 from tpp.common.files import write_whole
+from tpp.common.paths import user_path
 
 if TYPE_CHECKING:
     from train.reporting.rows import RunRecord
@@ -78,10 +79,10 @@ def main() -> None:
         description="Report runs beside each other and beside the published row.",
         epilog="example: python -m train.report runs/resnet56_tpp_pr0.9 runs/resnet56_l1_pr0.9",
     )
-    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run folder")
+    parser.add_argument("runs", nargs="*", type=user_path, metavar="RUN", help="run folder")
     parser.add_argument(
         "--output",
-        type=Path,
+        type=user_path,
         metavar="DIR",
         help="where report.html and report.png go; default: the first RUN (with --table: the "
         "folder of the sweep's runs; default: what the sweep's file says)",
@@ -92,7 +93,7 @@ def main() -> None:
         help="print a whole table of the paper, as far as its sweep has come",
     )
     parser.add_argument(
-        "--config", type=Path, metavar="FILE", help="with --table: another sweep of its kind"
+        "--config", type=user_path, metavar="FILE", help="with --table: another sweep of its kind"
     )
     arguments = parser.parse_args()
     if bool(arguments.runs) == bool(arguments.table):

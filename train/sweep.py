@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tpp.common.errors import UserError, run_command
+from tpp.common.paths import user_path
 
 if TYPE_CHECKING:
     from train.grid import State, SweepRun
@@ -205,9 +206,9 @@ def main() -> None:
         epilog="example: python -m train.sweep --config configs/cifar10/table1.yaml "
         "data.root=/data/cifar10",
     )
-    parser.add_argument("--config", type=Path, metavar="FILE", required=True, help="the sweep")
+    parser.add_argument("--config", type=user_path, metavar="FILE", required=True, help="the sweep")
     parser.add_argument(
-        "--output", type=Path, metavar="DIR", help="folder of the runs; default: the file's"
+        "--output", type=user_path, metavar="DIR", help="folder of the runs; default: the file's"
     )
     parser.add_argument("--list", action="store_true", help="show all runs and how far they are")
     parser.add_argument(

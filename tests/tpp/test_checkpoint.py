@@ -153,7 +153,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
 
 
 def test_what_cannot_be_saved_is_refused(tmp_path):
-    with pytest.raises(UserError, match="whose architecture is not known"):
+    with pytest.raises(UserError, match="does not say which one it is"):
         save_model(tmp_path / "ckpt", nn.Linear(2, 2))
     model = small()
     tensors = {f"module.{name}": tensor for name, tensor in model.state_dict().items()}

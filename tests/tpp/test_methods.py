@@ -88,25 +88,34 @@ def descend(model, gradients, buffers, lr=0.01):
 
 
 def test_there_are_the_rows_of_table_1_and_greg():
-    assert {name: method.title for name, method in available_methods().items()} == {
-        "scratch": "Scratch",
-        "l1": "L1",
-        "l1+orthp": "L1 + OrthP",
-        "l1+kernorth": "L1 + KernOrth",
-        "l1+orthconv": "L1 + OrthConv",
-        "kernorth+l1": "KernOrth + L1",
-        "orthconv+l1": "OrthConv + L1",
-        "greg1": "GReg-1",
-        "greg2": "GReg-2",
-        "tpp": "TPP",
-    }
+    titles = {name: method.title for name, method in available_methods().items()}
+    # A method more is a file more, and no line here.
+    assert (
+        titles.items()
+        >= {
+            "scratch": "Scratch",
+            "l1": "L1",
+            "l1+orthp": "L1 + OrthP",
+            "l1+kernorth": "L1 + KernOrth",
+            "l1+orthconv": "L1 + OrthConv",
+            "kernorth+l1": "KernOrth + L1",
+            "orthconv+l1": "OrthConv + L1",
+            "greg1": "GReg-1",
+            "greg2": "GReg-2",
+            "tpp": "TPP",
+        }.items()
+    )
+    assert len(set(titles.values())) == len(titles), "a report could not tell them apart"
     with pytest.raises(UserError, match="did you mean 'l1\\+kernorth'"):
         method_class("l1+kernort")
 
 
 @pytest.mark.parametrize("name", sorted(available_methods()))
-def test_settings_have_defaults_and_know_no_other_key(name):
-    make(name)
+def test_settings_know_no_other_key(name):
+    if not any(
+        field.is_required() for field in method_class(name).settings_type.model_fields.values()
+    ):
+        make(name)
     with pytest.raises(ValueError, match="Extra inputs are not permitted"):
         make(name, no_such_key=1)
 

@@ -129,7 +129,12 @@ def save_model(
         tensors = model_or_tensors
     path = Path(path)
     if architecture is None:
-        raise UserError(f"{path}: cannot save a model whose architecture is not known; name it")
+        raise UserError(
+            f"{path}: the network does not say which one it is; name the dense network that it "
+            'came from, as in architecture=tpp.Architecture("resnet50", 1000), by a name that '
+            "torchvision, timm (timm:NAME) or this project has; a network of a class of your own "
+            "is kept by torch.save(model.state_dict(), FILE), beside plan.save(FILE)"
+        )
     try:
         network = fitted(architecture, {name: tuple(t.shape) for name, t in tensors.items()})
     except UserError as error:

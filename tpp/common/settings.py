@@ -5,20 +5,43 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    ValidationError,
+)
 from pydantic.fields import FieldInfo
 
 from tpp.common.errors import UserError, printable
+from tpp.common.paths import user_path
 
 Ratio = Annotated[float, Field(ge=0, lt=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 PositiveInt = Annotated[int, Field(ge=1)]
 # Beside the type of a key that may differ when a run goes on: it decides no outcome.
 MAY_DIFFER = "may differ when a run goes on"
+# Likewise, of a key that decides nothing where nothing has been trained.
+OF_TRAINING = "of training"
 NaturalNumber = Annotated[int, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 # NaN and infinity are numbers to YAML and never what anybody wants in these settings.
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+def _expanded(text: str) -> str:
+    if not text.startswith("~"):  # "" may stand for a default, and a URL is no path
+        return text
+    try:
+        return str(user_path(text))
+    except UserError as error:
+        raise ValueError(str(error)) from None
+
+
+# The text of a path; ``~`` is the home folder.
+UserPath = Annotated[str, AfterValidator(_expanded)]
 
 
 @dataclass(frozen=True)

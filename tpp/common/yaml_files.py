@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from tpp.common.errors import UserError
+from tpp.common.paths import user_path
 from tpp.common.reading import DEEPEST, is_shallow, read_text
 
 # Where a value stands: the keys that lead to it.
@@ -129,6 +130,22 @@ for _side in (_Loader, Dumper):  # YAML 1.1 wants 1.0e-4; nobody writes that
     )
 
 
+def _advice(error: yaml.MarkedYAMLError) -> str:
+    """What would be right, where a character means more to YAML than to who wrote it."""
+    problem, context = str(error.problem), str(error.context)
+    if r"\t" in problem:
+        return "; indent with spaces, not with tabs"
+    if problem.startswith("mapping values"):
+        return "; a value with a colon and a space in it has to be in quotes"
+    found = re.search(r"found character '(.)'", problem)
+    begins = found[1] if found else None
+    # An alias of something that was said before, its name, the type of what follows, long text.
+    for word, character in (("alias", "*"), ("anchor", "&"), ("tag", "!"), ("block scalar", "|")):
+        if word in problem or word in context:
+            begins = character
+    return f"; what begins with {begins} has to be in quotes" if begins else ""
+
+
 def parse_yaml(text: str, source: str) -> Any:
     """What a YAML text holds: plain data, of a size and depth that a configuration can have.
 
@@ -139,7 +156,9 @@ def parse_yaml(text: str, source: str) -> Any:
         data = yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         where = f" (line {error.problem_mark.line + 1})" if error.problem_mark else ""
-        raise UserError(f"{source}: not valid YAML: {error.problem}{where}") from None
+        raise UserError(
+            f"{source}: not valid YAML: {error.problem}{where}{_advice(error)}"
+        ) from None
     except RecursionError:
         raise UserError(f"{source}: not valid YAML: nested too deeply") from None
     except Exception as error:  # PyYAML lets through whatever a tag such as !!int stumbles over
@@ -177,7 +196,7 @@ def read_yaml(
         return data
     if not isinstance(base, str):
         raise UserError(f"{path}: extends: expected the path of a YAML file")
-    extended_data = read_yaml(path.parent / base, merging, (*extended_by, resolved))
+    extended_data = read_yaml(path.parent / user_path(base), merging, (*extended_by, resolved))
     return merge(extended_data, data, merging)
 
 

@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from tpp.common.settings import Section
+from tpp.common.settings import Section, UserPath
 
 # One network's arguments make no sense of another's.
 MODEL_REPLACED = (("model", "args"),)
@@ -27,4 +27,4 @@ class ModelSection(Section):
     name: str
     args: dict[str, Any] = {}
     num_classes: Annotated[int, Field(ge=2)] | None = None
-    checkpoint: str | None = None
+    checkpoint: UserPath | None = None

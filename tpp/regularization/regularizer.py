@@ -42,6 +42,10 @@ class Regularizer:
         optimizer.step()
         regularizer.after_step(step)
 
+    from step 0 on until :meth:`finished`, after ``growth.total_steps`` steps: only then are all
+    filters of the plan at zero, and their removal changes nothing. The default ``growth`` is the
+    published one, of 110,001 steps.
+
     Under data parallelism every rank computes its share of the penalty times ``world_size``, so
     that the averaging of gradients over ranks yields the exact sum; nothing else is communicated.
     With gradient accumulation add the penalty once per optimiser step, to the last micro-batch's

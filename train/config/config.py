@@ -9,7 +9,7 @@ command line (``stages.finetune.epochs=5``) are merged last.
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,9 +24,10 @@ from pydantic import (
 
 from data_pipelines.loading.augment import check_augment
 from data_pipelines.settings import AugmentSection, DataSection
-from tpp.common.errors import UserError
+from tpp.common.errors import UserError, printable
 from tpp.common.files import write_whole
-from tpp.common.settings import Section, Seed, mistakes
+from tpp.common.paths import user_path
+from tpp.common.settings import Section, Seed, UserPath, mistakes
 from tpp.common.yaml_files import Dumper, Merging, Place, merge, parse_override, read_yaml
 from tpp.methods import method_class
 from tpp.methods.base import Method
@@ -86,7 +87,7 @@ class Config(Section):
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,199}$")]
-    output: str = ""
+    output: UserPath = ""
     seed: Seed = 0
     model: ModelSection
     data: DataSection
@@ -292,16 +293,41 @@ def load_config(path: str | Path | None, overrides: Iterable[str] = ()) -> Confi
         overrides: ``key.sub=value`` strings; the value is YAML.
 
     Raises:
-        UserError: with one line per mistake, each naming the file and the key.
+        UserError: with one line per mistake, each naming the key, and the file or the override
+            that it is in.
     """
-    path = Path(path) if path is not None else DEMO
-    data = read_yaml(path, MERGING)
+    path, overrides = user_path(path) if path is not None else DEMO, list(overrides)
+    in_file = read_yaml(path, MERGING)
+    if {"methods", "ratios"} <= in_file.keys():
+        raise UserError(f"{path}: a sweep of many runs; python -m train.sweep --config {path}")
+    data = in_file
     for override in overrides:
         data = merge(data, parse_override(override, MERGING), MERGING)
-    try:
+    lines = _mistakes_in(data)
+    if not lines:
         return Config.model_validate(data)
+    of_file = {*_mistakes_in(in_file)} if overrides else {*lines}
+    sources = [path if line in of_file else _source(line, path, overrides) for line in lines]
+    raise UserError("\n".join(map("{}: {}".format, sources, lines)))
+
+
+def _mistakes_in(data: dict[str, Any]) -> list[str]:
+    try:
+        Config.model_validate(data)
     except ValidationError as error:
-        raise UserError("\n".join(f"{path}: {line}" for line in mistakes(error, Config))) from None
+        return mistakes(error, Config)
+    return []
+
+
+def _source(line: str, path: Path, overrides: Sequence[str]) -> str:
+    """Where a mistake is that the file alone does not have; ``line`` begins with its key."""
+    place = re.split(r"[:\s]", line, maxsplit=1)[0]
+    for override in reversed(overrides):
+        key = override.partition("=")[0].strip()
+        near = f"{place}.".startswith(f"{key}.") or key.startswith(f"{place}.")
+        if near or len(overrides) == 1:
+            return f"override {printable(override, 100)!r}"
+    return f"{path} with the overrides"
 
 
 def save_config(config: Config, path: Path) -> None:

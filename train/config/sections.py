@@ -8,7 +8,14 @@ from pydantic_core import PydanticCustomError
 
 from data_pipelines.settings import AugmentSection
 from tpp.common.errors import UserError
-from tpp.common.settings import MAY_DIFFER, PositiveFloat, PositiveInt, Section
+from tpp.common.settings import (
+    MAY_DIFFER,
+    OF_TRAINING,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    UserPath,
+)
 from tpp.selection.settings import PruningSection
 from train.config.intervals import Interval
 from train.config.stage_kinds import KINDS, StageKind, stage_kind
@@ -126,14 +133,14 @@ class TrainingSection(Section):
             run ends.
     """
 
-    batch_size: PositiveInt = 256
-    batch: Literal["reference", "as_given"] = "as_given"
-    reference_batch_size: PositiveInt | None = None
-    batch_warmup_epochs: Annotated[float, Field(ge=0)] = 5.0
-    accumulation: PositiveInt = 1
+    batch_size: Annotated[PositiveInt, OF_TRAINING] = 256
+    batch: Annotated[Literal["reference", "as_given"], OF_TRAINING] = "as_given"
+    reference_batch_size: Annotated[PositiveInt | None, OF_TRAINING] = None
+    batch_warmup_epochs: Annotated[float, Field(ge=0), OF_TRAINING] = 5.0
+    accumulation: Annotated[PositiveInt, OF_TRAINING] = 1
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     channels_last: bool = False
-    sync_batchnorm: bool = False
+    sync_batchnorm: Annotated[bool, OF_TRAINING] = False
     evaluate_every: Annotated[PositiveFloat, MAY_DIFFER] = 1.0
     evaluate_batch_size: Annotated[PositiveInt | None, MAY_DIFFER] = None
     log_every: Annotated[PositiveInt, MAY_DIFFER] = 50
@@ -143,8 +150,8 @@ class TrainingSection(Section):
     on_bad_step: Annotated[Literal["stop", "skip", "rollback"], MAY_DIFFER] = "stop"
     max_bad_steps: Annotated[PositiveInt, MAY_DIFFER] = 3
     max_gradient_norm: Annotated[PositiveFloat | None, MAY_DIFFER] = None
-    clip_gradient_norm: PositiveFloat | None = None
-    deepspeed: Annotated[str | None, MAY_DIFFER] = None
+    clip_gradient_norm: Annotated[PositiveFloat | None, OF_TRAINING] = None
+    deepspeed: Annotated[UserPath | None, MAY_DIFFER] = None
     rank_timeout: Annotated[float, Field(ge=1), MAY_DIFFER] = 120.0
 
     @model_validator(mode="after")

@@ -1,5 +1,8 @@
 """Whether what a stage has left behind was made with the settings and images of now.
 
+A stage is compared by what it depends on, through the stages before it: an evaluation of the dense
+network by no method's settings, and by none of training's where the network came from a file.
+
 A setting that may differ when a run goes on says so at its key
 (:data:`tpp.common.settings.MAY_DIFFER`). One at its default is not written down, and one that is
 not there counts as its default: a run that began before a setting existed goes on.
@@ -15,7 +18,7 @@ from pydantic import BaseModel
 from data_pipelines.settings import AugmentSection
 from tpp.common.errors import UserError
 from tpp.common.reading import read_json
-from tpp.common.settings import MAY_DIFFER
+from tpp.common.settings import MAY_DIFFER, OF_TRAINING
 from tpp.selection.settings import PruningSection
 from train.config.config import Config
 from train.run import MOST_NAMED, Run
@@ -35,6 +38,9 @@ class _Setting:
     default: Any = None
 
 
+_UNUSED = _Setting(None)  # the stage does not depend on it, whatever it was
+
+
 def stage_settings(config: Config, name: str) -> dict[str, Any]:
     """All that decides a stage's outcome: its own settings, and those of the stages before it."""
     found: dict[str, Any] = _plain(_decisive(config, name))
@@ -43,7 +49,7 @@ def stage_settings(config: Config, name: str) -> dict[str, Any]:
 
 def _decisive(config: Config, name: str) -> dict[str, Any]:
     stages: dict[str, Any] = {}
-    needs_plan = False
+    plan_of_run = trains = needs_images = False
     current: str | None = name
     while current is not None:
         stage = config.stages[current]
@@ -51,26 +57,35 @@ def _decisive(config: Config, name: str) -> dict[str, Any]:
         own["pruning"] = _Setting(stage.pruning)
         if stage.does.trains:
             own["augment"] = _Setting(config.stage_augment(current), AugmentSection())
-        if stage.does.has_method:
+        if stage.does.has_method and not stage.does.makes_network:
+            own["method"] = _UNUSED
+        elif stage.does.has_method:
             method = config.stage_method(current, as_given=True)
             own["method"] = {"name": method.name, **_entries(method.settings)}
         stages[current] = own
-        needs_plan |= stage.does.needs_plan
+        plan_of_run |= stage.does.needs_plan and stage.pruning is None
+        trains |= stage.does.trains
+        needs_images |= stage.does.needs_images
         current = stage.input
     task = config.make_task()
     unused = _OF_THE_BATCH if config.training.batch_factor == 1 else ()
+    training: Any = _entries(config.training, leave_out=unused)
+    data = _entries(config.data, leave_out=("augment",))
+    if not trains:
+        for section, values in ((config.training, training), (config.data, data)):
+            fields = type(section).model_fields
+            values |= {key: _UNUSED for key in values if OF_TRAINING in fields[key].metadata}
     found = {
         "seed": config.seed,
         "task": _Setting(
             {"kind": task.kind, **_entries(task.settings)}, {"kind": "classification"}
         ),
         "model": config.model,
-        "data": _entries(config.data, leave_out=("augment",)),
-        "training": _entries(config.training, leave_out=unused),
+        "data": data,
+        "training": training if needs_images else _UNUSED,
         "stages": stages,
     }
-    if needs_plan:
-        found["pruning"] = _Setting(config.pruning, PruningSection())
+    found["pruning"] = _Setting(config.pruning, PruningSection()) if plan_of_run else _UNUSED
     return found
 
 
@@ -93,7 +108,11 @@ def _plain(value: Any) -> Any:
     if isinstance(value, BaseModel):
         return _plain(_entries(value))
     if isinstance(value, Mapping):
-        return {key: _plain(inner) for key, inner in value.items() if not _is_default(inner)}
+        return {
+            key: _plain(inner)
+            for key, inner in value.items()
+            if inner is not _UNUSED and not _is_default(inner)
+        }
     return json.loads(json.dumps(value))
 
 
@@ -111,6 +130,8 @@ def _differences(old: Any, now: Any, key: str = "") -> Iterator[str]:
         return
     for part in [*old, *(name for name in now if name not in old)]:
         entry = now.get(part)
+        if entry is _UNUSED:
+            continue
         setting = entry if isinstance(entry, _Setting) else _Setting(entry)
         was = old[part] if part in old else _plain(setting.default)
         yield from _differences(was, setting.value, f"{key}.{part}".strip("."))

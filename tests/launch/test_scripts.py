@@ -1,0 +1,192 @@
+"""What the shell scripts say: their help, and what SLURM refuses, which is never passed over."""
+
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = [
+    path
+    for folder in ("slurm", "launch")
+    for path in sorted((ROOT / folder).iterdir())
+    # site.sh is settings, which the others read.
+    if path.is_file() and path.read_bytes()[:2] == b"#!" and path.name != "site.sh"
+]
+
+
+@pytest.fixture
+def stub(tmp_path: Path) -> Path:
+    """A folder that is first on PATH, with a SLURM that refuses everything."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name in ("sbatch", "srun", "scontrol", "sinfo", "squeue"):
+        write(folder / name, f'echo "{name}: error: refused" >&2; exit 1')
+    return folder
+
+
+def write(path: Path, script: str) -> None:
+    path.write_text(f"#!/usr/bin/env bash\n{script}\n")
+    path.chmod(0o755)
+
+
+def bash(
+    stub: Path, *command: str | Path, cwd: Path | None = None, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
+    return subprocess.run(
+        ["bash", *map(str, command)],
+        cwd=cwd or stub.parent,
+        env={
+            **kept,
+            "PATH": f"{stub}:{os.environ['PATH']}",
+            "PYTHON": sys.executable,
+            "OMP_NUM_THREADS": "1",
+            **variables,
+        },
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def table1(stub: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    output = {"OUTPUT": str(stub.parent / "runs")} | variables
+    return bash(stub, ROOT / "slurm" / "table1.sh", *arguments, **output)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("option", ["--help", "-h"])
+def test_help(stub: Path, script: Path, option: str) -> None:
+    called = stub.parent / "called"
+    for program in stub.iterdir():
+        write(program, f'echo "$0 $*" >>"{called}"; exit 1')
+    write(stub / "python", f'echo "$0 $*" >>"{called}"; exit 1')
+    done = bash(stub, script, option, PYTHON=str(stub / "python"), TPP_SITE="/no/such/file")
+    assert (done.returncode, done.stderr) == (0, "")
+    head = script.read_text().splitlines()[1]
+    assert done.stdout.splitlines()[0] == head.removeprefix("# ")
+    assert "#" not in done.stdout[:1] and "SBATCH " not in done.stdout
+    assert "set -euo" not in done.stdout
+    assert not called.exists(), "help asks nobody"
+
+
+def test_help_after_other_arguments(stub: Path) -> None:
+    done = table1(stub, "--partition=gpu", "seed=1", "--help")
+    assert done.returncode == 0 and done.stdout.startswith("The whole of Table 1")
+    done = bash(stub, ROOT / "slurm" / "table2.sh", "seed=1", "--help")
+    assert done.returncode == 0 and done.stdout.startswith("Table 2 as an array")
+
+
+def test_table_1_refused(stub: Path) -> None:
+    done = table1(stub)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines() == [
+        "sbatch: error: refused",
+        "error: sbatch refuses the job of the dense network, see above; nothing is submitted",
+    ]
+
+
+def test_table_1_with_its_array_refused(stub: Path) -> None:
+    counted = 'case "$*" in *--array=0*) echo "17;far" ;; *) echo "sbatch: no" >&2; exit 1 ;; esac'
+    write(stub / "sbatch", counted)
+    done = table1(stub)
+    assert (done.returncode, done.stdout) == (2, "dense network: job 17\n")
+    (no, error) = done.stderr.splitlines()
+    assert no == "sbatch: no" and "refuses the array of runs 1-" in error
+    assert "job 17 of the dense network is in the queue: scancel 17" in error
+
+
+def test_table_1_without_a_jobs_id(stub: Path) -> None:
+    write(stub / "sbatch", "echo Submitted, I think")
+    done = table1(stub)
+    assert done.returncode == 2 and "job of the dense network" in done.stderr
+    assert "dense network: job" not in done.stdout
+
+
+def test_table_1_where_there_is_no_slurm(stub: Path, tmp_path: Path) -> None:
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in ("bash", "dirname", "sed", "mkdir"):
+        found = subprocess.run(["which", name], capture_output=True, text=True).stdout.strip()
+        (tools / name).symlink_to(found)
+    done = table1(stub, PATH=str(tools))
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "there is no SLURM here" in done.stderr and "-m train.sweep --config" in done.stderr
+
+
+def test_a_row_refused(stub: Path, tmp_path: Path) -> None:
+    done = bash(
+        stub, ROOT / "slurm" / "resnet50_tpp.sh", "data.demo={}", f"output={tmp_path / 'run'}",
+        "model.checkpoint=null",
+    )  # fmt: skip
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.splitlines()[0] == "sbatch: error: refused"
+    assert done.stderr.splitlines()[1].startswith("error: sbatch refuses it")
+
+
+def test_a_chain_refused(stub: Path, tmp_path: Path) -> None:
+    done = bash(
+        stub, ROOT / "launch" / "submit_chain", "--config", "configs/demo.yaml",
+        f"output={tmp_path / 'run'}",
+    )  # fmt: skip
+    assert done.returncode == 2 and done.stdout == ""
+    assert "error: sbatch refuses stage dense" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("answers", "expected"),
+    [
+        ("exit 1", "scontrol does not say what the job was given"),
+        ('[[ "$2" == job ]] || exit 1', "scontrol does not say which nodes node[1-2] are"),
+    ],
+)
+def test_a_controller_that_does_not_answer(stub: Path, answers: str, expected: str) -> None:
+    """Without its answer the job would take its nodes for ones without GPUs."""
+    write(stub / "scontrol", answers)
+    done = bash(
+        stub, ROOT / "launch" / "job.sh", "--config", "configs/demo.yaml",
+        SLURM_JOB_ID="7", SLURM_JOB_NODELIST="node[1-2]", TPP_PRINT="1",
+    )  # fmt: skip
+    assert done.returncode == 2 and done.stdout == ""
+    assert expected in done.stderr
+
+
+def test_an_archive_with_something_hidden_beside_its_folder(stub: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    (source / "imagenet" / "train").mkdir(parents=True)
+    (source / "imagenet" / "train" / "1.jpg").write_bytes(b"1")
+    (source / ".DS_Store").touch()
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for path in source.iterdir():
+            archive.add(path, path.name)
+    done = bash(stub, ROOT / "launch" / "stage_data.sh", tmp_path / "a.tar", tmp_path / "copy")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "copy" / "train" / "1.jpg").read_bytes() == b"1"
+
+
+def test_a_launcher_that_starts_no_rank(stub: Path, tmp_path: Path) -> None:
+    """Its exit code comes through where no rank has left one."""
+    write(stub / "accelerate", "exit 9")
+    write(stub / "python", "exit 1")
+    done = bash(
+        stub, ROOT / "launch" / "node.sh", "accelerate", "1,1", stub / "python", "main.py",
+        SLURM_NODEID="0", MASTER_ADDR="here", MASTER_PORT="1", TMPDIR=str(tmp_path),
+    )  # fmt: skip
+    assert done.returncode == 9
+    assert not list(tmp_path.glob("tmp.*"))
+
+
+def test_a_home_folder_in_quotes(stub: Path, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "c.yaml").write_text("name: x\n")
+    write(stub / "sbatch", "echo 5")
+    done = table1(stub, HOME=str(home), OUTPUT="~/runs")
+    assert done.returncode == 0, done.stderr
+    assert (home / "runs" / "logs").is_dir() and f"--output {home}/runs" in done.stdout
+    done = bash(stub, ROOT / "launch" / "job.sh", "--config=~/c.yaml", HOME=str(home))
+    assert done.returncode == 2 and f"error: {home}/c.yaml: " in done.stderr
