@@ -66,12 +66,15 @@ def main() -> None:
     """Run or dry-run the configuration."""
     arguments = parse_arguments()
     from train.config.config import load_config, stages_until
+    from train.distributed.environment import settle_environment
     from train.distributed.ranks import settle_ranks
 
     try:
         settle_ranks(os.environ)
         config = load_config(arguments.config, arguments.overrides)
         stages_until(config, arguments.until)
+        training = config.training
+        to_tell = settle_environment(os.environ, training.precision, training)
         if arguments.dry_run:
             from train.dry_run import dry_run
 
@@ -79,8 +82,6 @@ def main() -> None:
             return
         from train.distributed.accelerator import make_accelerator
         from train.distributed.collectives import EveryRankError
-
-        training = config.training
         from train.distributed.deepspeed_engine import deepspeed_plugin
         from train.distributed.stopping import Stopped, StopRequest
         from train.distributed.watchdog import EXIT_LOST
@@ -89,6 +90,8 @@ def main() -> None:
         stop.listen()
         plugin = deepspeed_plugin(training)
         accelerator = make_accelerator(training.precision, training.rank_timeout, plugin=plugin)
+        for line in to_tell:
+            accelerator.print(line)
     except UserError:
         _leave_it_to_one_rank()
         raise

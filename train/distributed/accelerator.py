@@ -8,7 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from accelerate.utils import (
+    DistributedType,
+    DynamoBackend,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+)
 from torch import nn
 from torch.optim import Optimizer
 
@@ -61,19 +66,23 @@ def make_accelerator(
         backend="gloo" if cpu and plugin is not None else None,
         timeout=group_timeout(rank_timeout),
     )
+    # What is given here, Accelerate does not look up in the environment.
+    ours: dict[str, Any] = {
+        "gradient_accumulation_plugin": GradientAccumulationPlugin(num_steps=1),
+        "dynamo_backend": DynamoBackend.NO,
+        "kwargs_handlers": [group],
+    }
     if plugin is not None:
         _be_a_group_of_one()
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         # Told to use the CPU, Accelerate would leave DeepSpeed out.
         accelerator: Accelerator = _DeepSpeedAccelerator(
-            deepspeed_plugin=plugin, kwargs_handlers=[group]
+            deepspeed_plugin=plugin, mixed_precision="no", **ours
         )
         accelerator.in_bf16 = precision == "bf16"
     else:
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "false"
-        accelerator = Accelerator(
-            cpu=cpu, mixed_precision=_MIXED_PRECISION[precision], kwargs_handlers=[group]
-        )
+        accelerator = Accelerator(cpu=cpu, mixed_precision=_MIXED_PRECISION[precision], **ours)
     if accelerator.distributed_type not in (
         DistributedType.NO,
         DistributedType.MULTI_GPU,
