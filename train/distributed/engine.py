@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 
@@ -23,6 +24,35 @@ def forward_pass(model: nn.Module, accelerator: Accelerator) -> Callable[[Tensor
         return outputs if outputs.dtype == torch.float64 else outputs.float()
 
     return forward
+
+
+def _settle_buckets(model: DistributedDataParallel, parameters: list[nn.Parameter]) -> None:
+    """Let the places of gradients in DDP's buckets depend on the network alone.
+
+    After its first backward pass DDP lays the buckets out anew, in the order in which the
+    gradients came. From three ranks on, the order in which a value's summands are added depends on
+    its place, so that a run that was taken up, with a first pass of its own, would be rounded
+    otherwise than one that went on. Here that first pass is one over gradients of zero, the last
+    parameter's first, before any step is made.
+    """
+    network = model.module
+    kept = network.__dict__.get("forward")  # Accelerate's, with autocast
+
+    def forward() -> Tensor:
+        total = torch.zeros((), device=parameters[0].device)
+        for parameter in parameters:  # backward goes from the end
+            total = total + 0.0 * parameter.sum()
+        return total
+
+    network.forward = forward
+    try:
+        model().backward()
+    finally:
+        del network.forward
+        if kept is not None:
+            network.forward = kept
+    for parameter in parameters:
+        parameter.grad = None
 
 
 class Engine:
@@ -56,6 +86,8 @@ class Engine:
         self._parameters = [p for p in network.parameters() if p.requires_grad]
         self._norm: Tensor | None = None
         self.model, self._optimizer = accelerator.prepare(network, optimizer)
+        if isinstance(self.model, DistributedDataParallel):
+            _settle_buckets(self.model, self._parameters)
 
     def set_learning_rate(self, lr: float) -> None:
         """The learning rate of the step to come."""
