@@ -53,6 +53,8 @@ RESUMED = [
     ("zero1", "ddp"),
     ("ddp", "zero2"),
 ]
+# Two summands have one order; from three on, the order in which ranks are summed shows.
+RESUMED_ON_FOUR = [("ddp", "ddp"), ("zero1", "zero1"), ("zero2", "zero2")]
 
 
 def method() -> Method:
@@ -159,8 +161,9 @@ def main() -> None:
     for case, settings in (CASES if on_two else {"all": ALL}).items():
         for engine in ENGINES:
             keep(f"{engine}-{case}", run(engine, settings, STEPS))
-    for first, second in RESUMED if on_two else ():
-        keep(f"{first}-{second}-resumed", run(second, {}, STEPS, run(first, {}, HALF)))
+    for first, second in RESUMED if on_two else RESUMED_ON_FOUR:
+        settings = {} if on_two else ALL
+        keep(f"{first}-{second}-resumed", run(second, settings, STEPS, run(first, settings, HALF)))
     if dist.get_rank() == 0:
         (folder / "ranks.json").write_text(json.dumps(int(os.environ["WORLD_SIZE"])))
     dist.barrier()

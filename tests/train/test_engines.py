@@ -11,15 +11,19 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
-from engine_worker import CASES, CONFIGS, ENGINES, RESUMED
+from engine_worker import CASES, CONFIGS, ENGINES, RESUMED, RESUMED_ON_FOUR
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from tpp.common.errors import UserError
+from tpp.models.architecture import build_model
 from train.config.sections import TrainingSection
 from train.distributed.accelerator import make_accelerator
 from train.distributed.deepspeed_engine import deepspeed_plugin
+from train.distributed.engine import settle_buckets
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKER = Path(__file__).parent / "engine_worker.py"
@@ -101,6 +105,37 @@ def test_a_run_broken_off_goes_on_under_any_engine(trained, first, second):
         momentum(folder, name) for name in (f"{first}-{second}-resumed", f"{second}-plain")
     )
     assert (mine - its).norm() < 1e-2 * its.norm()
+
+
+@pytest.mark.parametrize(("first", "second"), RESUMED_ON_FOUR)
+def test_a_run_of_four_ranks_goes_on_to_the_bit(trained, first, second):
+    folder = trained(4)
+    found = weights(folder, f"{first}-{second}-resumed")
+    whole = weights(folder, f"{second}-all")
+    del found["norms"], whole["norms"]  # of the second half only
+    assert all(found[key].equal(whole[key]) for key in whole)
+    mine, its = (momentum(folder, name) for name in (f"{first}-{second}-resumed", f"{second}-all"))
+    assert mine.equal(its)
+
+
+def test_settling_the_buckets_changes_nothing_else():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        network = build_model("cifar_resnet8", 4)
+        model = DistributedDataParallel(network)
+        seen: list[nn.Module] = []
+        network.register_forward_hook(lambda module, *_: seen.append(module))
+        before = {key: value.clone() for key, value in network.state_dict().items()}
+        numbers = torch.get_rng_state()
+        settle_buckets(model)
+        assert model.module is network and model.broadcast_buffers
+        assert all(value.equal(before[key]) for key, value in network.state_dict().items())
+        assert all(p.grad is None for p in network.parameters())
+        assert torch.get_rng_state().equal(numbers) and not seen
+        model(torch.zeros(2, 3, 8, 8)).sum().backward()
+        assert seen == [network] and all(p.grad is not None for p in network.parameters())
+    finally:
+        dist.destroy_process_group()
 
 
 def test_a_killed_run_goes_on_and_is_pruned_like_any_other(tiny_config, tmp_path, run_main):

@@ -26,33 +26,36 @@ def forward_pass(model: nn.Module, accelerator: Accelerator) -> Callable[[Tensor
     return forward
 
 
-def _settle_buckets(model: DistributedDataParallel, parameters: list[nn.Parameter]) -> None:
-    """Let the places of gradients in DDP's buckets depend on the network alone.
+class _SumOfParameters(nn.Module):
+    """Reaches every parameter, in their order, and none of the network's hooks and buffers."""
 
-    After its first backward pass DDP lays the buckets out anew, in the order in which the
-    gradients came. From three ranks on, the order in which a value's summands are added depends on
-    its place, so that a run that was taken up, with a first pass of its own, would be rounded
-    otherwise than one that went on. Here that first pass is one over gradients of zero, the last
-    parameter's first, before any step is made.
-    """
-    network = model.module
-    kept = network.__dict__.get("forward")  # Accelerate's, with autocast
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self._reached = tuple(p for p in network.parameters() if p.requires_grad)
 
-    def forward() -> Tensor:
-        total = torch.zeros((), device=parameters[0].device)
-        for parameter in parameters:  # backward goes from the end
-            total = total + 0.0 * parameter.sum()
+    def forward(self, total: Tensor) -> Tensor:
+        # A chain, which autograd goes back along: the last parameter's gradient is the first one.
+        for parameter in self._reached:
+            total = total + parameter.sum()
         return total
 
-    network.forward = forward
+
+def settle_buckets(model: DistributedDataParallel) -> None:
+    """Have DDP arrange its buckets of gradients before the first step.
+
+    By itself it arranges them anew after the first one. Where in a bucket a gradient lies decides
+    in which order the ranks' values are added (from three ranks on, that is rounded differently),
+    so the first step of a resumed process would differ from the same step of an undisturbed one.
+    The arrangement is that of the parameters backwards; neither weights nor buffers nor random
+    numbers change. To be called on all ranks.
+    """
+    network, with_buffers = model.module, model.broadcast_buffers
+    model.module, model.broadcast_buffers = _SumOfParameters(network), False
     try:
-        model().backward()
+        model(torch.zeros((), device=next(network.parameters()).device)).backward()
     finally:
-        del network.forward
-        if kept is not None:
-            network.forward = kept
-    for parameter in parameters:
-        parameter.grad = None
+        model.module, model.broadcast_buffers = network, with_buffers
+    network.zero_grad(set_to_none=True)
 
 
 class Engine:
@@ -87,7 +90,7 @@ class Engine:
         self._norm: Tensor | None = None
         self.model, self._optimizer = accelerator.prepare(network, optimizer)
         if isinstance(self.model, DistributedDataParallel):
-            _settle_buckets(self.model, self._parameters)
+            settle_buckets(self.model)
 
     def set_learning_rate(self, lr: float) -> None:
         """The learning rate of the step to come."""
