@@ -186,8 +186,12 @@ expand_counts() { # "4(x2),1" -> 4 4 1
   done
 }
 
-show_job() { # of an array, this task alone
-  scontrol show job -d "${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}"
+job_id() { # of an array, this task alone: one task's SLURM_JOB_ID is the array's, and means all of it
+  echo "${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}"
+}
+
+show_job() {
+  scontrol show job -d "$(job_id)"
 }
 
 allocated_gpus() { # of what show_job prints: one number per node; nothing where there are no GPUs
@@ -265,7 +269,7 @@ cpus_per_rank() { # the same for all, as srun wants it; 0: fewer cores than rank
 say_layout() {
   local node text=""
   for node in "${!NODES[@]}"; do text+=" ${NODES[node]}:${RANKS[node]}"; done
-  echo "job $SLURM_JOB_ID: $WORLD rank(s) on ${#NODES[@]} node(s) by $LAUNCHER:$text" \
+  echo "job $(job_id): $WORLD rank(s) on ${#NODES[@]} node(s) by $LAUNCHER:$text" \
     "${SLURM_RESTART_COUNT:+(restart $SLURM_RESTART_COUNT)}"
 }
 
@@ -394,8 +398,8 @@ requeue_or_end() {
       "submit the same command again to go on" >&2
     exit "$EXIT"
   fi
-  echo "job $SLURM_JOB_ID is requeued and goes on from its newest checkpoint (restart $((restarts + 1)))"
-  if ! scontrol requeue "$SLURM_JOB_ID"; then
+  echo "job $(job_id) is requeued and goes on from its newest checkpoint (restart $((restarts + 1)))"
+  if ! scontrol requeue "$(job_id)"; then
     echo "error: this site does not requeue; submit the same command again to go on" >&2
     exit "$EXIT"
   fi

@@ -88,11 +88,15 @@ def main() -> None:
     from train.distributed.accelerator import make_accelerator
     from train.distributed.collectives import sum_over_ranks
     from train.distributed.engine import forward_pass
+    from train.distributed.environment import settle_environment
     from train.distributed.ranks import settle_ranks
     from train.run_folder.log import say
 
     settle_ranks(os.environ)
+    to_tell = settle_environment(os.environ, arguments.precision)
     accelerator = make_accelerator(arguments.precision)
+    for line in to_tell:
+        accelerator.print(line)
     index = open_for_all_ranks(arguments.data, None, accelerator)
     found = _load(arguments, index)
     if accelerator.is_main_process:

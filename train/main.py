@@ -10,6 +10,7 @@ on from the very step.
 import argparse
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -69,12 +70,15 @@ def main() -> None:
     """Run or dry-run the configuration."""
     arguments = parse_arguments()
     from train.config.config import load_config, stages_until
+    from train.distributed.environment import settle_environment
     from train.distributed.ranks import settle_ranks
 
     try:
         settle_ranks(os.environ)
         config = load_config(arguments.config, arguments.overrides)
         stages_until(config, arguments.until)
+        training = config.training
+        to_tell = settle_environment(os.environ, training.precision, training)
         if arguments.dry_run:
             from train.dry_run import dry_run
 
@@ -82,19 +86,23 @@ def main() -> None:
             return
         from train.distributed.accelerator import make_accelerator
         from train.distributed.collectives import EveryRankError
-
-        training = config.training
         from train.distributed.deepspeed_engine import deepspeed_plugin
         from train.distributed.stopping import Stopped, StopRequest
         from train.distributed.watchdog import EXIT_LOST
 
+        plugin = deepspeed_plugin(training)
+        # A signal ends what waits for other ranks at once; nothing is lost yet.
+        accelerator = make_accelerator(training.precision, training.rank_timeout, plugin=plugin)
         stop = StopRequest()
         stop.listen()
-        plugin = deepspeed_plugin(training)
-        accelerator = make_accelerator(training.precision, training.rank_timeout, plugin=plugin)
-    except UserError:
-        _leave_it_to_one_rank()
-        raise
+        for line in to_tell:
+            accelerator.print(line)
+    except UserError as error:
+        _leave_it_to_one_rank(of_each_node=True)
+        if os.environ.get("RANK", "0") == "0":
+            raise
+        where = f"rank {os.environ['RANK']} on {socket.gethostname()}"
+        raise UserError(f"{where}: {error}") from None
     from train.stages.sequence import run_stages
 
     try:
@@ -168,16 +176,21 @@ def _opened(
         raise stopped
 
 
-def _leave_it_to_one_rank() -> None:
+def _leave_it_to_one_rank(*, of_each_node: bool = False) -> None:
     """End quietly on all ranks but one: all of them met the same mistake.
 
     The launcher ends the others when the first one is gone, and that one might still be at its
     imports. So they wait a while for the launcher to end them.
+
+    Args:
+        of_each_node: return on the first rank of each node where no launcher ends it: before the
+            ranks have met, the mistake may be one node's own.
     """
     if os.environ.get("RANK", "0") != "0":
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(_FIRST_TO_SPEAK)
-        sys.exit(2)
+        if not (of_each_node and os.environ.get("LOCAL_RANK") == "0"):
+            sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -110,6 +110,15 @@ def test_a_killed_run_is_replaced_at_once_though_its_child_lives(start, tmp_path
     assert said.count("\n") == 1
 
 
+def test_a_task_of_an_array_is_named_as_scancel_takes_it(start, tmp_path):
+    """One of the tasks has the array's own id, which would cancel all of them."""
+    with_its_id = {"SLURM_JOB_ID": "4711", "SLURM_ARRAY_JOB_ID": "4711"}
+    first = start(**with_its_id, SLURM_ARRAY_TASK_ID="3")
+    first.holds()
+    code, said = start().end()
+    assert code == 2 and ", SLURM job 4711_3, since" in said
+
+
 def test_a_stopped_run_keeps_its_folder(start):
     first = start("beat=0.1")
     first.holds()

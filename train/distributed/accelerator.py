@@ -8,7 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from accelerate.utils import (
+    DistributedType,
+    DynamoBackend,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+)
 from torch import nn
 from torch.optim import Optimizer
 
@@ -16,6 +21,7 @@ from tpp.common.errors import UserError
 from train.config.sections import TrainingSection
 from train.distributed.deepspeed_engine import DeepSpeedEngine
 from train.distributed.engine import Engine
+from train.distributed.meeting import meet
 from train.distributed.rendezvous import keep_to_loopback, meet_anew_after_restart
 from train.distributed.watchdog import group_timeout
 
@@ -40,15 +46,18 @@ def make_accelerator(
 ) -> Accelerator:
     """Start or join the process group and pick this rank's device.
 
+    Where ranks do not come, this process ends, see ``train.distributed.meeting``.
+
     Args:
         precision: ``fp32``, ``bf16`` or ``fp16``.
-        rank_timeout: seconds after which the watchdog takes a rank for lost; the process group's
-            own timeout comes later.
+        rank_timeout: seconds that the ranks wait for each other, and after which the watchdog
+            takes one for lost; the process group's own timeout comes later.
         plugin: DeepSpeed's settings, see ``train.distributed.deepspeed_engine``; None for
             DistributedDataParallel.
 
     Raises:
-        UserError: fp16 without a GPU or with DeepSpeed, or an engine that is not supported.
+        UserError: fp16 without a GPU or with DeepSpeed, an engine that is not supported, or no
+            address or port to meet at.
     """
     cpu = not torch.cuda.is_available()
     if cpu and precision == "fp16":
@@ -57,23 +66,28 @@ def make_accelerator(
         raise UserError("training.precision: fp16 is not supported with DeepSpeed; use bf16")
     meet_anew_after_restart()
     keep_to_loopback()
+    meet(rank_timeout)
     group = InitProcessGroupKwargs(
         backend="gloo" if cpu and plugin is not None else None,
         timeout=group_timeout(rank_timeout),
     )
+    # What is given here, Accelerate does not look up in the environment.
+    ours: dict[str, Any] = {
+        "gradient_accumulation_plugin": GradientAccumulationPlugin(num_steps=1),
+        "dynamo_backend": DynamoBackend.NO,
+        "kwargs_handlers": [group],
+    }
     if plugin is not None:
         _be_a_group_of_one()
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         # Told to use the CPU, Accelerate would leave DeepSpeed out.
         accelerator: Accelerator = _DeepSpeedAccelerator(
-            deepspeed_plugin=plugin, kwargs_handlers=[group]
+            deepspeed_plugin=plugin, mixed_precision="no", **ours
         )
         accelerator.in_bf16 = precision == "bf16"
     else:
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "false"
-        accelerator = Accelerator(
-            cpu=cpu, mixed_precision=_MIXED_PRECISION[precision], kwargs_handlers=[group]
-        )
+        accelerator = Accelerator(cpu=cpu, mixed_precision=_MIXED_PRECISION[precision], **ours)
     if accelerator.distributed_type not in (
         DistributedType.NO,
         DistributedType.MULTI_GPU,

@@ -49,6 +49,7 @@ class DeepSpeedEngine(Engine):
     ) -> None:
         self._numbered = list(network.parameters())
         self._groups = optimizer.state_dict()["param_groups"]
+        self._has_momentum = any(group["momentum"] for group in self._groups)
         super().__init__(accelerator, network, optimizer, clip=clip)
         # Stage 0 leaves the optimiser as it is.
         self._is_zero = self.saves_together = self.model.zero_optimization_stage() > 0
@@ -96,6 +97,8 @@ class DeepSpeedEngine(Engine):
         if not self._is_zero:
             super().load_state_dict(state)
             return
+        if not self._has_momentum:
+            return
         from deepspeed.utils import safe_set_full_optimizer_state
 
         zero = self.model.optimizer
@@ -112,7 +115,7 @@ class DeepSpeedEngine(Engine):
         from deepspeed.utils import safe_get_full_optimizer_state
 
         zero = self.model.optimizer
-        if not zero._hp_optimizer_states_linked:
+        if not self._has_momentum or not zero._hp_optimizer_states_linked:
             return {}
         return {
             number: {_BUFFER: safe_get_full_optimizer_state(parameter, _BUFFER)}
@@ -164,10 +167,18 @@ def _asked_for_deepspeed(path: str | None) -> dict[str, Any] | None:
     environment = os.environ
     if path is None and environment.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true"):
         path = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+        stage = environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
+        asked = int(stage) if stage and stage.isdigit() else stage or 2
         if not path:
-            stage = environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
-            asked = {"zero_optimization": {"stage": int(stage)}}
-            return _checked(asked, "accelerate launch --zero_stage")
+            settings = {"zero_optimization": {"stage": asked}}
+            return _checked(settings, "accelerate launch, zero_stage")
+        found = _checked(read_json(path, "DeepSpeed's configuration"), path)
+        if stage is not None and asked != found.get("zero_optimization", {}).get("stage", 0):
+            raise UserError(
+                f"ACCELERATE_DEEPSPEED_ZERO_STAGE={stage}: {path}, which accelerate launch names "
+                "too, says otherwise; leave zero_stage out"
+            )
+        return found
     return None if path is None else _checked(read_json(path, "DeepSpeed's configuration"), path)
 
 

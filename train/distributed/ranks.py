@@ -18,29 +18,67 @@ from tpp.common.errors import UserError
 # Below the range from which Linux gives ports to outgoing connections, above the well-known ones.
 _FIRST_PORT, _PORTS = 12000, 20000
 _LONGEST_LIST = 100_000
+_STARTERS = "torchrun, srun, accelerate launch or deepspeed"
+_ALONE = {"WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 
 
 def settle_ranks(environment: MutableMapping[str, str]) -> None:
     """Give the tasks of an srun step torchrun's variables; to be called before anything else.
 
-    Nothing changes where another launcher has set RANK, in a step of one task, and in a batch
+    Nothing is changed where another launcher has set RANK, in a step of one task, and in a batch
     script itself, whose only process is no task of a step.
 
     Args:
         environment: of this process; ``os.environ``.
 
     Raises:
-        UserError: SLURM's variables do not fit together, or ``accelerate launch`` was asked for
-            several processes and has started one.
+        UserError: the variables do not fit together, the ranks were started by mpirun, or
+            ``accelerate launch`` was asked for several processes and has started one.
     """
     if "RANK" in environment:
+        _check(environment)
         return
     tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
     if "SLURM_STEP_ID" in environment and "SLURM_PROCID" in environment and tasks != "1":
         environment.update(_ranks_of_step(environment))
         return
-    if environment.get("WORLD_SIZE", "1") == "1":
-        _refuse_missing_processes(psutil.Process().parents())
+    for name in ("WORLD_SIZE", "LOCAL_RANK"):
+        if environment.get(name, _ALONE[name]) != _ALONE[name]:
+            raise UserError(
+                f"{name}={environment[name]} is set and RANK is not: unset it for one process, or "
+                f"start the ranks with {_STARTERS}"
+            )
+    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"):
+        if environment.get(name, "1") != "1":
+            raise UserError(
+                f"{name}={environment[name]}: mpirun does not say where the ranks meet; start them "
+                f"with {_STARTERS}"
+            )
+    _refuse_missing_processes(psutil.Process().parents())
+
+
+def _check(environment: Mapping[str, str]) -> None:
+    """Check what a launcher has set: one that sets RANK alone has numbered nodes, not ranks."""
+    numbers = {"RANK": "0", "WORLD_SIZE": "1"}
+    for name, alone in numbers.items():
+        text = numbers[name] = environment.get(name, alone)
+        if not re.fullmatch("[0-9]{1,9}", text):
+            raise UserError(f"{name}={text}: not a number; start the ranks with {_STARTERS}")
+    rank, ranks = int(numbers["RANK"]), int(numbers["WORLD_SIZE"])
+    if rank >= ranks:
+        raise UserError(
+            f"RANK={rank} does not fit WORLD_SIZE={ranks}; unset it for one process, or start the "
+            f"ranks with {_STARTERS}"
+        )
+    needed = ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if ranks > 1 else ()
+    for name in needed:
+        text = environment.get(name, "")
+        if not text or (name != "MASTER_ADDR" and not re.fullmatch("[0-9]{1,9}", text)):
+            what = f"{name}={text}: not a number" if text else f"{name} is not set"
+            raise UserError(
+                f"{what}, but RANK={rank} and WORLD_SIZE={ranks} are; start the ranks with "
+                f"{_STARTERS}"
+            )
 
 
 def _ranks_of_step(slurm: Mapping[str, str]) -> dict[str, str]:

@@ -6,6 +6,9 @@ import socket
 
 import torch.distributed as dist
 
+from tpp.common.errors import UserError
+
+_BACKLOG = 1024
 _stores: list[dist.TCPStore] = []  # that this process hosts: they end with the last reference
 
 
@@ -14,6 +17,9 @@ def keep_to_loopback() -> None:
 
     To be called before the process group is made. What the user has set stays. A store that
     torchrun's agent hosts listens on every address; torch has no option against it.
+
+    Raises:
+        UserError: MASTER_PORT cannot be had.
     """
     environment = os.environ
     ranks = environment.get("WORLD_SIZE")
@@ -26,8 +32,8 @@ def keep_to_loopback() -> None:
         environment.setdefault("NCCL_SOCKET_IFNAME", f"={loopback}")
     port = environment.get("MASTER_PORT", "")
     hosts_store = environment.get("RANK") == "0" and not agent_hosts_store()
-    if hosts_store and port.isdigit() and not _stores:
-        _host_store(environment.get("MASTER_ADDR", ""), int(port))
+    if hosts_store and port.isdigit():
+        host_store(environment.get("MASTER_ADDR", ""), int(port))
 
 
 def meet_anew_after_restart() -> None:
@@ -47,26 +53,35 @@ def meet_anew_after_restart() -> None:
     old = dist.TCPStore(host, port, is_master=False, wait_for_workers=False)
     key = f"restart/{attempt}/port"
     if environment["RANK"] == "0":
-        _host_store("127.0.0.1", 0)
+        host_store("127.0.0.1", 0)
         old.set(key, str(_stores[-1].port))
     environment["MASTER_ADDR"] = "127.0.0.1"
     environment["MASTER_PORT"] = old.get(key).decode()
     environment["TORCHELASTIC_USE_AGENT_STORE"] = "False"
 
 
-def _host_store(host: str, port: int) -> None:
-    """Host the ranks' store on the loopback address, if that is where they are to meet.
+def host_store(host: str, port: int) -> None:
+    """Host the ranks' store in this process, unless it does so already; for rank 0.
 
-    Torch itself would listen on every address. It takes up a store that this process hosts at
-    the same port already.
+    On the loopback address alone, if that is where they are to meet; torch itself would listen on
+    every address. It takes up a store that this process hosts at the same port.
+
+    Args:
+        host, port: where the ranks meet; port 0 for any that is free.
+
+    Raises:
+        UserError: the port cannot be had.
     """
+    if any(store.port == port for store in _stores):
+        return
     try:
-        address = socket.gethostbyname(host)
-        if not ipaddress.ip_address(address).is_loopback:
-            return
-        listener = socket.create_server((address, port), backlog=1024)
-    except OSError:
-        return  # torch will say what is wrong with this address
+        listener = _listener(host, port)
+    except OSError as error:
+        raise UserError(
+            f"MASTER_PORT={port}: the ranks cannot meet at this port of {socket.gethostname()} "
+            f"({error.strerror}); set another one (torchrun: --master_port), or leave it out under "
+            "srun"
+        ) from None
     store = dist.TCPStore(
         host,
         listener.getsockname()[1],
@@ -76,6 +91,21 @@ def _host_store(host: str, port: int) -> None:
         master_listen_fd=listener.detach(),
     )
     _stores.append(store)
+
+
+def _listener(host: str, port: int) -> socket.socket:
+    try:
+        address = socket.gethostbyname(host)
+    except OSError:
+        address = ""
+    if address and ipaddress.ip_address(address).is_loopback:
+        return socket.create_server((address, port), backlog=_BACKLOG)
+    if socket.has_dualstack_ipv6():
+        family = socket.AF_INET6
+        return socket.create_server(
+            ("", port), family=family, backlog=_BACKLOG, dualstack_ipv6=True
+        )
+    return socket.create_server(("", port), backlog=_BACKLOG)
 
 
 def agent_hosts_store() -> bool:

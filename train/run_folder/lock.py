@@ -41,7 +41,7 @@ class Holder(BaseModel, extra="ignore", strict=True):
         run: a random name, of this one process.
         host, pid: where it runs.
         boot: the node's boot id; empty where the system has none.
-        job: SLURM job id; empty outside SLURM.
+        job: SLURM's id of the job, or of an array's task; empty outside SLURM.
         started: local time, ISO 8601.
         every: seconds between two beats.
         beat: how often the holder has given a sign of life.
@@ -61,6 +61,12 @@ class Holder(BaseModel, extra="ignore", strict=True):
     def __str__(self) -> str:
         job = f", SLURM job {self.job}" if self.job else ""
         return f"process {self.pid} on {self.host}{job}, since {self.started}"
+
+
+def _slurm_job() -> str:
+    """As scancel takes it: of an array this task alone, also where it has the array's own id."""
+    array, task = (os.environ.get(f"SLURM_ARRAY_{name}", "") for name in ("JOB_ID", "TASK_ID"))
+    return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID", "")
 
 
 class RunLock:
@@ -89,7 +95,7 @@ class RunLock:
             host=_plain(socket.gethostname()),
             pid=os.getpid(),
             boot=_boot_id(),
-            job=_plain(os.environ.get("SLURM_JOB_ID", "")),
+            job=_plain(_slurm_job()),
             started=datetime.now().astimezone().isoformat(timespec="seconds"),
             every=beat,
         )
