@@ -54,6 +54,11 @@ _SEQUENTIAL = frozenset({0xC0, 0xC1})
 _COMMON_FRAMES = _SEQUENTIAL | {0xC2}
 # Of Adobe's marker, T.872 6.5.3: the place of the byte that says what three channels are; YCbCr.
 _ADOBE, _ADOBE_TRANSFORM, _ADOBE_YCC = 0xEE, 15, 1
+# What follows 0xFF among a JPEG's pixels: an escaped 0xFF, restarts, and, between scans, tables,
+# comments and the next scan.
+_AMONG_PIXELS = np.isin(
+    np.arange(256), [0, 0xFF, *range(0xD0, 0xD8), 0xC4, _SCAN[1], 0xDB, 0xDD, 0xFE]
+)
 # Larger images are decoded one at a time: they would fill the memory otherwise.
 _LARGE_PIXELS = 2**24
 _one_large_image = Lock()
@@ -150,18 +155,28 @@ def is_common(data: Encoded) -> bool:
 
 
 def _is_common_jpeg(view: memoryview) -> bool:
-    place, adobe = 2, _ADOBE_YCC
+    place, adobe, alike = 2, _ADOBE_YCC, False
     for _ in range(_MOST_SEGMENTS):
         marker = view[place + 1]
-        if view[place] != 0xFF or marker not in _SKIPPED:
+        if view[place] != 0xFF:
+            return False
+        if marker == _SCAN[1]:
             break
         if marker == _ADOBE and view[place + 4 : place + 9] == b"Adobe":
             adobe = view[place + _ADOBE_TRANSFORM]
+        elif marker in _COMMON_FRAMES:
+            channels, names = view[place + 9], view[place + 10 : place + 19 : 3]
+            alike = channels == 1 or (channels == 3 and adobe == _ADOBE_YCC and names != b"RGB")
+        elif marker not in _SKIPPED:
+            return False
         place += 2 + (view[place + 2] << 8 | view[place + 3])
-    if view[place] != 0xFF or view[place + 1] not in _COMMON_FRAMES:
+    else:
         return False
-    channels, names = view[place + 9], view[place + 10 : place + 19 : 3]
-    return channels == 1 or (channels == 3 and adobe == _ADOBE_YCC and names != b"RGB")
+    # Of markers that do not belong between pixels, some decoders take no notice and others give up.
+    data = np.frombuffer(view, np.uint8)[place:]
+    markers = data[1:][np.flatnonzero(data[:-1] == 0xFF)]
+    odd = markers[~_AMONG_PIXELS[markers]]
+    return alike and len(odd) > 0 and odd[0] == _END[1]
 
 
 def _is_common_png(view: memoryview) -> bool:

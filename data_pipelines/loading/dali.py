@@ -368,9 +368,11 @@ class _Feed:
 
     def _take(self, image: int, data: Bytes) -> _Sized:
         """What DALI is given of an image, and its size; ValueError where it is no whole image."""
-        header = check_image(data)
-        if image in self.refused or not is_common(data):
-            return _pixels(data, self._transform.channels)
+        header, channels = check_image(data), self._transform.channels
+        # DALI cuts off the grey of a colour PNG, where Pillow rounds it.
+        cut_off = channels == 1 and header.format == "png" and header.channels > 2
+        if image in self.refused or cut_off or not is_common(data):
+            return _pixels(data, channels)
         return data, (header.height, header.width)
 
     def _assemble(self, request: Request, parts: list[Fetched[_Sized]]) -> _Fed:
@@ -443,21 +445,20 @@ def _decodes(given: Mapping[str, Any], channels: int, device: torch.device) -> b
     """Whether DALI decodes one image as the pipeline does: the same window, in the same colours."""
     on_gpu = device.type == "cuda"
     pipeline = Pipeline(
-        batch_size=1, num_threads=1, device_id=_device_number(device) if on_gpu else None
+        batch_size=1,
+        num_threads=1,
+        device_id=_device_number(device) if on_gpu else None,
+        prefetch_queue_depth=1,  # else it takes no inputs by name
     )
     with pipeline:
         inputs = {
-            name: fn.external_source(
-                source=lambda value=given[name]: [value],  # type: ignore[misc]
-                dtype=_TYPES[name][0],
-                ndim=_TYPES[name][1],
-            )
+            name: fn.external_source(dtype=_TYPES[name][0], ndim=_TYPES[name][1], name=name)
             for name in ("encoded", "start", "shape")
             if name in given
         }
         pipeline.set_outputs(_decoded(inputs, channels, on_gpu=on_gpu))
     try:
-        pipeline.run()
+        pipeline.run(**{name: [given[name]] for name in inputs})
     except RuntimeError:
         return False
     finally:
