@@ -125,7 +125,13 @@ class _Scaler:
 def _scale(image: Bytes, size: NDArray[np.float32]) -> Bytes:
     # Channels last, in and out, as torch sees it only in this order: nothing is copied.
     pixels = torch.from_numpy(image)[None].permute(0, 3, 1, 2)
-    scaled = interpolate(pixels, [*map(int, size)], mode="bilinear", antialias=True)
+    height, width = map(int, size)
+    # Torch scales the width first. So does Pillow 13 but for these, which are fewer steps the other
+    # way round; the values between the two are rounded.
+    lost = image.shape[0] - height
+    if lost > 0 and lost > 2 * (image.shape[1] - width):
+        pixels = interpolate(pixels, [height, image.shape[1]], mode="bilinear", antialias=True)
+    scaled = interpolate(pixels, [height, width], mode="bilinear", antialias=True)
     return np.ascontiguousarray(scaled[0].permute(1, 2, 0).numpy())
 
 
