@@ -5,10 +5,17 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
-from data_pipelines.images.header import open_with_pil
+from data_pipelines.images.header import (
+    Header,
+    find_damage,
+    is_common,
+    open_with_pil,
+    read_header,
+    what_pil_says,
+)
 from data_pipelines.images.order import Float64s, Int64s
 
 Batch = tuple[Tensor, Tensor]
@@ -66,21 +73,39 @@ class LoaderSettings:
 def decode_with_pil(data: NDArray[np.uint8], channels: int) -> Image.Image:
     """Decode an image file's bytes as RGB (3 channels) or grey (1); EXIF rotation is ignored.
 
-    The bytes are those of an image in which
-    :func:`data_pipelines.images.header.find_damage` finds none.
+    Of a colour JPEG, grey is the luma that the file holds, and 16 bits are scaled to 8. Everything
+    else is as PIL has it: of several pictures the first, or the still one; alpha is left out; a
+    TIFF is turned as its orientation says.
 
     Raises:
-        ValueError: the bytes cannot be decoded.
+        ValueError: the bytes cannot be decoded; says why in a few words. Of a JPEG or PNG,
+            :func:`data_pipelines.images.header.find_damage` has to be asked before, since PIL
+            decodes a few bytes that say they are a huge image.
     """
     try:
         with open_with_pil(data) as image:
+            # Not of lossless ones: there PIL's decoder fails on it.
+            if channels == 1 and is_common(data):
+                image.draft("L", None)
             grey16 = image.mode.startswith("I")
             # PIL's own conversion clips 16-bit grey at 255.
             decoded = image.point(lambda value: value / 257) if grey16 else image
             return decoded.convert("L" if channels == 1 else "RGB")
-    # What it says names the object in memory.
-    except UnidentifiedImageError:
-        raise ValueError("cannot be decoded") from None
     # PIL's readers raise whatever comes, depending on the format and the damage.
     except Exception as error:
-        raise ValueError(str(error)) from None
+        raise ValueError(what_pil_says(error)) from None
+
+
+def check_image(data: NDArray[np.uint8]) -> Header:
+    """The header of an image that may be decoded, for both loaders alike.
+
+    What is neither JPEG nor PNG is not looked through: decoding it tells.
+
+    Raises:
+        ValueError: it is damaged; says how in a few words.
+    """
+    header = read_header(data)
+    damage = None if header.format == "other" else find_damage(data)
+    if damage:
+        raise ValueError(damage)
+    return header

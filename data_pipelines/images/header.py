@@ -23,7 +23,7 @@ Encoded = bytes | bytearray | memoryview | NDArray[np.uint8]
 MOST_PIXELS = 178_956_970
 """Twice what PIL warns of: beyond it PIL decodes nothing, since it may be a bomb."""
 
-FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "TIFF", "WEBP", "JPEG2000")
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "TIFF", "WEBP", "JPEG2000", "AVIF")
 """What PIL may read. It knows forty more, among them PostScript, which Ghostscript would run."""
 
 TAIL = 1024
@@ -50,6 +50,15 @@ _MOST_SCANS = 100
 _SCAN, _END = b"\xff\xda", b"\xff\xd9"
 # Frames whose pixels may come in several scans: all but baseline and extended sequential.
 _SEQUENTIAL = frozenset({0xC0, 0xC1})
+# Frames that every decoder knows: these, and progressive ones; no arithmetic coding, not lossless.
+_COMMON_FRAMES = _SEQUENTIAL | {0xC2}
+# Of Adobe's marker, T.872 6.5.3: the place of the byte that says what three channels are; YCbCr.
+_ADOBE, _ADOBE_TRANSFORM, _ADOBE_YCC = 0xEE, 15, 1
+# What follows 0xFF among a JPEG's pixels: an escaped 0xFF, restarts, and, between scans, tables,
+# comments and the next scan.
+_AMONG_PIXELS = np.isin(
+    np.arange(256), [0, 0xFF, *range(0xD0, 0xD8), 0xC4, _SCAN[1], 0xDB, 0xDD, 0xFE]
+)
 # Larger images are decoded one at a time: they would fill the memory otherwise.
 _LARGE_PIXELS = 2**24
 _one_large_image = Lock()
@@ -111,14 +120,77 @@ def find_damage(data: Encoded, *, decode: bool = False) -> str | None:
         large = header.height * header.width > _LARGE_PIXELS
         with _one_large_image if large else nullcontext(), open_with_pil(view) as image:
             image.load()
-    # What it says names the object in memory.
-    except UnidentifiedImageError:
-        return "cannot be decoded"
     # PIL's readers raise whatever comes, depending on the format and the damage.
     except Exception as error:
-        said = str(error)
-        return "truncated" if "truncated" in said else f"cannot be decoded: {said}"
+        return what_pil_says(error)
     return None
+
+
+def what_pil_says(error: Exception) -> str:
+    """Why PIL cannot decode an image, in a few words, from what it raised."""
+    # What it says names the object in memory.
+    if isinstance(error, UnidentifiedImageError):
+        return "cannot be decoded"
+    said = str(error)
+    return "truncated" if "truncated" in said else f"cannot be decoded: {said}"
+
+
+def is_common(data: Encoded) -> bool:
+    """Whether every decoder makes the same pixels of an image's file, so far as its header tells.
+
+    That are JPEGs, baseline or progressive, grey or YCbCr, and PNGs of up to 8 bits that do not
+    move and whose chunks are whole: nearly all that there are. Of the rest some decoders make
+    something else, or nothing.
+
+    Args:
+        data: the whole file's bytes.
+    """
+    view = _view(data)
+    try:
+        if view[:3] == _JPEG:
+            return _is_common_jpeg(view)
+        return view[:8] == _PNG and _is_common_png(view)
+    except (IndexError, StructError):
+        return False
+
+
+def _is_common_jpeg(view: memoryview) -> bool:
+    place, adobe, alike = 2, _ADOBE_YCC, False
+    for _ in range(_MOST_SEGMENTS):
+        marker = view[place + 1]
+        if view[place] != 0xFF:
+            return False
+        if marker == _SCAN[1]:
+            break
+        if marker == _ADOBE and view[place + 4 : place + 9] == b"Adobe":
+            adobe = view[place + _ADOBE_TRANSFORM]
+        elif marker in _COMMON_FRAMES:
+            channels, names = view[place + 9], view[place + 10 : place + 19 : 3]
+            alike = channels == 1 or (channels == 3 and adobe == _ADOBE_YCC and names != b"RGB")
+        elif marker not in _SKIPPED:
+            return False
+        place += 2 + (view[place + 2] << 8 | view[place + 3])
+    else:
+        return False
+    # Of markers that do not belong between pixels, some decoders take no notice and others give up.
+    data = np.frombuffer(view, np.uint8)[place:]
+    markers = data[1:][np.flatnonzero(data[:-1] == 0xFF)]
+    odd = markers[~_AMONG_PIXELS[markers]]
+    return alike and len(odd) > 0 and odd[0] == _END[1]
+
+
+def _is_common_png(view: memoryview) -> bool:
+    if view[24] > 8:
+        return False
+    place = 8
+    while True:
+        length, kind = unpack_from(">I4s", view, place)
+        end = place + 8 + length
+        if kind == b"acTL" or unpack_from(">I", view, end) != (crc32(view[place + 4 : end]),):
+            return False
+        if kind == b"IEND":
+            return True
+        place = end + 4
 
 
 def is_modest(head: Encoded, byte_size: int) -> bool:

@@ -159,13 +159,14 @@ class ImageSource:
     order: SampleOrder | None
     bad: BadImages
 
-    def fetch(self, request: "Request", rows: range, take: Callable[[Bytes], T]) -> Fetched[T]:
+    def fetch(self, request: "Request", rows: range, take: Callable[[int, Bytes], T]) -> Fetched[T]:
         """Read the images of some rows of a request.
 
         Args:
             request: the batch.
             rows: which of it.
-            take: makes something of an image's bytes; raises ValueError where it cannot.
+            take: makes something of an image's number and bytes; raises ValueError where it
+                cannot.
 
         Raises:
             UserError: an image cannot be read, and may not be skipped.
@@ -178,7 +179,7 @@ class ImageSource:
                 if image in self.bad:
                     continue
                 try:
-                    item = take(read_bytes(self.index.location(image)))
+                    item = take(image, read_bytes(self.index.location(image)))
                 except (OSError, ValueError) as error:
                     reason = error.strerror if isinstance(error, OSError) else str(error)
                     fetched.bad.append((image, reason or str(error)))

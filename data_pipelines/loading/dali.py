@@ -3,10 +3,12 @@
 Python threads read the files ahead (reading is waiting, not computing), look into each one's header
 and work out windows and flips by the same functions that the torchvision loader uses; DALI gets
 encoded images and numbers, and does everything that touches a pixel, but for scaling on the CPU.
+Rare kinds of files, of which DALI makes something else than Pillow or nothing at all, are decoded
+by Pillow in the threads that read, and handed to DALI as uncompressed images.
 """
 
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
@@ -20,8 +22,14 @@ from nvidia.dali.data_node import DataNode
 from nvidia.dali.plugin.pytorch import DALIGenericIterator
 from nvidia.dali.types import DALIDataType, DALIImageType, DALIInterpType
 
-from data_pipelines.images.batch import Batch, LoaderSettings, Request
-from data_pipelines.images.header import find_damage, read_header
+from data_pipelines.images.batch import (
+    Batch,
+    LoaderSettings,
+    Request,
+    check_image,
+    decode_with_pil,
+)
+from data_pipelines.images.header import is_common
 from data_pipelines.images.order import Float64s, Int64s
 from data_pipelines.images.source import Bytes, Fetched, ImageSource, rows_of
 from data_pipelines.loading.augment import (
@@ -60,8 +68,9 @@ def dali_batches(
         UserError: an image cannot be read and may not be skipped; raised when the batch's turn
             comes.
     """
+    refused: set[int] = set()
     while True:
-        feed = _Feed(source, requests, transform)
+        feed = _Feed(source, requests, transform, refused)
         scaler = None if settings.device.type == "cuda" else _Scaler(settings.threads, transform)
         pipeline = _pipeline(feed, scaler, transform, batch_size, settings)
         iterator = DALIGenericIterator(
@@ -76,7 +85,7 @@ def dali_batches(
                         raise feed.error from None
                     return
                 except RuntimeError as error:
-                    _condemn(source, feed, settings.device, error)
+                    _settle(source, feed, transform, settings.device, error)
                     break
                 feed.delivered()
                 images, labels = made["images"], made["labels"]
@@ -89,7 +98,7 @@ def dali_batches(
                 scaler.close()
             feed.close()
         # After an error a pipeline is of no more use. What it had taken is read anew: without the
-        # images that are now known to be bad.
+        # images that are now known to be bad, and with Pillow those that DALI alone refuses.
         requests = chain(feed.unfinished, requests)
 
 
@@ -158,18 +167,7 @@ def _graph(
     )
     # DALI's rewriting knows no zip(strict=True).
     given = {name: cast(list[DataNode], sources)[k] for k, name in enumerate(names)}
-    decoding: dict[str, Any] = {
-        "device": "mixed" if on_gpu else "cpu",
-        "output_type": DALIImageType.GRAY if transform.channels == 1 else DALIImageType.RGB,
-        "adjust_orientation": False,
-        "jpeg_fancy_upsampling": True,
-    }
-    if "start" in given:
-        images = fn.decoders.image_slice(
-            given["encoded"], start=given["start"], shape=given["shape"], axes=(0, 1), **decoding
-        )
-    else:
-        images = fn.decoders.image(given["encoded"], **decoding)
+    images = _decoded(given, transform.channels, on_gpu=on_gpu)
     if "size" in given:
         images = _scaled(images, given["size"], scaler, transform)
     if "corner" in given:
@@ -199,6 +197,22 @@ def _graph(
         images = erase(images, given["boxes"])
     labels = given["labels"]
     return images, labels.gpu() if on_gpu else labels
+
+
+def _decoded(given: Mapping[str, Any], channels: int, *, on_gpu: bool) -> DataNode:
+    """Decode the encoded images given, or the window given of each."""
+    decoding: dict[str, Any] = {
+        "device": "mixed" if on_gpu else "cpu",
+        "output_type": DALIImageType.GRAY if channels == 1 else DALIImageType.RGB,
+        "adjust_orientation": False,
+        "jpeg_fancy_upsampling": True,
+    }
+    if "start" not in given:
+        return cast(DataNode, fn.decoders.image(given["encoded"], **decoding))
+    images = fn.decoders.image_slice(
+        given["encoded"], start=given["start"], shape=given["shape"], axes=(0, 1), **decoding
+    )
+    return cast(DataNode, images)
 
 
 def _scaled(
@@ -277,12 +291,18 @@ class _Feed:
         fed: what DALI has been given and has not delivered yet. It is not copied: these arrays
             must live until then.
         error: why the requests ended early.
+        refused: images that DALI has failed to decode, which Pillow decodes.
     """
 
     def __init__(
-        self, source: ImageSource, requests: Iterator[Request], transform: ImageTransform
+        self,
+        source: ImageSource,
+        requests: Iterator[Request],
+        transform: ImageTransform,
+        refused: set[int],
     ) -> None:
         self._source, self._requests, self._transform = source, requests, transform
+        self.refused = refused
         self._taken: deque[Request] = deque()
         self.fed: deque[_Fed] = deque()
         self.error: Exception | None = None
@@ -342,12 +362,21 @@ class _Feed:
                 return None
             self._taken.append(request)
             reads = [
-                self._readers.submit(self._source.fetch, request, rows, _checked)
+                self._readers.submit(self._source.fetch, request, rows, self._take)
                 for rows in rows_of(request.images, _READERS)
             ]
             fetched = [read.result() for read in reads]
             if any(part.rows for part in fetched):
                 return self._assemble(request, fetched)
+
+    def _take(self, image: int, data: Bytes) -> _Sized:
+        """What DALI is given of an image, and its size; ValueError where it is no whole image."""
+        header, channels = check_image(data), self._transform.channels
+        # DALI cuts off the grey of a colour PNG, where Pillow rounds it.
+        cut_off = channels == 1 and header.format == "png" and header.channels > 2
+        if image in self.refused or cut_off or not is_common(data):
+            return _pixels(data, channels)
+        return data, (header.height, header.width)
 
     def _assemble(self, request: Request, parts: list[Fetched[_Sized]]) -> _Fed:
         rows = np.concatenate([np.array(part.rows, dtype=np.int64) for part in parts])
@@ -365,44 +394,74 @@ class _Feed:
         return _Fed(request, images, given)
 
 
-def _checked(data: Bytes) -> _Sized:
-    """An image's bytes with its height and width; ValueError where they are no whole image."""
-    damage = find_damage(data)
-    if damage:
-        raise ValueError(damage)
-    header = read_header(data)
-    return data, (header.height, header.width)
-
-
-def _condemn(source: ImageSource, feed: _Feed, device: torch.device, error: RuntimeError) -> None:
-    """Find the images behind DALI's error, which does not name them.
+def _pixels(data: Bytes, channels: int) -> _Sized:
+    """An image as Pillow decodes it: uncompressed, as a PPM or PGM, with its height and width.
 
     Raises:
-        UserError: there is one, and it may not be skipped.
-        RuntimeError: it was no image's fault.
+        ValueError: it cannot be decoded.
     """
-    bad = {
-        image
+    image = decode_with_pil(data, channels)
+    head = b"P%d %d %d 255\n" % (5 if channels == 1 else 6, image.width, image.height)
+    return np.frombuffer(head + image.tobytes(), np.uint8), (image.height, image.width)
+
+
+def _settle(
+    source: ImageSource,
+    feed: _Feed,
+    transform: ImageTransform,
+    device: torch.device,
+    error: RuntimeError,
+) -> None:
+    """Find the images behind DALI's error, which does not name them.
+
+    Those that Pillow decodes are refused, to be decoded by it from now on: so both loaders leave
+    out the same images. The others are bad.
+
+    Raises:
+        UserError: there is a bad one, and it may not be skipped.
+        RuntimeError: it was no image's fault; a note names the batch's files.
+    """
+    names = _inputs(transform)
+    suspects = {
+        image: data
         for fed in feed.fed
-        for image, data in zip(fed.images, fed.given[0], strict=True)
-        if not _decodes(data, device)
+        for image, *data in zip(fed.images, *fed.given, strict=True)
+        if not _decodes(dict(zip(names, data, strict=True)), transform.channels, device)
     }
-    if not bad:
+    if not suspects:
+        files = [source.index.name(image) for image in feed.fed[0].images] if feed.fed else []
+        error.add_note("the batch's images: " + ", ".join(files))
         raise error
-    for image in sorted(bad):
-        source.bad.add(image, "its header is whole, but DALI cannot decode it")
+    for image, (data, *_) in sorted(suspects.items()):
+        # What Pillow made of it came here as PPM or PGM; there is no third way.
+        if image in feed.refused:
+            source.bad.add(image, "DALI cannot take it, though Pillow decodes it")
+            continue
+        try:
+            _pixels(data, transform.channels)
+            feed.refused.add(image)
+        except ValueError as said:
+            source.bad.add(image, str(said))
 
 
-def _decodes(data: Bytes, device: torch.device) -> bool:
+def _decodes(given: Mapping[str, Any], channels: int, device: torch.device) -> bool:
+    """Whether DALI decodes one image as the pipeline does: the same window, in the same colours."""
     on_gpu = device.type == "cuda"
     pipeline = Pipeline(
-        batch_size=1, num_threads=1, device_id=_device_number(device) if on_gpu else None
+        batch_size=1,
+        num_threads=1,
+        device_id=_device_number(device) if on_gpu else None,
+        prefetch_queue_depth=1,  # else it takes no inputs by name
     )
     with pipeline:
-        encoded = fn.external_source(source=lambda: [data], dtype=DALIDataType.UINT8, ndim=1)
-        pipeline.set_outputs(fn.decoders.image(encoded, device="mixed" if on_gpu else "cpu"))
+        inputs = {
+            name: fn.external_source(dtype=_TYPES[name][0], ndim=_TYPES[name][1], name=name)
+            for name in ("encoded", "start", "shape")
+            if name in given
+        }
+        pipeline.set_outputs(_decoded(inputs, channels, on_gpu=on_gpu))
     try:
-        pipeline.run()
+        pipeline.run(**{name: [given[name]] for name in inputs})
     except RuntimeError:
         return False
     finally:

@@ -19,8 +19,13 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from data_pipelines.images.batch import Batch, LoaderSettings, Request, decode_with_pil
-from data_pipelines.images.header import find_damage
+from data_pipelines.images.batch import (
+    Batch,
+    LoaderSettings,
+    Request,
+    check_image,
+    decode_with_pil,
+)
 from data_pipelines.images.source import Bytes, ImageSource
 from data_pipelines.loading.augment import (
     ImageTransform,
@@ -119,7 +124,7 @@ class _Images(Dataset[_Made | UserError]):
             fetched = self._source.fetch(
                 request,
                 range(len(request.images)),
-                lambda data: _decoded(data, transform.channels),
+                lambda _, data: _decoded(data, transform.channels),
             )
         except UserError as error:
             return error
@@ -170,9 +175,7 @@ def _square(
 
 def _decoded(data: Bytes, channels: int) -> Image.Image:
     """An image of a file's bytes, if the other loader would take them too."""
-    damage = find_damage(data)
-    if damage:
-        raise ValueError(damage)
+    check_image(data)
     return decode_with_pil(data, channels)
 
 

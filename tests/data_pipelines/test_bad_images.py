@@ -13,13 +13,14 @@ import torch
 from PIL import Image
 
 from data_pipelines.images import source
-from data_pipelines.images.batch import LoaderSettings
+from data_pipelines.images.batch import LoaderSettings, Request
 from data_pipelines.images.image_index import ImageIndex, Location, load_index, save_index
 from data_pipelines.images.image_index import scan_class_folders as scan
 from data_pipelines.images.order import Steps, permutation
-from data_pipelines.images.source import BadImages, read_bytes
+from data_pipelines.images.source import BadImages, ImageSource, read_bytes
 from data_pipelines.loaders import eval_batches, train_batches, training_order
 from data_pipelines.loading.augment import ImageTransform
+from tests.data_pipelines.image_formats import lossless_jpeg
 from tpp.common.errors import UserError
 
 # The torchvision loader's workers.
@@ -357,3 +358,108 @@ def test_a_stretch_of_a_file_is_read_exactly(tmp_path: Path) -> None:
     assert read_bytes(Location(str(path), 20, 30)).tolist() == list(range(20, 50))
     with pytest.raises(ValueError, match="ends 10 bytes too early"):
         read_bytes(Location(str(path), 190, 20))
+
+
+def _scan_of(data: bytes) -> int:
+    """Where the pixels of a JPEG begin."""
+    start = data.index(b"\xff\xda")
+    return start + 2 + (data[start + 2] << 8 | data[start + 3])
+
+
+def _with_stray_marker(path: Path) -> None:
+    """A marker that does not belong among the pixels: Pillow gives up, DALI takes no notice."""
+    data = path.read_bytes()
+    place = _scan_of(data) + 60
+    path.write_bytes(data[:place] + b"\xff\xc0\x00\x03" + data[place + 4 :])
+
+
+def _with_wrong_check(path: Path) -> None:
+    """A PNG one of whose chunks does not fit its CRC."""
+    Image.open(path).save(path, "PNG")
+    data = path.read_bytes()
+    place = data.index(b"IEND") - 6
+    path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+
+
+def _with_words_between(path: Path) -> None:
+    """Bytes that are no segment before the pixels: Pillow passes over them, DALI gives up."""
+    data = path.read_bytes()
+    start = data.index(b"\xff\xda")
+    path.write_bytes(data[:start] + b"abc" + data[start:])
+
+
+def _noisy(path: Path, seed: int) -> None:
+    pixels = np.random.default_rng(seed).integers(0, 256, (24, 24, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path, "JPEG", quality=95)
+
+
+@pytest.mark.parametrize("trusting", [False, True])
+def test_both_loaders_leave_out_the_same_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trusting: bool
+) -> None:
+    """Whether the header tells that an image is an odd one, or DALI alone finds it out."""
+    from data_pipelines.loading import dali
+
+    if trusting:
+        monkeypatch.setattr(dali, "is_common", lambda data: True)
+    (tmp_path / "a").mkdir()
+    files = [tmp_path / "a" / f"{number}.jpg" for number in range(8)]
+    for number, path in enumerate(files):
+        _noisy(path, number)
+    _with_words_between(files[1])
+    Image.open(files[2]).save(files[2], "GIF")
+    _without_scan(files[5])
+    files[6].write_bytes(lossless_jpeg(np.asarray(Image.open(files[6]))))
+    _with_wrong_check(files[4])
+    if not trusting:
+        _with_stray_marker(files[3])
+    index = scan(tmp_path)
+    for channels, augmentation in ((3, "none"), (1, "none"), (1, "imagenet")):
+        transform = ImageTransform(
+            24, None, augmentation, (0.0,) * channels, (1 / 255,) * channels, channels
+        )
+        made, left_out = {}, {}
+        for loader in LOADERS:
+            bad = BadImages(index, on_error="skip", limit=1)
+            settings = LoaderSettings(loader, int(loader == "dali"), CPU)
+            if augmentation == "none":
+                batches = list(eval_batches(index, transform, 4, settings, bad=bad))
+            else:
+                order, steps = training_order(index, SEED), Steps(4, 1, 0, 4)
+                batches = list(train_batches(index, transform, order, steps, settings, bad=bad))
+            made[loader] = torch.cat([images for images, _ in batches])
+            left_out[loader] = {path for path, _ in bad.take_new()}
+        expected = {str(files[5])} if trusting else {str(files[3]), str(files[5])}
+        assert left_out["dali"] == left_out["torchvision"] == expected
+        torch.testing.assert_close(made["dali"], made["torchvision"], rtol=0, atol=1.01)
+
+
+def test_of_a_batch_that_fails_only_the_images_behind_it_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A colour lossless JPEG on a grey network, which DALI decodes in its own colours only."""
+    from data_pipelines.loading import dali
+
+    monkeypatch.setattr(dali, "is_common", lambda data: True)
+    _write_images(tmp_path, 4)
+    index = scan(tmp_path)
+    path = tmp_path / index.files[2]
+    path.write_bytes(lossless_jpeg(np.asarray(Image.open(path))))
+    images, bad, error = np.arange(4), BadImages(index), RuntimeError("critical")
+    source = ImageSource(index, None, bad)
+    for channels, refused in ((1, {2}), (3, set())):
+        requests = iter([Request(images, images, np.empty((4, 0)), 16)])
+        transform = ImageTransform(
+            16, None, "none", (0.0,) * channels, (1 / 255,) * channels, channels
+        )
+        feed = dali._Feed(source, requests, transform, set())
+        next(feed)
+        if refused:
+            dali._settle(source, feed, transform, CPU, error)
+        else:  # no image's fault
+            with pytest.raises(RuntimeError, match="critical") as caught:
+                dali._settle(source, feed, transform, CPU, error)
+            (note,) = caught.value.__notes__
+            assert all(f"{tmp_path}/{name}" in note for name in index.files)
+        feed.close()
+        assert feed.refused == refused

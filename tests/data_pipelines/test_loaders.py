@@ -116,10 +116,9 @@ def _join(batches: list[Batch]) -> Batch:
 
 
 def _assert_close(ours: torch.Tensor, theirs: torch.Tensor, *, mean: float) -> None:
-    """Bounds measured on all 500 photos: each image's mean difference is below 0.25 of 255.
+    """Bounds measured on the photos, with Pillow 13: 99.8% of the values are the same.
 
-    Evaluation's below 0.1, where 99.8% of the values are the same; a few in a million differ by
-    two levels and no more.
+    Each image's mean difference is below 0.05 of 255; a few in a million differ by two levels.
     """
     assert ours.shape == theirs.shape
     difference = (_levels(ours) - _levels(theirs)).abs()
@@ -135,7 +134,7 @@ def test_train_images_of_both_loaders_are_the_same(photos: ImageIndex) -> None:
     assert our_labels.dtype == their_labels.dtype == torch.int64
     assert torch.equal(our_labels, their_labels)
     assert sorted(our_labels.tolist()) == list(range(PHOTOS))
-    _assert_close(ours, theirs, mean=0.3)
+    _assert_close(ours, theirs, mean=0.06)
 
 
 @pytest.mark.parametrize("loader", LOADERS)
@@ -148,15 +147,14 @@ def test_train_images_are_torchvision_s_for_the_same_window(
     normalise = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
     expected = []
     for image, draw in zip(order, draws, strict=True):
-        photo = v2.functional.pil_to_tensor(
-            Image.open(photos.root / photos.files[image]).convert("RGB")
-        )
-        size = np.array([photo.shape[1:]])
+        photo = Image.open(photos.root / photos.files[image]).convert("RGB")
+        size = np.array([(photo.height, photo.width)])
         ((top, left, height, width),) = random_resized_windows(size, draw[None]).tolist()
-        crop = v2.functional.resized_crop(photo, top, left, height, width, [224, 224])
+        cut = v2.functional.resized_crop(photo, top, left, height, width, [224, 224])
+        crop = v2.functional.pil_to_tensor(cut)
         expected.append(normalise(crop.flip(-1) if flips(draw[None])[0] else crop))
     assert labels.tolist() == photos.labels[order].tolist()
-    _assert_close(images, torch.stack(expected), mean=0.4)
+    _assert_close(images, torch.stack(expected), mean=0.06)
 
 
 @pytest.mark.parametrize("loader", LOADERS)
@@ -179,7 +177,7 @@ def test_eval_images_are_torchvision_s(photos: ImageIndex, loader: str, resize: 
     images, our_labels = _join(batches)
     assert our_labels.tolist() == list(labels)
     # Without scaling the decoders agree bit by bit; what is left is float rounding.
-    _assert_close(images, torch.stack(expected), mean=0.1 if resize else 1e-3)
+    _assert_close(images, torch.stack(expected), mean=0.06 if resize else 1e-3)
 
 
 def test_cifar_images_of_both_loaders_are_the_same(cifar: ImageIndex) -> None:
@@ -290,16 +288,13 @@ def oddities(photos: ImageIndex, tmp_path_factory: pytest.TempPathFactory) -> Im
 
 @pytest.mark.parametrize("channels", [3, 1])
 def test_odd_files_become_the_same_images(oddities: ImageIndex, channels: int) -> None:
-    # Grey of a colour JPEG is DALI's luma of the file and PIL's of the decoded colours, which
-    # differ where a colour was clipped.
-    mean, most = (0.25, 1.01) if channels == 3 else (0.6, 12)
     ours, _ = _join(_evaluate(oddities, _transform(channels=channels)))
     theirs, _ = _join(_evaluate(oddities, _transform(channels=channels), loader="torchvision"))
     assert ours.shape == (11, channels, 224, 224)
     difference = (_levels(ours) - _levels(theirs)).abs()
     for file, image in zip(oddities.files, difference, strict=True):
-        assert image.mean() < mean, file
-        assert image.max() < most, file
+        assert image.mean() < 0.25, file
+        assert image.max() < 1.01, file
 
 
 def test_the_odd_files_all_show_the_photo(oddities: ImageIndex) -> None:
