@@ -4,10 +4,12 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from tpp.channels.channel_map import ChannelMap, LayerChannels, check_pruned
+from tpp.channels.channel_map import ChannelMap, LayerChannels
 from tpp.channels.cuts import Cut, cut_tensors, cuts_of
+from tpp.channels.trials import Trials, refusal
+from tpp.common.errors import UserError
 from tpp.models.architecture import meta_copy
-from tpp.models.fitting import assign_tensors, fill_buffers, fit_to_shapes
+from tpp.models.fitting import assign_tensors, fill_buffers
 from tpp.models.layers import check_layers
 from tpp.plan import PruningPlan
 
@@ -64,23 +66,39 @@ def pruned_on_meta(
     plan: PruningPlan,
     tensors: Mapping[str, Tensor],
     example_input: Tensor | None = None,
-) -> tuple[dict[str, list[Cut]], nn.Module, dict[str, LayerChannels]]:
-    """The cuts, and the narrower network without its tensors' values, checked against the dense."""
-    pruned = meta_copy(model)
+) -> tuple[Mapping[str, list[Cut]], nn.Module, str | None]:
+    """The narrower network without its tensors' values, checked against the dense one.
+
+    Returns:
+        What ``tensors`` lose; the network; and, if it is not the dense one with these filters at
+        zero, a line that says why.
+    """
     if not plan.active_layers:
-        return {}, pruned, {}
+        return {}, meta_copy(model), None
     check_layers(model, plan.active_layers)
     channel_map = ChannelMap(model, example_input=example_input)
     channels = channel_map.find(plan.active_layers)
-    cuts = cuts_of(plan, channels, shapes_of(tensors))
-    shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
-    for name, own in cuts.items():
-        for cut in own:
-            shapes[name][cut.dim] = len(cut.kept) // cut.groups
-    fit_to_shapes(pruned, {name: tuple(shape) for name, shape in shapes.items()})
-    kept = {(name, cut.dim): cut.kept for name, own in cuts.items() for cut in own}
-    check_pruned(channel_map, pruned, kept)
-    return cuts, pruned, channels
+    trials = Trials(model, channel_map)
+    trial = trials.run(plan, channels)
+    if trial.refused:
+        raise refusal(trials.faults(plan, channels)) or UserError(trial.refused)
+    return trial.cuts, trial.network, _inexact(channels, trial.changed)
+
+
+def _inexact(channels: Mapping[str, LayerChannels], changed: str | None) -> str | None:
+    because = []
+    found = [channel for channel in channels.values() if channel.inexact]
+    if found:
+        also = f", and of {len(found) - 1} more layers" if len(found) > 1 else ""
+        because.append(f"the filters of {found[0].layer}{also} {found[0].inexact}")
+    if changed:
+        because.append(f"the code derives a number from widths ({changed})")
+    if not because:
+        return None
+    return (
+        f"{'; '.join(because)}: what is left is not the dense network with these filters at zero; "
+        "finetune it"
+    )
 
 
 def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

@@ -81,7 +81,7 @@ def read_dense(
 
 def write_pruned(dense: _Dense, plan: PruningPlan, path_out: PathLike) -> tuple[nn.Module, _Dense]:
     """Write the pruned checkpoint; the network in it, on the meta device, and what to note."""
-    cuts, pruned, channels = pruned_on_meta(dense.model, plan, dense.tensors)
+    cuts, pruned, inexact = pruned_on_meta(dense.model, plan, dense.tensors)
     companions, left_out = _cut_companions(dense, cuts)
     save_model(
         path_out,
@@ -91,15 +91,7 @@ def write_pruned(dense: _Dense, plan: PruningPlan, path_out: PathLike) -> tuple[
         extra=_extra_after(dense),
         companions=companions,
     )
-    inexact = [c for c in channels.values() if c.inexact]
-    notes = [*dense.notes, *left_out]
-    if inexact:
-        first = inexact[0]
-        also = f", and of {len(inexact) - 1} more layers" if len(inexact) > 1 else ""
-        notes.append(
-            f"the filters of {first.layer}{also} {first.inexact}: what is left is not the dense "
-            "network with these filters at zero; finetune it"
-        )
+    notes = [*dense.notes, *left_out, *([inexact] if inexact else [])]
     return pruned, replace(dense, companions=companions, notes=tuple(notes))
 
 
