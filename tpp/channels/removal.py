@@ -1,17 +1,24 @@
 """Removing filters from a network in memory."""
 
+import math
+import warnings
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
 from tpp.channels.channel_map import ChannelMap, LayerChannels
 from tpp.channels.cuts import Cut, cut_tensors, cuts_of
 from tpp.channels.trials import Trials, refusal
-from tpp.common.errors import UserError
+from tpp.common.errors import Note, UserError
 from tpp.models.architecture import meta_copy
 from tpp.models.fitting import assign_tensors, fill_buffers
 from tpp.models.layers import check_layers
 from tpp.plan import PruningPlan
+
+# Share of the norm of weights below which what goes is called zero: a penalty that has done its
+# work leaves less.
+_AT_ZERO = 0.01
 
 
 def prune_tensors(
@@ -47,14 +54,22 @@ def prune_model(
 
     Returns:
         A new network that shares no memory with ``model``: same class, dtype, device, training
-        flags and ``architecture``, narrower layers. Parameters have no gradients.
+        flags and ``architecture``, narrower layers. Parameters have no gradients. The
+        autocast that Accelerate puts around a network is not taken along.
+
+    Warns:
+        Note: filters that go are not at zero, or what is left is not the dense network with these
+            filters at zero.
 
     Raises:
         UserError: the plan does not fit the model, a layer's filters cannot go alone, or the
             network's code does not allow for the smaller widths.
     """
     tensors = model.state_dict()
-    cuts, pruned, _ = pruned_on_meta(model, plan, tensors, example_input)
+    cuts, pruned, inexact = pruned_on_meta(model, plan, tensors, example_input)
+    for line in (not_at_zero(tensors, plan), inexact):
+        if line:
+            warnings.warn(line, Note, stacklevel=2)
     smaller = cut_tensors(tensors, cuts)
     assign_tensors(pruned, {name: tensor.clone() for name, tensor in smaller.items()})
     fill_buffers(pruned, model)
@@ -83,6 +98,34 @@ def pruned_on_meta(
     if trial.refused:
         raise refusal(trials.faults(plan, channels)) or UserError(trial.refused)
     return trial.cuts, trial.network, _inexact(channels, trial.changed)
+
+
+def norm_share(tensors: Mapping[str, Tensor], plan: PruningPlan) -> float | None:
+    """The share of the L2 norm of a plan's layers that is in the filters that go.
+
+    None where nothing goes, or the tensors have no values.
+    """
+    gone = total = 0.0
+    for layer in plan.active_layers:
+        weight = tensors[f"{layer}.weight"]
+        if weight.is_meta:
+            return None
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        squares = weight.detach().to(wide).flatten(1).square().sum(1)
+        total += squares.sum().item()
+        gone += squares[plan.pruned[layer]].sum().item()
+    return math.sqrt(gone / total) if total else None
+
+
+def not_at_zero(tensors: Mapping[str, Tensor], plan: PruningPlan) -> str | None:
+    """A line on filters that go although they are not at zero; None if they are, or nearly."""
+    share = norm_share(tensors, plan)
+    if share is None or share < _AT_ZERO:
+        return None
+    return (
+        f"the filters that go are not at zero: they hold {100 * share:.0f}% of the norm of their "
+        "layers' weights; accuracy falls until the network is finetuned"
+    )
 
 
 def _inexact(channels: Mapping[str, LayerChannels], changed: str | None) -> str | None:
