@@ -235,8 +235,8 @@ def _judge(prune: Callable[[], nn.Module], images: Tensor, expected: Tensor) -> 
 
 def measure_cases(layers: int) -> Result:
     """For some layers of every architecture, what either side makes of half of the filters."""
-    from tpp.channels.channel_map import survey_channels
     from tpp.channels.removal import prune_model
+    from tpp.channels.survey import survey_channels
 
     zeroing: Any = importlib.import_module("tests.tpp.zeroing")
     result: Result = {}

@@ -8,8 +8,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tpp.channels.channel_map import survey_channels
     from tpp.channels.removal import prune_model
+    from tpp.channels.survey import survey_channels
     from tpp.checkpoints.export_file import export_model
     from tpp.checkpoints.model_file import load_model, load_optimizer_state, save_model
     from tpp.checkpoints.prune_file import prune_checkpoint
@@ -71,7 +71,7 @@ _HOME = {
     "prune_model": "tpp.channels.removal",
     "save_model": "tpp.checkpoints.model_file",
     "select_filters": "tpp.selection.selection",
-    "survey_channels": "tpp.channels.channel_map",
+    "survey_channels": "tpp.channels.survey",
 }
 
 

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from zeroing import randomised, relative_difference, zeroed
 
-from tpp.channels.channel_map import survey_channels
 from tpp.channels.removal import prune_model
+from tpp.channels.survey import survey_channels
 from tpp.checkpoints.model_file import load_model, save_model
 from tpp.plan import PruningPlan
 

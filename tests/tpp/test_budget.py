@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import tpp
-from tpp.channels.channel_map import survey_channels
 from tpp.channels.removal import prune_model
+from tpp.channels.survey import survey_channels
 from tpp.measure.counts import Counts, count
 from tpp.measure.timing import LatencySettings
 from tpp.models.architecture import build_model, meta_copy

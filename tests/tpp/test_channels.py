@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from zeroing import randomised, reached, relative_difference, zeroed
 
-from tpp.channels.channel_map import check_plan, find_channels, survey_channels
+from tpp.channels.channel_map import check_plan, find_channels
 from tpp.channels.removal import prune_model
+from tpp.channels.survey import survey_channels
 from tpp.common.errors import UserError
 from tpp.models.architecture import build_model
 from tpp.plan import PruningPlan

@@ -12,8 +12,8 @@ import tpp.describe
 import tpp.export
 import tpp.latency
 import tpp.prune
-from tpp.channels.channel_map import survey_channels
 from tpp.channels.removal import prune_model
+from tpp.channels.survey import survey_channels
 from tpp.checkpoints.model_file import FORMAT, load_model, read_metadata, save_model
 from tpp.checkpoints.prune_file import prune_checkpoint
 from tpp.common.errors import UserError

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tpp.channels.planes import FIXED
 from tpp.channels.tracing import trace_channels
 from tpp.common.errors import UserError
 from tpp.models.architecture import example_input_for
@@ -87,19 +86,6 @@ class LayerChannels:
     inexact: str | None = None
 
 
-@dataclass(frozen=True)
-class Survey:
-    """What can go in a network.
-
-    Attributes:
-        channels: per layer whose filters can go what goes with them, in network order.
-        refused: per other layer the reason, in network order.
-    """
-
-    channels: dict[str, LayerChannels]
-    refused: dict[str, str]
-
-
 def find_channels(
     model: nn.Module,
     layers: Iterable[str],
@@ -135,31 +121,6 @@ def find_channels(
     return ChannelMap(model, example_input=example_input).find(layers, coupled=coupled)
 
 
-def survey_channels(
-    model: nn.Module, *, coupled: bool = False, example_input: Tensor | None = None
-) -> Survey:
-    """Find out of every Conv2d and Linear layer whether its filters can go, and what goes along.
-
-    Args:
-        model: any classifier of images.
-        coupled: whether layers that can only go together count; they name each other in ``tied``.
-        example_input: see :func:`find_channels`.
-
-    Raises:
-        UserError: the model cannot be run on the input.
-    """
-    channel_map = ChannelMap(model, example_input=example_input)
-    channels: dict[str, LayerChannels] = {}
-    refused: dict[str, str] = {}
-    for layer in channel_map.layers:
-        try:
-            named = channel_map.with_partners([layer]) if coupled else [layer]
-            channels[layer] = channel_map.channels(layer, set(named))
-        except UserError as error:
-            refused[layer] = str(error).removeprefix(f"{layer}: ")
-    return Survey(channels, refused)
-
-
 def check_plan(plan: PruningPlan, channels: Mapping[str, LayerChannels]) -> None:
     """Check that what a plan removes can be removed.
 
@@ -182,47 +143,6 @@ def check_plan(plan: PruningPlan, channels: Mapping[str, LayerChannels]) -> None
             )
 
 
-def check_pruned(
-    before: "ChannelMap", pruned: nn.Module, kept: Mapping[tuple[str, int], Tensor]
-) -> None:
-    """Check that a pruned network passes its channels on as the dense one does.
-
-    It is traced too, and what stands or falls together in it must be what does in the dense one,
-    less what was removed. So a network whose code counts channels in its own way (a branch on a
-    width, say) is found out, even if it runs.
-
-    Args:
-        before: the dense network's channels.
-        pruned: the pruned network, on any device.
-        kept: per tensor and dimension that shrinks the positions that stay.
-
-    Raises:
-        UserError: the pruned network does not run, or channels reach other places than before.
-    """
-    try:
-        after = ChannelMap(pruned, example_input=before.example_input)
-    except UserError as error:
-        raise UserError(f"its code does not allow these widths: {error}") from None
-    pairs = [np.zeros((2, 0), np.int64)]
-    for key, (new, _) in after.axes.items():
-        stays = kept.get(key)
-        old = before.axes[key][0]
-        pairs.append(np.stack([old if stays is None else old[stays.numpy()], new]))
-    # One filter alone has no label of its own, so what reads it is not seen to read one thing.
-    lone = [np.zeros(0, np.int64)]
-    for key, stays in kept.items():
-        if len(stays) == 1:
-            lone.append(before.axes[key][0][stays.numpy()])
-    # A class of the one must be a class of the other.
-    both = np.unique(np.concatenate(pairs, axis=1), axis=1)
-    both = both[:, (both[1] != FIXED) & ~np.isin(both[0], np.concatenate(lone))]
-    if any(len(np.unique(row)) < len(row) for row in both):
-        raise UserError(
-            f"{type(pruned).__name__}: with these widths its channels reach other places than "
-            "before; its code counts channels in its own way"
-        )
-
-
 class ChannelMap:
     """One network's channels.
 
@@ -231,11 +151,27 @@ class ChannelMap:
         layers: its Conv2d and Linear layers, in network order.
         axes: per tensor and dimension the class of every position (all positions of a class go at
             once), and the number of groups if these are the inputs of a convolution in groups.
+        numbers: what the network computes with, in evaluation mode.
+
+    Args:
+        model: any classifier of images, on any device; left alone.
+        example_input: see :func:`find_channels`.
+        dense: the network from which ``model`` was pruned, if it was.
+
+    Raises:
+        UserError: the model cannot be run on the input.
     """
 
-    def __init__(self, model: nn.Module, *, example_input: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        example_input: Tensor | None = None,
+        dense: "ChannelMap | None" = None,
+    ) -> None:
         self.example_input = example_input_for(model) if example_input is None else example_input
-        self._trace = trace = trace_channels(model, self.example_input)
+        kinds = dense._trace.group_kinds if dense else None
+        self._trace, self.numbers = trace, _ = trace_channels(model, self.example_input, kinds)
         self._modules = dict(model.named_modules())
         self.layers = [
             name for name, m in self._modules.items() if isinstance(m, nn.Conv2d | nn.Linear)

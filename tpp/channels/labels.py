@@ -1,8 +1,8 @@
 """The labels of a network's parameters: which positions of which tensors can only go together."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor, nn
@@ -46,6 +46,9 @@ class Partition:
     module: str
 
 
+GroupKind = Literal["grouped", "depthwise", "multiplied"]
+
+
 class EntryClasses:
     """A union-find over labels, with what is known about each class."""
 
@@ -84,6 +87,8 @@ class LabelStore:
     Attributes:
         partitions: the constraints that convolutions in groups make.
         norm_inputs: per BatchNorm (and the like) the labels of what it normalises.
+        group_kinds: per weight of a convolution in groups what a group is, see
+            :meth:`group_kind`.
         followers: of the labels that are added to each other the first, where these are of filters
             that only gate or filter others one by one, and go along with them: those of a
             squeeze-and-excitation, of a depthwise convolution.
@@ -92,9 +97,13 @@ class LabelStore:
         network: the network that is run, whose tensors get the labels.
         running: names of its modules that are running, innermost last, see
             :func:`tpp.models.fitting.running_modules`.
+        group_kinds: of the network as it was before it was pruned, if it was.
     """
 
-    def __init__(self, network: nn.Module, running: Sequence[str]) -> None:
+    def __init__(
+        self, network: nn.Module, running: Sequence[str], group_kinds: Mapping[str, GroupKind]
+    ) -> None:
+        self.group_kinds = dict(group_kinds)
         self.partitions: list[Partition] = []
         self.norm_inputs: dict[str, Labels] = {}
         self.followers: set[int] = set()
@@ -216,6 +225,20 @@ class LabelStore:
         stored = next((name for t in tensors if t is not None and (name := self.name_of(t))), None)
         if stored is not None:
             self.norm_inputs.setdefault(stored.rpartition(".")[0], labels)
+
+    def group_kind(self, weight: Tensor, groups: int) -> GroupKind:
+        """What a group of a convolution is: whether it reads several channels (``grouped``), one
+        and makes one (``depthwise``), or one and makes several (``multiplied``).
+
+        Filters that go may leave one of each: the convolution is then still what it was.
+        """
+        name = self.name_of(weight)
+        assert name is not None
+        rows, columns = weight.shape[:2]
+        kind: GroupKind = (
+            "grouped" if columns > 1 else "depthwise" if rows == groups else "multiplied"
+        )
+        return self.group_kinds.setdefault(name, kind)
 
     # ---- tensors -----------------------------------------------------------------------------
 

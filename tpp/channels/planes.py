@@ -79,6 +79,6 @@ def along(flow: Flow, dim: int) -> Labels | None:
 
 
 def size_of(tensor: Tensor, dim: int, out: Tensor) -> int:
-    """Size of an operand along a dimension of what it is broadcast to."""
+    """Size of an operand along a dimension of what it is broadcast to; 1 where one is repeated."""
     own = dim - (out.dim() - tensor.dim())
-    return tensor.shape[own] if own >= 0 else 1
+    return tensor.shape[own] if own >= 0 and tensor.stride(own) else 1

@@ -1,15 +1,24 @@
 """Removing filters from a network in memory."""
 
+import math
+import warnings
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
-from tpp.channels.channel_map import ChannelMap, LayerChannels, check_pruned
+from tpp.channels.channel_map import ChannelMap, LayerChannels
 from tpp.channels.cuts import Cut, cut_tensors, cuts_of
+from tpp.channels.trials import Trials, refusal
+from tpp.common.errors import Note, UserError
 from tpp.models.architecture import meta_copy
-from tpp.models.fitting import assign_tensors, fill_buffers, fit_to_shapes
+from tpp.models.fitting import assign_tensors, fill_buffers
 from tpp.models.layers import check_layers
 from tpp.plan import PruningPlan
+
+# Share of the norm of weights below which what goes is called zero: a penalty that has done its
+# work leaves less.
+_AT_ZERO = 0.01
 
 
 def prune_tensors(
@@ -45,14 +54,22 @@ def prune_model(
 
     Returns:
         A new network that shares no memory with ``model``: same class, dtype, device, training
-        flags and ``architecture``, narrower layers. Parameters have no gradients.
+        flags and ``architecture``, narrower layers. Parameters have no gradients. The
+        autocast that Accelerate puts around a network is not taken along.
+
+    Warns:
+        Note: filters that go are not at zero, or what is left is not the dense network with these
+            filters at zero.
 
     Raises:
         UserError: the plan does not fit the model, a layer's filters cannot go alone, or the
             network's code does not allow for the smaller widths.
     """
     tensors = model.state_dict()
-    cuts, pruned, _ = pruned_on_meta(model, plan, tensors, example_input)
+    cuts, pruned, inexact = pruned_on_meta(model, plan, tensors, example_input)
+    for line in (not_at_zero(tensors, plan), inexact):
+        if line:
+            warnings.warn(line, Note, stacklevel=2)
     smaller = cut_tensors(tensors, cuts)
     assign_tensors(pruned, {name: tensor.clone() for name, tensor in smaller.items()})
     fill_buffers(pruned, model)
@@ -64,23 +81,67 @@ def pruned_on_meta(
     plan: PruningPlan,
     tensors: Mapping[str, Tensor],
     example_input: Tensor | None = None,
-) -> tuple[dict[str, list[Cut]], nn.Module, dict[str, LayerChannels]]:
-    """The cuts, and the narrower network without its tensors' values, checked against the dense."""
-    pruned = meta_copy(model)
+) -> tuple[Mapping[str, list[Cut]], nn.Module, str | None]:
+    """The narrower network without its tensors' values, checked against the dense one.
+
+    Returns:
+        What ``tensors`` lose; the network; and, if it is not the dense one with these filters at
+        zero, a line that says why.
+    """
     if not plan.active_layers:
-        return {}, pruned, {}
+        return {}, meta_copy(model), None
     check_layers(model, plan.active_layers)
     channel_map = ChannelMap(model, example_input=example_input)
     channels = channel_map.find(plan.active_layers)
-    cuts = cuts_of(plan, channels, shapes_of(tensors))
-    shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
-    for name, own in cuts.items():
-        for cut in own:
-            shapes[name][cut.dim] = len(cut.kept) // cut.groups
-    fit_to_shapes(pruned, {name: tuple(shape) for name, shape in shapes.items()})
-    kept = {(name, cut.dim): cut.kept for name, own in cuts.items() for cut in own}
-    check_pruned(channel_map, pruned, kept)
-    return cuts, pruned, channels
+    trials = Trials(model, channel_map)
+    trial = trials.run(plan, channels)
+    if trial.refused:
+        raise refusal(trials.faults(plan, channels)) or UserError(trial.refused)
+    return trial.cuts, trial.network, _inexact(channels, trial.changed)
+
+
+def norm_share(tensors: Mapping[str, Tensor], plan: PruningPlan) -> float | None:
+    """The share of the L2 norm of a plan's layers that is in the filters that go.
+
+    None where nothing goes, or the tensors have no values.
+    """
+    gone = total = 0.0
+    for layer in plan.active_layers:
+        weight = tensors[f"{layer}.weight"]
+        if weight.is_meta:
+            return None
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        squares = weight.detach().to(wide).flatten(1).square().sum(1)
+        total += squares.sum().item()
+        gone += squares[plan.pruned[layer]].sum().item()
+    return math.sqrt(gone / total) if total else None
+
+
+def not_at_zero(tensors: Mapping[str, Tensor], plan: PruningPlan) -> str | None:
+    """A line on filters that go although they are not at zero; None if they are, or nearly."""
+    share = norm_share(tensors, plan)
+    if share is None or share < _AT_ZERO:
+        return None
+    return (
+        f"the filters that go are not at zero: they hold {100 * share:.0f}% of the norm of their "
+        "layers' weights; accuracy falls until the network is finetuned"
+    )
+
+
+def _inexact(channels: Mapping[str, LayerChannels], changed: str | None) -> str | None:
+    because = []
+    found = [channel for channel in channels.values() if channel.inexact]
+    if found:
+        also = f", and of {len(found) - 1} more layers" if len(found) > 1 else ""
+        because.append(f"the filters of {found[0].layer}{also} {found[0].inexact}")
+    if changed:
+        because.append(f"the code derives a number from widths ({changed})")
+    if not because:
+        return None
+    return (
+        f"{'; '.join(because)}: what is left is not the dense network with these filters at zero; "
+        "finetune it"
+    )
 
 
 def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

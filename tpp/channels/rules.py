@@ -135,22 +135,22 @@ def _convolution(
         return []
     if not flow.zero:
         store.warn(columns, "are not zero where their filters are: an activation shifts them")
-    depthwise = groups > 1 and weight.shape[:2] == (groups, 1)
-    if groups == 1:
+    kind = store.group_kind(weight, groups) if groups > 1 else None
+    if kind is None:
         store.bind(weight, column_dim, columns)
-    elif weight.shape[1] > 1:
+    elif kind == "grouped":
         store.bind_grouped(weight, columns, groups)
-    elif not depthwise:
+    elif kind == "multiplied":
         store.freeze_labels(columns, "feed a convolution with several filters for each channel")
     rows = store.filters_of(weight, row_dim)
     if rows is None:
         return []
     store.bind(bias, 0, rows)
     zero = True
-    if depthwise:
+    if kind == "depthwise":
         store.tie(columns, rows, follow=True)
         zero = flow.zero and bias is None
-    elif groups > 1:
+    elif kind:
         store.add_partition(rows, groups)
     return [Flow((plane_of(rows, 1, outs[0].shape),), zero=zero)]
 
@@ -284,7 +284,26 @@ def _pool(
 def _reduce(
     store: LabelStore, args: Sequence[Any], kwargs: Mapping[str, Any], outs: list[Tensor]
 ) -> list[Flow]:
-    """Means, sums and norms over some dimensions."""
+    """Means and extremes over some dimensions: of what is zero, too."""
+    return _over(store, args, kwargs, outs, zeros_count=True)
+
+
+def _sum(
+    store: LabelStore, args: Sequence[Any], kwargs: Mapping[str, Any], outs: list[Tensor]
+) -> list[Flow]:
+    """Sums and norms over some dimensions, to which a zero adds nothing."""
+    order = args[1] if len(args) > 1 and isinstance(args[1], int | float) else 1
+    return _over(store, args, kwargs, outs, zeros_count=order <= 0)
+
+
+def _over(
+    store: LabelStore,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    outs: list[Tensor],
+    *,
+    zeros_count: bool,
+) -> list[Flow]:
     x, out = args[0], outs[0]
     lists = [a for a in (*args[1:], kwargs.get("dim")) if isinstance(a, list | tuple)]
     dims = {dim % x.dim() for dim in lists[0]} if lists and lists[0] else set(range(x.dim()))
@@ -292,7 +311,8 @@ def _reduce(
     planes = []
     for plane in flow.planes:
         if dims & set(varying(plane)):
-            store.warn(values_of(plane), "are averaged or summed over")
+            if zeros_count or not flow.zero:
+                store.warn(values_of(plane), "are averaged or summed over")
             continue
         for dim in sorted(dims, reverse=True):
             plane = plane.narrow(dim, 0, 1) if out.dim() == x.dim() else plane.select(dim, 0)
@@ -385,11 +405,10 @@ def _concatenate(
 
 
 Rule = Callable[[LabelStore, Sequence[Any], Mapping[str, Any], list[Tensor]], list[Flow]]
+# Operations that leave values where they are.
+COPIES = {"clone", "alias", "detach", "_to_copy", "contiguous", "as_strided_", "lift_fresh"}
 RULES: dict[str, Rule] = {
-    **dict.fromkeys(
-        ("clone", "alias", "detach", "_to_copy", "contiguous", "as_strided_", "lift_fresh"),
-        _same,
-    ),
+    **dict.fromkeys(COPIES, _same),
     "convolution": _convolution,
     **dict.fromkeys(("mm", "bmm"), _mm),
     **dict.fromkeys(("addmm", "baddbmm"), _addmm),
@@ -417,7 +436,8 @@ RULES: dict[str, Rule] = {
         ),
         _pool,
     ),
-    **dict.fromkeys(("mean", "sum", "amax", "amin", "var", "linalg_vector_norm"), _reduce),
+    **dict.fromkeys(("mean", "amax", "amin", "var"), _reduce),
+    **dict.fromkeys(("sum", "linalg_vector_norm"), _sum),
     **dict.fromkeys(("_softmax", "_safe_softmax", "_log_softmax"), _softmax),
     "constant_pad_nd": _pad,
     "cat": _cat,

@@ -18,37 +18,72 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tpp.channels.labels import LabelStore
+from tpp.channels.labels import GroupKind, LabelStore
+from tpp.channels.numbers import NumberTrace, same_draws
 from tpp.channels.planes import Flow
 from tpp.channels.rules import MOVES, POINTWISE, RULES, move, pointwise, tensors_in
-from tpp.common.errors import UserError
+from tpp.common.errors import UserError, reason_of
 from tpp.models.architecture import meta_copy
-from tpp.models.fitting import running_modules
+from tpp.models.fitting import place_of, running_modules
 
 
-def trace_channels(model: nn.Module, example: Tensor) -> LabelStore:
-    """Run a network once; what that shows about its channels.
+class DoesNotRunError(UserError):
+    """A network does not run on a batch.
+
+    Attributes:
+        place: where in it.
+        reason: what its code says.
+    """
+
+    def __init__(self, model: nn.Module, image: Tensor, place: str, error: Exception) -> None:
+        self.place, self.reason = place, reason_of(error)
+        shape = "x".join(map(str, image.shape))
+        super().__init__(
+            f"{type(model).__name__} does not run on an input of {shape}: {self.reason} "
+            f"({place}); example_input must be what it expects"
+        )
+
+
+def trace_channels(
+    model: nn.Module, example: Tensor, group_kinds: Mapping[str, GroupKind] | None = None
+) -> tuple[LabelStore, NumberTrace]:
+    """Run a network once; what that shows about its channels, and the numbers in it.
 
     Args:
         model: any network of images, on any device; left alone.
         example: a batch that it takes, (N, channels, height, width).
+        group_kinds: what its convolutions in groups were before it was pruned, if it was, see
+            :meth:`tpp.channels.labels.LabelStore.group_kind`.
 
     Raises:
-        UserError: the network does not run on such a batch, or not without memory.
+        DoesNotRunError: the network does not run on such a batch, or not without memory.
+        UserError: it gives no tensor.
     """
     copy = meta_copy(model).eval()
-    store = LabelStore(copy, running_modules(copy))
+    running = running_modules(copy)
+    store, numbers = LabelStore(copy, running, group_kinds or {}), NumberTrace(running)
     dtype = next((p.dtype for p in copy.parameters()), example.dtype)
     image = torch.empty_like(example, device="meta", dtype=dtype)
-    with torch.inference_mode(False), torch.no_grad():
-        out = _run(copy, image, _ChannelMode(store))
+    try:
+        with (
+            same_draws(),
+            torch.inference_mode(False),
+            torch.no_grad(),
+            _ChannelMode(store),
+            numbers.watching(),
+        ):
+            out = copy(image)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a network's own code raises for an input it cannot use
+        raise DoesNotRunError(model, image, place_of(running), error) from None
     outputs = tensors_in(out)
     if not outputs:
         raise UserError(f"{type(model).__name__}: no tensor is found in the {type(out)} it gives")
     for tensor in outputs:
         store.freeze(store.flow(tensor), "are the network's output and must stay")
     store.close()
-    return store
+    return store, numbers
 
 
 class _ChannelMode(TorchDispatchMode):
@@ -96,18 +131,3 @@ class _ChannelMode(TorchDispatchMode):
                 reason = f"reach {name}, which they are not followed through"
                 store.freeze(store.flow(tensor), reason)
         return []
-
-
-def _run(model: nn.Module, image: Tensor, mode: TorchDispatchMode) -> Any:
-    try:
-        with mode:
-            return model(image)
-    except UserError:
-        raise
-    except Exception as error:  # whatever a network's own code raises for an input it cannot use
-        shape = "x".join(map(str, image.shape))
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(
-            f"{type(model).__name__} does not run on an input of {shape}: {reason}; "
-            "example_input must be what it expects"
-        ) from None

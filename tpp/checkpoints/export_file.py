@@ -10,7 +10,6 @@ import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from tpp.checkpoints.model_file import load_model, read_metadata
 from tpp.checkpoints.safetensors_files import PathLike
 from tpp.common.errors import UserError
 from tpp.common.files import aside_of, sync
-from tpp.models.architecture import architecture_of, image_shape_for
+from tpp.models.architecture import architecture_of, image_shape_for, plain_copy
 from tpp.models.preparation import take_image_size
 
 INPUT = "images"
@@ -99,7 +98,7 @@ def export_model(
         _check_size(name, network)
     if classes is None and not isinstance(source, nn.Module):
         classes = read_metadata(source).extra.get("classes")
-    model = deepcopy(network).to("cpu", torch.float32).eval()
+    model = plain_copy(network).to("cpu", torch.float32).eval()
     take_image_size(model, image_size)
     shape = _image_shape(model, example_input)
     _check_runs(name, model, shape)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tpp.channels.cuts import Cut, cut_tensors
-from tpp.channels.removal import pruned_on_meta, shapes_of
+from tpp.channels.removal import norm_share, not_at_zero, pruned_on_meta, shapes_of
 from tpp.checkpoints.model_file import CheckpointInfo, Companions, save_model
 from tpp.checkpoints.safetensors_files import PathLike
 from tpp.checkpoints.sources import Source, fit_names, name_optimizer_state, read_source
@@ -31,7 +31,7 @@ def prune_checkpoint(
     path_out: PathLike,
     *,
     architecture: Architecture | None = None,
-) -> None:
+) -> "Report":
     """Prune a file into a file; no more than what stays is held in memory.
 
     Args:
@@ -44,11 +44,31 @@ def prune_checkpoint(
             :mod:`tpp.checkpoints.model_file`.
         architecture: the network of a file that does not say which one it holds.
 
+    Returns:
+        What there is to know of the result.
+
     Raises:
         UserError: a file cannot be read or written, or the plan does not fit the network. The
             input, and an older output, are left as they were.
     """
-    write_pruned(read_dense(path_in, architecture), plan, path_out)
+    dense = read_dense(path_in, architecture)
+    _, done = write_pruned(dense, plan, path_out)
+    return Report(norm_share(dense.tensors, plan) or 0.0, done.notes)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What there is to know of a pruned checkpoint.
+
+    Attributes:
+        norm_share: of the L2 norm of the weights of all layers that lose filters, the share that
+            was in these filters; 0 if they were at zero.
+        notes: one line each, as the command prints them: filters that were not at zero, what was
+            left out, and why removal is not the same as zeroing, where it is not.
+    """
+
+    norm_share: float
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -142,7 +162,7 @@ def _agreed(path: PathLike, source: Source, named: Architecture | None) -> Archi
 
 def write_pruned(dense: _Dense, plan: PruningPlan, path_out: PathLike) -> tuple[nn.Module, _Dense]:
     """Write the pruned checkpoint; the network in it, on the meta device, and what to note."""
-    cuts, pruned, channels = pruned_on_meta(dense.model, plan, dense.tensors)
+    cuts, pruned, inexact = pruned_on_meta(dense.model, plan, dense.tensors)
     companions, left_out = _cut_companions(dense, cuts)
     save_model(
         path_out,
@@ -152,15 +172,8 @@ def write_pruned(dense: _Dense, plan: PruningPlan, path_out: PathLike) -> tuple[
         extra=_extra_after(dense),
         companions=companions,
     )
-    inexact = [c for c in channels.values() if c.inexact]
-    notes = [*dense.notes, *left_out]
-    if inexact:
-        first = inexact[0]
-        also = f", and of {len(inexact) - 1} more layers" if len(inexact) > 1 else ""
-        notes.append(
-            f"the filters of {first.layer}{also} {first.inexact}: what is left is not the dense "
-            "network with these filters at zero; finetune it"
-        )
+    said = (not_at_zero(dense.tensors, plan), inexact)
+    notes = [*dense.notes, *left_out, *(line for line in said if line)]
     return pruned, replace(dense, companions=companions, notes=tuple(notes))
 
 

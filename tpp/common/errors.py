@@ -1,7 +1,9 @@
-"""The one exception that stands for a user's mistake."""
+"""The one exception that stands for a user's mistake, and the one warning."""
 
 import sys
+import warnings
 from collections.abc import Callable
+from typing import Any
 
 # Of a message: as much as anybody reads.
 _MOST_LINES = 30
@@ -24,6 +26,13 @@ class UserError(Exception):
         if len(lines) > _MOST_LINES:
             lines[_MOST_LINES - 1 :] = [f"... and {len(lines) - _MOST_LINES + 1} more lines"]
         super().__init__("\n".join(printable(line, _LONGEST_LINE) for line in lines))
+
+
+class Note(UserWarning):
+    """Something about a result that its user should know, in one line.
+
+    A library's warning, for Python's usual filters; commands print it without file and line.
+    """
 
 
 def printable(text: str, longest: int | None = None) -> str:
@@ -51,8 +60,17 @@ def reason_of(error: BaseException) -> str:
 def run_command(main: Callable[[], None]) -> None:
     """Run a command-line entry point; end a user's mistake in one line and exit code 2.
 
-    Ctrl-C ends it in one line too, with the shell's exit code for that, 130.
+    Ctrl-C ends it in one line too, with the shell's exit code for that, 130. A :class:`Note` is
+    one line.
     """
+    usual = warnings.formatwarning
+
+    def formatted(message: Warning | str, category: type[Warning], *where: Any) -> str:
+        if issubclass(category, Note):
+            return f"note: {printable(str(message))}\n"
+        return usual(message, category, *where)
+
+    warnings.formatwarning = formatted  # type: ignore[assignment]
     try:
         main()
     except UserError as error:

@@ -1,6 +1,5 @@
 """How long a network takes for a batch."""
 
-import copy
 import functools
 import platform
 import statistics
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from tpp.common.errors import UserError
 from tpp.common.settings import NaturalNumber, OneOf, PositiveInt, check_values
-from tpp.models.architecture import Architecture, example_input_for
+from tpp.models.architecture import Architecture, example_input_for, plain_copy
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DEVICES = ("cpu", "cuda")
@@ -184,7 +183,7 @@ def _images(network: nn.Module, settings: LatencySettings, example_input: Tensor
 
 
 def _timed_copy(network: nn.Module, settings: LatencySettings) -> Callable[[Tensor], Any]:
-    timed = copy.deepcopy(network).eval().to(settings.device, DTYPES[settings.dtype])
+    timed = plain_copy(network).eval().to(settings.device, DTYPES[settings.dtype])
     timed = timed.to(memory_format=_memory_format(settings))
     # Without dynamic=False a second batch size would be compiled for any batch, not its own.
     return torch.compile(timed, dynamic=False) if settings.compile else timed

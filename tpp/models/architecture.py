@@ -216,14 +216,34 @@ def _parameters_on_meta() -> Iterator[None]:
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
-    """Copy a network without its weights: same modules, every tensor on the meta device."""
+    """Copy a network without its weights, as :func:`plain_copy` does: every tensor is on meta."""
     memo: dict[int, Tensor] = {}
     for parameter in model.parameters():
         empty = torch.empty_like(parameter, device="meta")
         memo[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
     for buffer in model.buffers():
         memo[id(buffer)] = torch.empty_like(buffer, device="meta")
-    return copy.deepcopy(model, memo)
+    return plain_copy(model, memo)
+
+
+def plain_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """Copy a network as it was before Accelerate prepared it: without the autocast around it.
+
+    Args:
+        model: any network; left alone.
+        memo: what stands in for its tensors, see ``copy.deepcopy``.
+    """
+    copied = copy.deepcopy(model, memo)
+    for module in copied.modules():
+        own = module.__dict__
+        own.pop("_is_accelerate_prepared", None)
+        forward = own.pop("_original_forward", None)
+        if forward is None:
+            continue
+        own.pop("forward", None)
+        if getattr(forward, "__func__", None) is not type(module).forward:
+            own["forward"] = forward  # one that its user had put there
+    return copied
 
 
 def set_architecture(model: nn.Module, architecture: Architecture | None) -> None:

@@ -192,7 +192,10 @@ def _fit_module(module: nn.Module, shapes: Mapping[str, Shape]) -> None:
 
 def _fit_convolution(module: nn.Conv2d, shape: Shape) -> None:
     groups = module.groups
-    if groups > 1 and groups == module.in_channels == module.out_channels and shape[1] == 1:
+    depthwise = groups == module.in_channels == module.out_channels
+    # With one filter left in each group a convolution in groups has become depthwise, and may
+    # since have lost groups.
+    if groups > 1 and shape[1] == 1 and (depthwise or shape[0] < groups):
         module.groups = module.in_channels = module.out_channels = shape[0]
     elif shape[0] % groups == 0:
         module.out_channels, module.in_channels = shape[0], shape[1] * groups

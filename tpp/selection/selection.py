@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tpp.channels.channel_map import LayerChannels, find_channels, survey_channels
+from tpp.channels.channel_map import LayerChannels, find_channels
+from tpp.channels.survey import survey_channels
 from tpp.common.errors import UserError
 from tpp.models.layers import prunable_layers
 from tpp.plan import PruningPlan
