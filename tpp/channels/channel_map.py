@@ -14,7 +14,7 @@ from tpp.channels.labels import LabelStore
 from tpp.channels.tracing import trace_channels
 from tpp.common.errors import UserError
 from tpp.models.architecture import example_input_for
-from tpp.models.layers import check_layers
+from tpp.models.layers import check_layers, how_computed
 from tpp.plan import PruningPlan
 
 
@@ -236,6 +236,8 @@ class ChannelMap:
             UserError: its filters cannot go, see :func:`find_channels`.
         """
         module: Any = self._modules[layer]
+        if how := how_computed(module):
+            raise UserError(f"{layer}: its weight is computed by {how} first")
         if module.weight.shape[0] == 1:
             raise UserError(f"{layer}: its only filter must stay")
         if layer not in self._rows:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from tpp.channels.channel_map import ChannelMap, LayerChannels
+from tpp.channels.channel_map import LayerChannels
 from tpp.channels.cuts import Cut, cut_tensors, cuts_of
 from tpp.channels.trials import Trials, refusal
 from tpp.common.errors import Note, UserError
@@ -91,9 +91,8 @@ def pruned_on_meta(
     if not plan.active_layers:
         return {}, meta_copy(model), None
     check_layers(model, plan.active_layers)
-    channel_map = ChannelMap(model, example_input=example_input)
-    channels = channel_map.find(plan.active_layers)
-    trials = Trials(model, channel_map)
+    trials = Trials(model, example_input=example_input)
+    channels = trials.channel_map.find(plan.active_layers)
     trial = trials.run(plan, channels)
     if trial.refused:
         raise refusal(trials.faults(plan, channels)) or UserError(trial.refused)

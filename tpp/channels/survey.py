@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from tpp.channels.channel_map import ChannelMap, LayerChannels
+from tpp.channels.channel_map import LayerChannels
 from tpp.channels.trials import Trials
 from tpp.common.errors import UserError
 from tpp.plan import PruningPlan
@@ -40,7 +40,12 @@ def survey_channels(
     Raises:
         UserError: the model cannot be run on the input.
     """
-    channel_map = ChannelMap(model, example_input=example_input)
+    return survey(Trials(model, example_input=example_input), coupled=coupled)
+
+
+def survey(trials: Trials, *, coupled: bool) -> Survey:
+    """The same of a network that is at hand for trials."""
+    channel_map = trials.channel_map
     channels: dict[str, LayerChannels] = {}
     refused: dict[str, str] = {}
     for layer in channel_map.layers:
@@ -49,7 +54,7 @@ def survey_channels(
             channels[layer] = channel_map.channels(layer, set(named))
         except UserError as error:
             refused[layer] = str(error).removeprefix(f"{layer}: ")
-    for layers, trial in Trials(model, channel_map).faults(_halves(channels), channels).items():
+    for layers, trial in trials.faults(_halves(channels), channels).items():
         for layer in layers:
             if trial.refused:
                 refused[layer] = trial.refused

@@ -44,19 +44,25 @@ class Trial:
 class Trials:
     """Tries plans on one network.
 
+    Attributes:
+        channel_map: the network's channels.
+
     Args:
         model: the dense network, on any device; left alone.
-        channel_map: its channels.
+        example_input: see :func:`tpp.channels.channel_map.find_channels`.
+
+    Raises:
+        UserError: the model cannot be run on the input.
     """
 
-    def __init__(self, model: nn.Module, channel_map: ChannelMap) -> None:
+    def __init__(self, model: nn.Module, *, example_input: Tensor | None = None) -> None:
         self._model = model
-        self._map = channel_map
+        self.channel_map = ChannelMap(model, example_input=example_input)
         self._shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
     @cached_property
     def _training(self) -> NumberTrace | None:
-        return training_numbers(self._model, self._map.example_input)
+        return training_numbers(self._model, self.channel_map.example_input)
 
     def run(self, plan: PruningPlan, channels: Mapping[str, LayerChannels]) -> Trial:
         """Take the filters of a plan out, and hold what is left against the dense network.
@@ -83,7 +89,7 @@ class Trials:
             fit_to_shapes(pruned, {name: tuple(shape) for name, shape in shapes.items()})
         except UserError as error:
             return Trial(cuts, pruned, refused=f"the network cannot be so narrow: {error}")
-        before = self._map
+        before = self.channel_map
         try:
             after = ChannelMap(pruned, example_input=before.example_input, dense=before)
         except DoesNotRunError as error:
@@ -121,6 +127,8 @@ class Trials:
         channels: Mapping[str, LayerChannels],
         units: Sequence[tuple[str, ...]],
     ) -> dict[tuple[str, ...], Trial]:
+        if not units:
+            return {}
         layers = [layer for unit in units for layer in unit]
         trial = self.run(_only(plan, layers), channels)
         if trial.fault is None:

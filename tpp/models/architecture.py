@@ -15,6 +15,7 @@ from torch.nn.modules.module import (
     register_module_module_registration_hook,
     register_module_parameter_registration_hook,
 )
+from torch.utils._pytree import tree_leaves
 
 from tpp.common.errors import UserError, reason_of
 from tpp.models import edsr
@@ -223,6 +224,8 @@ def meta_copy(model: nn.Module) -> nn.Module:
         memo[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
     for buffer in model.buffers():
         memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    for tensor in _computed(model):
+        memo[id(tensor)] = torch.empty_like(tensor, device="meta", requires_grad=False)
     return plain_copy(model, memo)
 
 
@@ -232,8 +235,18 @@ def plain_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modul
     Args:
         model: any network; left alone.
         memo: what stands in for its tensors, see ``copy.deepcopy``.
+
+    Raises:
+        UserError: it holds something that cannot be copied.
     """
-    copied = copy.deepcopy(model, memo)
+    kept = {id(tensor): tensor.detach() for tensor in _computed(model)}
+    try:
+        copied = copy.deepcopy(model, {**kept, **(memo or {})})
+    except Exception as error:  # whatever objects of all kinds say that a network may hold
+        raise UserError(
+            f"{type(model).__name__} cannot be copied: {reason_of(error)}; take off it what is no "
+            "part of it, such as what hooks have stored"
+        ) from None
     for module in copied.modules():
         own = module.__dict__
         own.pop("_is_accelerate_prepared", None)
@@ -244,6 +257,20 @@ def plain_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modul
         if getattr(forward, "__func__", None) is not type(module).forward:
             own["forward"] = forward  # one that its user had put there
     return copied
+
+
+def _computed(model: nn.Module) -> list[Tensor]:
+    """Tensors with a history that modules hold: activations that hooks have stored, weights that
+    are computed from others before every run. PyTorch does not copy these.
+    """
+    return [
+        tensor
+        for module in model.modules()
+        for key, value in module.__dict__.items()
+        if key not in ("_parameters", "_buffers", "_modules")
+        for tensor in tree_leaves(value)
+        if isinstance(tensor, Tensor) and not tensor.is_leaf
+    ]
 
 
 def set_architecture(model: nn.Module, architecture: Architecture | None) -> None:

@@ -4,6 +4,9 @@ import difflib
 from collections.abc import Iterable
 
 from torch import nn
+from torch.nn.utils import parametrize, prune
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from tpp.common.errors import UserError
 from tpp.plan import PruningPlan
@@ -17,6 +20,25 @@ def check_layers(model: nn.Module, layers: Iterable[str]) -> None:
             near = difflib.get_close_matches(layer, prunable, n=3)
             hint = f"did you mean {' or '.join(near)}?" if near else f"there are {len(prunable)}"
             raise UserError(f"no Conv2d or Linear layer is called {layer!r}; {hint}")
+
+
+def how_computed(layer: nn.Module) -> str | None:
+    """By what the weight of a layer is computed from others, and the call that ends that; None if
+    it is a parameter.
+    """
+    if "weight" in layer._parameters:
+        return None
+    if parametrize.is_parametrized(layer, "weight"):
+        names = " and ".join(type(p).__name__.strip("_") for p in layer.parametrizations.weight)
+        return f"{names}: call torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')"
+    for hook in layer._forward_pre_hooks.values():
+        if isinstance(hook, prune.BasePruningMethod):
+            return "torch.nn.utils.prune: call torch.nn.utils.prune.remove(layer, 'weight')"
+        if isinstance(hook, WeightNorm):
+            return "weight_norm: call torch.nn.utils.remove_weight_norm(layer)"
+        if isinstance(hook, SpectralNorm):
+            return "spectral_norm: call torch.nn.utils.remove_spectral_norm(layer)"
+    return "the network's code: make it a parameter"
 
 
 def layer_widths(model: nn.Module) -> dict[str, list[int]]:

@@ -6,17 +6,19 @@ How many go is said per layer, by pruning ratios, or for the whole network, by a
 
 import difflib
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tpp.channels.channel_map import LayerChannels, find_channels
-from tpp.channels.survey import survey_channels
-from tpp.common.errors import UserError
+from tpp.channels.channel_map import LayerChannels
+from tpp.channels.survey import survey
+from tpp.channels.trials import Trials
+from tpp.common.errors import Note, UserError
 from tpp.models.layers import prunable_layers
 from tpp.plan import PruningPlan
 from tpp.selection.budget import Budget, Unit, removals
@@ -114,6 +116,42 @@ class Selection:
                 default :func:`tpp.measure.timing.measure` on this machine.
         """
         candidates = self._candidates(model, example_input)
+        while True:
+            plan = self._plan(model, candidates, example_input, scores, clock)
+            # What is exact, and possible, at half of a layer need not be so at every width.
+            unfit = self._unfit(candidates, plan) if self.budget else {}
+            if not unfit:
+                return plan
+            for layers, reason in unfit.items():
+                note = f"budget: {', '.join(layers)} left as wide as before: {reason}"
+                warnings.warn(note, Note, stacklevel=2)
+            candidates = candidates.without({layer for layers in unfit for layer in layers})
+
+    def _unfit(self, candidates: "_Candidates", plan: PruningPlan) -> dict[tuple[str, ...], str]:
+        """Layers of a plan that may not lose so many filters, and why.
+
+        Layers that ratios name may lose those whose removal is not the same as zeroing them.
+        """
+        trials, channels = candidates.trials, candidates.channels
+        trial = trials.run(plan, channels)
+        if trial.fault is None or (self.ratios and not trial.refused):
+            return {}
+        faults = trials.faults(plan, channels)
+        return {
+            layers: trial.fault
+            for layers, trial in faults.items()
+            if trial.fault and (trial.refused or not self.ratios)
+        }
+
+    def _plan(
+        self,
+        model: nn.Module,
+        candidates: "_Candidates",
+        example_input: Tensor | None,
+        scores: Mapping[str, Tensor] | None,
+        clock: Callable[[nn.Module], float] | None,
+    ) -> PruningPlan:
+        """What goes of some candidates, see :meth:`select`."""
         orders, worth = self._ranked(model, candidates, scores)
 
         def plan(removed: Tensor) -> PruningPlan:
@@ -167,18 +205,16 @@ class Selection:
             for layer, floor in last_match(list(sizes), self.floors, "floor").items()
         }
         skipped = last_match(list(sizes), dict.fromkeys(self.skip, True), "skip")
+        trials = Trials(model, example_input=example_input)
         if self.ratios or self.budget is None:
             active = [
                 layer
                 for layer, ratio in ratios.items()
                 if layer not in skipped and pruned_count(ratio, sizes[layer])
             ]
-            channels = find_channels(
-                model, active, coupled=self.coupled, example_input=example_input
-            )
+            channels = trials.channel_map.find(active, coupled=self.coupled)
         else:
-            survey = survey_channels(model, coupled=self.coupled, example_input=example_input)
-            channels = _exact_only(survey.channels)
+            channels = _exact_only(survey(trials, coupled=self.coupled).channels)
         channels = {
             name: found
             for name, found in channels.items()
@@ -189,7 +225,7 @@ class Selection:
         units = self._units(channels, ratios, floors)
         named = {*ratios, *(layer for unit in units for layer in unit.layers)}
         filters = {layer: size for layer, size in sizes.items() if layer in named}
-        return _Candidates(filters, units, channels)
+        return _Candidates(filters, units, channels, trials)
 
     def _units(
         self,
@@ -351,6 +387,12 @@ class _Candidates:
     filters: dict[str, int]
     units: list[Unit]
     channels: Mapping[str, LayerChannels]
+    trials: Trials
+
+    def without(self, layers: set[str]) -> "_Candidates":
+        """The same, but for some layers and those that lose the same filters."""
+        units = [unit for unit in self.units if layers.isdisjoint(unit.layers)]
+        return replace(self, units=units)
 
     def plan(self, orders: list[Tensor], removed: Tensor) -> PruningPlan:
         """Take the first ``removed`` (units,) of every group in the units' orders."""
