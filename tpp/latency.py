@@ -74,13 +74,12 @@ def _read_networks(paths: list[str], image_size: int | None = None) -> dict[str,
         key = json.dumps(said, sort_keys=True)
         architectures[key] = architecture
         of_path.setdefault(key, []).append(path)
-    sizes = {image_shape_for(model) for model in models.values()}
-    of_different = len({*map(str, architectures.values())}) > 1
+    kinds = [*map(str, architectures.values())]
     networks = {}
     for key, architecture in architectures.items():
         first = models[of_path[key][0]]
-        dense = f"dense {in_words(architecture) if of_different else architecture.name}"
-        if len(sizes) > 1:
+        dense = f"dense {in_words(architecture) if len({*kinds}) > 1 else architecture.name}"
+        if kinds.count(str(architecture)) > 1:
             dense += f", {'x'.join(map(str, image_shape_for(first)))}"
         model = build_model(architecture.name, architecture.num_classes, **architecture.args)
         set_preprocessing(model, getattr(first, "preprocessing", None))

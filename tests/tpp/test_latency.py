@@ -1,4 +1,5 @@
 import copy
+import io
 import json
 import subprocess
 import sys
@@ -8,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 from torch._dynamo.comptime import comptime
 
 from tpp.channels.removal import prune_model
 from tpp.checkpoints.model_file import save_model
 from tpp.common.errors import UserError
-from tpp.latency import arriving_share, main
+from tpp.latency import _table, arriving_share, main
 from tpp.measure.counts import count
 from tpp.measure.timing import LatencySettings, Timing, measure
 from tpp.models.architecture import build_model
@@ -269,8 +271,8 @@ def test_table_and_json(saved, tmp_path, monkeypatch, capsys):
             assert f"{share:.0%}" in text
     # 16 -> 8 and 16 -> 4 inner filters: convolutions of both sides shrink by the ratio.
     assert rows[2]["counted_speedup"] > rows[1]["counted_speedup"] > 1.5
-    assert "batch 1, fp32, contiguous, eager, 1 thread, median of 4" in text
-    assert "batch 3, fp32" in text and "\x1b" not in text
+    assert "batch 1, images 3x32x32, fp32, contiguous, eager, 1 thread, median of 4" in text
+    assert "batch 3, images 3x32x32, fp32" in text and "\x1b" not in text
 
 
 def test_one_dense_row_for_each_architecture(saved, tmp_path, monkeypatch, capsys):
@@ -314,3 +316,25 @@ def test_no_gpu_is_one_line_and_exit_code_2(saved):
         "error: device cuda: PyTorch finds no CUDA GPU on this machine; use cpu"
     )
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("width", [72, 80, 100, 120, 200])
+def test_names_and_figures_are_whole_on_a_screen_of_any_width(width):
+    rows = [
+        {
+            "network": name, "dense": "dense resnet50", "image": [3, 224, 224],
+            "parameters": 25_557_032, "macs": 4_089_184_256, "counted_speedup": 1.0,
+            "median_ms": 1234.5, "low_ms": 1230.1, "high_ms": 1249.9,
+            "images_per_second": 0.81, "real_speedup": 1.0, "arrives": None,
+        }
+        for name in ("dense resnet50", "resnet50_tpp_2.31x.safetensors")
+    ]  # fmt: skip
+    console = Console(file=io.StringIO(), width=width)
+    console.print(_table(rows, QUICK, width))
+    lines = console.file.getvalue().splitlines()
+    text = "\n".join(lines)
+    assert max(map(len, lines)) <= width and "…" not in text
+    for figure in ("25,557,032", "4,089.2 M", "1,234.5", "1,230.1 - 1,249.9", "0.810"):
+        assert text.count(figure) == 2
+    # A name that does not fit beside the figures stands before them, in one piece.
+    assert text.count("resnet50_tpp_2.31x.safetensors") == 1

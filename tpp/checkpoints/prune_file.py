@@ -125,10 +125,12 @@ def read_dense(
         named = " and ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds))
         notes.append(f"the weights are {named}, and so are those that come out")
     said = (source.info.preprocessing if source.info else None) or images
-    # A folder of a training stage does not say how its run prepares images, and whose weights
-    # they are is no secret: what public ones want is no guess for it.
-    unknown = said is None and image_size is None and source.architecture is not None
-    preparation = None if unknown else _preparation(said, model, path, image_size)
+    if source.architecture is None:
+        preparation = _preparation(said, model, path, image_size)
+    else:
+        # A file of ours was not made from public weights, whose way would be no guess for it.
+        told = said is not None or image_size is not None
+        preparation = Preparation(dict(said or {})).changed(image_size=image_size) if told else None
     if preparation is not None:
         set_preprocessing(model, preparation.values)
     return _Dense(path, source.tensors, companions, source.info, model, preparation, tuple(notes))

@@ -160,6 +160,8 @@ class Results(BaseModel):
         content = self.model_dump()
         if self.task == Classification.kind:
             del content["task"]
+        if self.image is None:
+            del content["image"]
         content["dense"] = self.dense and self.dense.to_dict()
         content["stages"] = {name: stage.to_dict() for name, stage in self.stages.items()}
         return content
