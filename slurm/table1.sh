@@ -94,5 +94,5 @@ fi
 if [[ -z "$dense$others" ]]; then
   echo "nothing to do: all runs in $OUTPUT are done"
 else
-  echo "how far it is: ${sweep[*]} --list"
+  echo "how far it is: cd $(printf '%q' "$PWD") && $(printf '%q ' "${sweep[@]}")--list"
 fi

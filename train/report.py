@@ -8,6 +8,7 @@ config.yaml. A run that is still going is reported as far as it has come.
 """
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,11 +21,14 @@ from tpp.common.paths import user_path
 if TYPE_CHECKING:
     from train.reporting.rows import RunRecord
 
-TABLES = {"1": Path(__file__).resolve().parents[1] / "configs" / "cifar10" / "table1.yaml"}
+ROOT = Path(__file__).resolve().parents[1]
+TABLES = {"1": ROOT / "configs" / "cifar10" / "table1.yaml"}
 
 
 def show_end(folder: Path) -> None:
     """Print what a run came to, and write its report into the run folder."""
+    from rich.text import Text
+
     from train.reporting.grids import comparison, console_for, summary_table, to_rich
     from train.reporting.rows import load_run
 
@@ -34,19 +38,18 @@ def show_end(folder: Path) -> None:
     if run.results.published is not None:
         console.print(to_rich(comparison([run])))
     page, _ = write_report([run], folder)
+    # Whole paths: the lines are pasted into another terminal, or read in a job's log.
+    place, python = shlex.quote(str(folder.absolute())), Path(sys.executable)
+    tensorboard = shlex.quote(str(python.with_name("tensorboard")))
+    report = f"{shlex.quote(str(python))} -m train.report {place}"
     for what, command in (
-        ("run folder", str(folder)),
-        ("TensorBoard", f"{_beside_python('tensorboard')} --logdir {folder}"),
-        ("report", f"{_beside_python('python')} -m train.report {folder}"),
-        ("report page", str(page)),
+        ("run folder", place),
+        ("TensorBoard", f"{tensorboard} --logdir {place}"),
+        ("report", f"cd {shlex.quote(str(ROOT))} && {report}"),
+        ("report page", shlex.quote(str(page.absolute()))),
     ):
-        console.print(f"{what + ':':13}{command}", soft_wrap=True, highlight=False)
-
-
-def _beside_python(name: str) -> str:
-    """How to call a program of this environment from here, so that the line can be pasted."""
-    path = Path(sys.executable).parent / name
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+        text = Text(f"{what + ':':13}{command}")
+        console.print(text, soft_wrap=True)
 
 
 def write_report(runs: "Sequence[RunRecord]", output: Path) -> tuple[Path, Path]:

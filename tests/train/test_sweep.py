@@ -305,7 +305,10 @@ def test_numbers_as_slurm_writes_them(numbers: set[int]) -> None:
         ("output=x", "override 'output=x': the sweep itself says what output is"),
         ("pruning.ratios={}", "override 'pruning.ratios={}': the sweep itself says what pruning"),
         ("stages.nosuch.epochs=1", "no run of the sweep trains in that stage"),
-        ("stages.finetune.epochs=-1", "l1.yaml: stages.finetune.epochs: input should be greater"),
+        (
+            "stages.finetune.epochs=-1",
+            "override 'stages.finetune.epochs=-1': stages.finetune.epochs: input should be greater",
+        ),
         ("training.batch_siz=1", "unknown key; did you mean 'batch_size'?"),
         ("data", "override 'data': expected key.sub=value"),
     ],
