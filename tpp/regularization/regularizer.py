@@ -1,5 +1,6 @@
 """The regularised stage for any training loop: three calls a step."""
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from tpp.channels.channel_map import LayerChannels, check_plan, find_channels
 from tpp.common.errors import UserError
 from tpp.models.layers import layer_sizes, prunable_layers
 from tpp.plan import PruningPlan
+from tpp.regularization.backward import watch_backward
 from tpp.regularization.gram import BlockBatch, entry_decay, layer_blocks, make_batches
 from tpp.regularization.schedule import GrowthSchedule
 from tpp.regularization.sharding import work_units
@@ -191,11 +193,20 @@ class Regularizer:
         layers, in float32 whatever the autocast.
 
         Raises:
-            UserError: the weights have been split over ranks since (ZeRO stage 3, FSDP).
+            UserError: the weights have been split over ranks since (ZeRO stage 3, FSDP). Its
+                backward pass raises one where DeepSpeed would count it otherwise.
         """
         self.before_step(step)
         terms = self.loss_terms()
-        return terms["gram"] + terms["decay"]
+        return self._watched(terms["gram"] + terms["decay"])
+
+    @torch._disable_dynamo
+    def _watched(self, penalty: Tensor) -> Tensor:
+        if "deepspeed" not in sys.modules:
+            return penalty
+        vectors = [entries.vector for of in self._vectors.values() for entries in of]
+        weights = [self._weight(layer) for layer in self._layers]
+        return watch_backward(penalty, self._model, [*weights, *vectors])
 
     @torch._disable_dynamo
     @torch.no_grad()
