@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from tpp.common.errors import UserError, printable, run_command
+from tpp.common.outputs import check_output
 
 if TYPE_CHECKING:
     from tpp.checkpoints.model_file import CheckpointInfo
@@ -234,9 +235,18 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m tpp.desc
     parser.add_argument(
         "--plot", type=Path, metavar="FILE", help="draw it too, as a .png, .svg or .pdf file"
     )
+    parser.add_argument("--overwrite", action="store_true", help="replace FILE if it is there")
     options = parser.parse_args(arguments)
     if options.plot:
         _plot().check_ending(options.plot)
+        check_output(
+            "--plot",
+            options.plot,
+            kind="a picture",
+            ending=".png",
+            overwrite=options.overwrite,
+            inputs=[options.checkpoint],
+        )
     print_description(options.checkpoint, make_console())
     if options.plot:
         plot_description(options.checkpoint, options.plot)

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from tpp.common.errors import UserError, run_command
 from tpp.common.files import write_whole
+from tpp.common.outputs import check_output
 from tpp.describe import make_console
 
 if TYPE_CHECKING:
@@ -196,6 +197,9 @@ def _parse_arguments(arguments: Sequence[str] | None, prog: str) -> argparse.Nam
     parser.add_argument(
         "--json", type=Path, default=None, metavar="FILE", help="write the results here as well"
     )
+    parser.add_argument(
+        "--overwrite", action="store_true", default=False, help="replace the file of --json"
+    )
     return parser.parse_args(arguments)
 
 
@@ -205,9 +209,10 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m tpp.late
     from tpp.measure.timing import LatencySettings
 
     paths, file, batches = options.pop("checkpoints"), options.pop("json"), options.pop("batch")
+    overwrite = options.pop("overwrite")
     each = [LatencySettings(**options, batch=batch) for batch in _batches(batches)]
     if file:
-        _check_place(file)
+        check_output("--json", file, kind="JSON", ending=".json", overwrite=overwrite, inputs=paths)
     networks = _read_networks(paths)
     console = make_console()
     rows = []
@@ -221,16 +226,6 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m tpp.late
         _write_json(file, rows, each[0])
 
 
-def _check_place(path: Path) -> None:
-    """Find out before the minutes of measuring that a file cannot be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--json {path}: cannot make the folder: {error.strerror}") from None
-    if path.is_dir():
-        raise UserError(f"--json {path}: is a folder; name a file")
-
-
 def _write_json(path: Path, rows: list[dict[str, Any]], settings: "LatencySettings") -> None:
     from tpp.measure.timing import machine_of
 
@@ -238,6 +233,7 @@ def _write_json(path: Path, rows: list[dict[str, Any]], settings: "LatencySettin
     del conditions["batch"]  # each row has its own
     content = {"settings": conditions, "on": machine_of(settings), "results": rows}
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(content, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"--json {path}: cannot write it: {error.strerror}") from None
