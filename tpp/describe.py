@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from tpp.common.errors import UserError, printable, run_command
+from tpp.common.outputs import check_output
 from tpp.common.paths import user_path
 
 if TYPE_CHECKING:
@@ -254,9 +255,18 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m tpp.desc
         metavar="N",
         help="side of the image that MACs are counted for, in pixels (default: what the file says)",
     )
+    parser.add_argument("--overwrite", action="store_true", help="replace FILE if it is there")
     options = parser.parse_args(arguments)
     if options.plot:
         _plot().check_ending(options.plot)
+        check_output(
+            "--plot",
+            options.plot,
+            kind="a picture",
+            ending=".png",
+            overwrite=options.overwrite,
+            inputs=[options.checkpoint],
+        )
     print_description(options.checkpoint, make_console(), options.image_size)
     if options.plot:
         plot_description(options.checkpoint, options.plot, options.image_size)

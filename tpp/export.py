@@ -2,13 +2,17 @@
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tpp.common.errors import run_command
+from tpp.common.outputs import check_output
 from tpp.common.paths import user_path
 
 if TYPE_CHECKING:
     from tpp.checkpoints.export_file import Exported
+
+_KINDS = {".onnx": "ONNX", ".pt2": "an exported program"}
 
 
 def _parse_arguments(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
@@ -26,6 +30,7 @@ def _parse_arguments(arguments: Sequence[str] | None, prog: str) -> argparse.Nam
         metavar="FILE",
         help="FILE.onnx (ONNX) or FILE.pt2 (torch.export)",
     )
+    parser.add_argument("--overwrite", action="store_true", help="replace FILE if it is there")
     parser.add_argument("--batch", type=int, metavar="N", help="images per call (default: any)")
     parser.add_argument(
         "--image-size",
@@ -56,9 +61,23 @@ def _say(source: str, exported: "Exported") -> None:
     print(f"wrote {exported.path}")
 
 
+def _check_output(options: argparse.Namespace) -> None:
+    ending = Path(options.output).suffix
+    if ending in _KINDS:  # of others export_model says which there are
+        check_output(
+            "--output",
+            options.output,
+            kind=_KINDS[ending],
+            ending=ending,
+            overwrite=options.overwrite,
+            inputs=[options.checkpoint],
+        )
+
+
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m tpp.export") -> None:
     """Command-line entry point; ``prog`` is how it was called, for ``--help``."""
     options = _parse_arguments(arguments, prog)
+    _check_output(options)
     from tpp.checkpoints.export_file import export_model
 
     exported = export_model(

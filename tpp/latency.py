@@ -18,6 +18,7 @@ from rich.text import Text
 
 from tpp.common.errors import UserError, printable, run_command
 from tpp.common.files import write_whole
+from tpp.common.outputs import check_output
 from tpp.common.paths import user_path
 from tpp.describe import make_console
 
@@ -257,6 +258,9 @@ def _parse_arguments(arguments: Sequence[str] | None, prog: str) -> argparse.Nam
         metavar="FILE",
         help="write the results here as well",
     )
+    parser.add_argument(
+        "--overwrite", action="store_true", default=False, help="replace the file of --json"
+    )
     return parser.parse_args(arguments)
 
 
@@ -266,10 +270,10 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m tpp.late
     from tpp.measure.timing import LatencySettings
 
     paths, file, batches = options.pop("checkpoints"), options.pop("json"), options.pop("batch")
-    image_size = options.pop("image_size")
+    image_size, overwrite = options.pop("image_size"), options.pop("overwrite")
     each = [LatencySettings(**options, batch=batch) for batch in _batches(batches)]
     if file:
-        _check_place(file)
+        check_output("--json", file, kind="JSON", ending=".json", overwrite=overwrite, inputs=paths)
     networks = _read_networks([str(path) for path in paths], image_size)
     console = make_console()
     rows = []
@@ -283,16 +287,6 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m tpp.late
         _write_json(file, rows, each[0])
 
 
-def _check_place(path: Path) -> None:
-    """Find out before the minutes of measuring that a file cannot be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--json {path}: cannot make the folder: {error.strerror}") from None
-    if path.is_dir():
-        raise UserError(f"--json {path}: is a folder; name a file")
-
-
 def _write_json(path: Path, rows: list[dict[str, Any]], settings: "LatencySettings") -> None:
     from tpp.measure.timing import machine_of
 
@@ -300,6 +294,7 @@ def _write_json(path: Path, rows: list[dict[str, Any]], settings: "LatencySettin
     del conditions["batch"]  # each row has its own
     content = {"settings": conditions, "on": machine_of(settings), "results": rows}
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(content, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"--json {path}: cannot write it: {error.strerror}") from None

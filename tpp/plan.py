@@ -109,8 +109,17 @@ class PruningPlan:
             raise UserError(f"{source}: {error}") from None
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the plan as JSON; the file appears whole or not at all."""
-        write_whole(Path(path), json.dumps(self.to_dict(), indent=1) + "\n")
+        """Write the plan as JSON; the file appears whole or not at all.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        path = Path(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, json.dumps(self.to_dict(), indent=1) + "\n")
+        except OSError as error:
+            raise UserError(f"{path}: cannot write the plan: {error.strerror}") from None
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "PruningPlan":

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from tpp.common.errors import UserError, run_command
+from tpp.common.outputs import check_apart, check_output
 from tpp.common.paths import user_path
 from tpp.plan import PruningPlan
 
@@ -64,16 +65,43 @@ def _budget(arguments: argparse.Namespace) -> "Budget | None":
     return None
 
 
-def _make_plan(
-    arguments: argparse.Namespace, configured: "Configured | None", model: "nn.Module"
-) -> PruningPlan:
-    budget = _budget(arguments)
-    chosen = [arguments.plan, arguments.config, arguments.ratio or budget]
-    if sum(map(bool, chosen)) != 1:
+# With --ratio or a budget only: a plan says it, and a configuration has keys for it.
+_HOW = ("criterion", "round_to", "floor", "skip", "coupled", "seed")
+_BUDGETS = ("speedup", "max_macs", "max_parameters", "max_latency_ms")
+
+
+def _check_together(given: argparse.Namespace) -> None:
+    """Refuse options that have no effect beside others, before anything is read."""
+
+    def named(*options: str) -> list[str]:
+        said = [name for name in options if getattr(given, name) not in (None, [])]
+        return [f"--{name.replace('_', '-')}" for name in said]
+
+    what = named("plan", "config", "ratio", *_BUDGETS)
+    if not what:
         raise UserError(
             "say what to prune: --plan FILE, or --config FILE, or --ratio 'PATTERN=R' and/or a "
             "budget (--speedup, --max-macs, --max-parameters, --max-latency-ms)"
         )
+    for source in named("plan", "config"):
+        others = [option for option in what if option != source]
+        if others:
+            raise UserError(f"{source} and {others[0]} do not go together: both say what to prune")
+        how = named(*_HOW)
+        if how:
+            reason = (
+                "a plan names the filters that go"
+                if source == "--plan"
+                else "the configuration's pruning section says that; change it there"
+            )
+            raise UserError(f"{how[0]} has no effect with {source}: {reason}")
+    if given.seed is not None and given.criterion != "random":
+        raise UserError("--seed has no effect without --criterion random")
+
+
+def _make_plan(
+    arguments: argparse.Namespace, configured: "Configured | None", model: "nn.Module"
+) -> PruningPlan:
     if arguments.plan:
         return PruningPlan.load(arguments.plan)
     if configured is not None:
@@ -82,13 +110,13 @@ def _make_plan(
 
     selection = Selection(
         ratios=_parse_ratios(arguments.ratio),
-        criterion=arguments.criterion,
-        round_to=arguments.round_to,
-        floors=_parse_floors(arguments.floor),
-        skip=tuple(arguments.skip),
-        coupled=arguments.coupled,
-        budget=budget,
-        seed=arguments.seed,
+        criterion=arguments.criterion or "l1",
+        round_to=1 if arguments.round_to is None else arguments.round_to,
+        floors=_parse_floors(arguments.floor or []),
+        skip=tuple(arguments.skip or ()),
+        coupled=bool(arguments.coupled),
+        budget=_budget(arguments),
+        seed=arguments.seed or 0,
     )
     return selection.select(model)
 
@@ -104,7 +132,8 @@ def _parse_arguments(arguments: Sequence[str] | None, prog: str) -> argparse.Nam
         type=user_path,
         required=True,
         metavar="IN",
-        help="a checkpoint that tpp wrote, .pth or .safetensors weights, or a DeepSpeed folder",
+        help="a checkpoint that tpp wrote, .pth or .safetensors weights, or a folder of DeepSpeed, "
+        "Accelerate or Hugging Face; docs/checkpoints.md lists them",
     )
     add(
         "--output",
@@ -122,6 +151,7 @@ def _parse_arguments(arguments: Sequence[str] | None, prog: str) -> argparse.Nam
         "(default: what IN or --config says, or else what public weights of the network want)",
     )
     add("--save-plan", type=user_path, metavar="FILE", help="write down which filters went (JSON)")
+    add("--overwrite", action="store_true", help="replace OUT and the plan if they are there")
 
     what = parser.add_argument_group("what goes")
     add = what.add_argument
@@ -152,31 +182,44 @@ def _parse_arguments(arguments: Sequence[str] | None, prog: str) -> argparse.Nam
     add = how.add_argument
     add(
         "--criterion",
-        default="l1",
         metavar="C",
         help="l1, l2, bn_scale, random, largest (default: l1)",
     )
-    add("--round-to", type=int, default=1, metavar="N", help="keep multiples of N filters")
+    add("--round-to", type=int, metavar="N", help="keep multiples of N filters")
     add(
         "--floor",
         action="append",
-        default=[],
         metavar="PATTERN=N",
         help="keep at least N filters (or, as 0.25, that share) of these layers",
     )
-    add("--skip", action="append", default=[], metavar="PATTERN", help="leave these layers alone")
+    add("--skip", action="append", metavar="PATTERN", help="leave these layers alone")
     add(
         "--coupled",
         action="store_true",
+        default=None,
         help="prune layers that are added to each other (the residual stream) together",
     )
-    add("--seed", type=int, default=0, metavar="N", help="of the criterion random")
+    add("--seed", type=int, metavar="N", help="of the criterion random (default: 0)")
     return parser.parse_args(arguments)
+
+
+def _check_outputs(options: argparse.Namespace) -> None:
+    inputs = [path for path in (options.checkpoint, options.config, options.plan) if path]
+    outputs = [("--output", options.output, "safetensors", ".safetensors")]
+    if options.save_plan:
+        outputs.append(("--save-plan", options.save_plan, "JSON", ".json"))
+    for option, path, kind, ending in outputs:
+        check_output(
+            option, path, kind=kind, ending=ending, overwrite=options.overwrite, inputs=inputs
+        )
+    check_apart([(option, path) for option, path, _, _ in outputs])
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m tpp.prune") -> None:
     """Command-line entry point; ``prog`` is how it was called, for ``--help``."""
     options = _parse_arguments(arguments, prog)
+    _check_together(options)
+    _check_outputs(options)
     from tpp.checkpoints.model_file import load_model
     from tpp.checkpoints.prune_file import read_dense, write_pruned
     from tpp.describe import summary
@@ -189,6 +232,13 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m tpp.prun
     named = network_named(options.model) if options.model else None
     configured = read_configured(options.config) if options.config else None
     otherwise = configured.architecture() if configured else None
+    if named is not None and otherwise is not None:
+        if named.name != otherwise.name:
+            raise UserError(
+                f"--model {named.name} and --config {options.config}, whose model is "
+                f"{otherwise.name}, do not go together; leave --model out"
+            )
+        named = None  # the configuration knows its arguments too
     images = configured.data.preprocessing() if configured and configured.data else None
     dense = read_dense(
         options.checkpoint, named, otherwise, images=images, image_size=options.image_size
@@ -209,6 +259,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m tpp.prun
         print(f"latency here, {counts.of_image}: {dense_ms:.1f} ms -> {pruned_ms:.1f} ms (medians)")
     if done.preparation is not None and done.preparation.source:
         print(f"images {done.preparation}")
+    if otherwise is not None and otherwise.name != network.name:
+        print(f"note: what goes is said by {options.config}, which is of {otherwise.name}")
     for note in done.notes:
         print(f"note: {note}")
     companions = ", ".join(done.companions)

@@ -166,7 +166,7 @@ def test_the_command(tmp_path, monkeypatch, capfd):
         assert "logits off by " in checked
         assert wrote == f"wrote {tmp_path / name}"
         assert error == ""
-    monkeypatch.setattr(sys, "argv", [*arguments, "--batch", "4", "--no-check"])
+    monkeypatch.setattr(sys, "argv", [*arguments, "--batch", "4", "--no-check", "--overwrite"])
     main()
     text = capfd.readouterr().out
     assert "images 4x3x64x64" in text and "not checked" in text

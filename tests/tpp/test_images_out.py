@@ -204,7 +204,7 @@ def test_the_pruning_command(saved, tmp_path, monkeypatch, capsys):
     assert load_model(tmp_path / "out").body[1].conv1.out_channels == 4
     foreign = tmp_path / "foreign.safetensors"
     save_file(build_model("edsr", None).state_dict(), foreign)
-    files[1] = foreign
+    files = ["--checkpoint", foreign, "--output", tmp_path / "out", "--overwrite"]
     run(monkeypatch, capsys, tpp.prune.main, *files, "--model", "edsr", "--speedup", "1.2")
     save_file(load_model(saved / "dense").state_dict(), foreign)
     config = tmp_path / "config.yaml"

@@ -297,7 +297,7 @@ def test_one_dense_row_for_each_architecture(saved, tmp_path, monkeypatch, capsy
         (["--batch", "0"], "batch must be 1 or more, not 0"),
         (["--batch", "1,x"], "--batch 1,x: must be numbers of images, such as 1 or 1,16"),
         (["--json", "."], "--json .: is a folder; name a file"),
-        (["--json", "{file}/r.json"], "--json {file}/r.json: cannot make the folder: File exists"),
+        (["--json", "{file}/r.json"], "--json {file}/r.json: {file} is a file, not a folder"),
     ],
 )
 def test_options_that_make_no_sense(saved, options, message, monkeypatch):

@@ -242,6 +242,9 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert f"wrote {tmp_path / 'new' / 'out'}" in printed
     assert load_model(tmp_path / "new" / "out").layer1[0].conv1.out_channels == 8
 
+    with pytest.raises(UserError, match="is there already; --overwrite replaces it"):
+        run_prune(monkeypatch, *common, "--plan", tmp_path / "plan.json")
+    common.append("--overwrite")
     run_prune(monkeypatch, *common, "--plan", tmp_path / "plan.json")
     assert load_model(tmp_path / "new" / "out").layer1[1].conv1.out_channels == 16
 

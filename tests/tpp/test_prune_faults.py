@@ -26,7 +26,7 @@ def digest(path):
 def command(source, output, *arguments):
     return [
         *(sys.executable, "-m", "tpp.prune", "--checkpoint", str(source)),
-        *("--output", str(output), *arguments),
+        *("--output", str(output), "--overwrite", *arguments),
     ]
 
 

@@ -31,7 +31,7 @@ from tpp.checkpoints.safetensors_files import (
     storable,
 )
 from tpp.common.errors import UserError
-from tpp.common.files import aside_of, sync
+from tpp.common.files import aside_of, new_file, sync
 from tpp.common.reading import parse_json
 from tpp.models.architecture import (
     Architecture,
@@ -349,11 +349,15 @@ def _make_ours(path: Path) -> str:
 
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
     aside = aside_of(path)
+    if path.is_dir():
+        raise UserError(f"{path}: cannot write the checkpoint: it is a folder; name a file")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # One entry only: safetensors writes several in random order, and the same checkpoint
         # should be the same bytes.
+        mode = new_file(aside)
         save_file(tensors, aside, metadata={FORMAT: json.dumps(metadata)})
+        aside.chmod(mode)
         sync(aside)
         _verify(aside, metadata)
         aside.replace(path)

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from tpp.checkpoints.safetensors_files import storable
 from tpp.common.errors import UserError, reason_of
-from tpp.common.files import aside_of, forget, in_bytes, move, sync
+from tpp.common.files import aside_of, forget, in_bytes, move, new_file, sync
 
 FORMAT = "tpp-training-state"
 VERSION = 2
@@ -268,6 +268,7 @@ def _write_files(
 
 
 def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    mode = new_file(path)
     try:
         save_file(tensors, path)  # without Python's lock, so that training goes on
     except SafetensorError as error:
@@ -275,6 +276,7 @@ def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         if code is None:
             raise
         raise OSError(int(code[1]), os.strerror(int(code[1]))) from None
+    path.chmod(mode)
 
 
 def _meant(path: Path, tensors: Mapping[str, Tensor]) -> _Part:

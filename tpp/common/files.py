@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import stat
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -81,6 +82,16 @@ def _without_error(arrived: Callable[[], bool]) -> bool:
         return arrived()
     except OSError:
         return False
+
+
+def new_file(path: Path) -> int:
+    """Make an empty file; the permissions that it gets here, by the user's umask.
+
+    For programs that make their own files readable by nobody else, as safetensors does: what
+    they wrote is given these with ``chmod``.
+    """
+    with path.open("wb") as file:
+        return stat.S_IMODE(os.fstat(file.fileno()).st_mode)
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

@@ -430,7 +430,7 @@ def _builder(name: str) -> Callable[..., nn.Module]:
     if name in _IMAGE_MODELS:
         return _IMAGE_MODELS[name].build
     if name not in model_names():
-        raise UserError(f"no model is called {name!r}; {_nearest(name, model_names())}")
+        raise UserError(f"no model is called {name!r}; {_suggestion(name)}")
     from torchvision.models import get_model_builder
 
     builder = get_model_builder(name)
@@ -445,6 +445,18 @@ def _timm_builder(name: str) -> Callable[..., nn.Module]:
     if not timm.is_model(name):
         raise UserError(f"timm has no model {name!r}; {_nearest(name, timm.list_models())}")
     return functools.partial(timm.create_model, name, pretrained=False)
+
+
+def _suggestion(name: str) -> str:
+    try:
+        import timm
+
+        # With the tag of its weights, as in resnet18.a1_in1k, or without.
+        if timm.is_model(name) and timm.get_pretrained_cfg(name):
+            return f"timm has it: {_TIMM}{name}"
+    except (ImportError, RuntimeError, ValueError):  # not there, or no such tag
+        pass
+    return _nearest(name, model_names())
 
 
 def _nearest(name: str, known: list[str]) -> str:
