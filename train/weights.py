@@ -13,6 +13,7 @@ from tpp.checkpoints.sources import load_weights
 from tpp.common.errors import UserError
 from tpp.models.architecture import Architecture, as_published, build_model
 from tpp.models.settings import ModelSection
+from train.tasks.class_names import few
 
 TORCHVISION = "torchvision:"
 # Names of a URL's parameters that grant access, those of signed links among them.
@@ -71,6 +72,27 @@ def load_starting_weights(
     for note in load_weights(network, path):
         say(f"{path}: {note}")
     return network
+
+
+def note_on_classes(model: ModelSection, folders: list[str]) -> str | None:
+    """What to know where the starting weights were made for other classes than the run's.
+
+    To begin with such weights is right where they are trained on; what they score before is not.
+
+    Args:
+        model: the configuration's section; only a local file of ours names its classes.
+        folders: names of the class folders, sorted as text.
+    """
+    if model.checkpoint is None or not Path(model.checkpoint).is_file():
+        return None
+    info = find_metadata(model.checkpoint)
+    names = info.extra.get("classes") if info is not None else None
+    if not isinstance(names, list) or len(names) != len(folders) or names == folders:
+        return None
+    return (
+        f"model.checkpoint: {model.checkpoint} is of the classes {few(names)}, the class folders "
+        f"are {few(folders)}: its outputs are taken for them in this order"
+    )
 
 
 def _local_file(model: ModelSection) -> Path:

@@ -103,6 +103,20 @@ def test_layers_agree_with_the_textbook_formula(name):
     assert called.keys() == expected.keys()
 
 
+def test_a_module_that_is_called_with_a_view_of_a_parameter_is_counted():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.query = nn.Parameter(torch.zeros(1, 8))
+            self.fc = nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.fc(self.query.expand(2, -1)) + x
+
+    assert count(Net(), example_input=torch.zeros(1, 3)).macs == 2 * 8 * 3
+    assert count(build_model("timm:test_vit3", 4)).macs > 0
+
+
 def test_attention_counts_its_linear_layers_only():
     class Net(nn.Module):
         def __init__(self):

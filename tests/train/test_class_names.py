@@ -140,3 +140,18 @@ def test_labels_are_mapped_in_an_evaluation(tmp_path, monkeypatch, capsys):
     (tmp_path / folder / called(0)).rename(tmp_path / folder / "eleven")
     with pytest.raises(UserError, match=r"are brightness 0, .* no class is called eleven;"):
         evaluate()
+
+
+@pytest.mark.parametrize("renamed", [False, True])
+def test_a_run_from_weights_of_other_classes_says_so(
+    renamed, tiny_config, tiny_data, tmp_path, run_inside, capsys
+):
+    names = sorted(path.name for path in (tiny_data / "train").iterdir() if path.is_dir())
+    names = [f"other {name}" for name in names] if renamed else names
+    save_model(tmp_path / "net", build_model("cifar_resnet8", 4), extra={"classes": names})
+    tiny_config["model"]["checkpoint"] = str(tmp_path / "net")
+    tiny_config["stages"] = {"evaluate": {"kind": "evaluate", "input": None}}
+    run_inside(tiny_config)
+    said = capsys.readouterr().out
+    assert (f"model.checkpoint: {tmp_path / 'net'} is of the classes other " in said) == renamed
+    assert ("taken for them in this order" in said) == renamed

@@ -234,9 +234,12 @@ def load_optimizer_state(path: PathLike, model: nn.Module, optimizer: torch.opti
                     f"{path}: {key} of {name} is of shape {tuple(tensor.shape)}, "
                     f"the parameter of {tuple(parameter.shape)}"
                 )
-            # As torch.optim does: a step counter stays on the CPU.
-            device = parameter.device if tensor.dim() else "cpu"
-            optimizer.state[parameter][key] = tensor.to(device, copy=True)
+            # As torch.optim does: a step counter stays on the CPU, all else goes to the parameter.
+            if not tensor.dim():
+                optimizer.state[parameter][key] = tensor.to("cpu", copy=True)
+            else:
+                kind = parameter.dtype if tensor.is_floating_point() else tensor.dtype
+                optimizer.state[parameter][key] = tensor.to(parameter.device, kind, copy=True)
             taken.add(name)
     return len(taken)
 

@@ -76,7 +76,9 @@ def count(model: nn.Module, *, example_input: Tensor | None = None) -> Counts:
 
     if example_input is None:
         example_input = example_input_for(model, "meta")
-    copy = meta_copy(model).eval()
+    # The counter wants to follow gradients of what modules are called with, and fails where that
+    # is a view of a parameter, as in attention that pools.
+    copy = meta_copy(model).eval().requires_grad_(False)
     dtype = next(copy.parameters()).dtype
     images = torch.empty_like(example_input[:1], device="meta", dtype=dtype)
     counter = FlopCounterMode(display=False)

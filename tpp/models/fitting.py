@@ -59,8 +59,7 @@ def output_shape(model: nn.Module, image: Tensor) -> tuple[int, ...]:
         UserError: its layers do not fit each other.
     """
     copy = meta_copy(model).eval()
-    dtype = next((p.dtype for p in copy.parameters()), torch.float32)
-    image = image.to("meta", dtype)
+    image = image.to("meta", float_type(copy))
     running = running_modules(copy)
     try:
         with torch.no_grad():
@@ -124,7 +123,11 @@ def fitted(architecture: Architecture, shapes: Mapping[str, Shape]) -> nn.Module
 
 
 def assign_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Make ``tensors`` the parameters and buffers of ``model``, without a copy, ties kept."""
+    """Make ``tensors`` the parameters and buffers of ``model``, without a copy, ties kept.
+
+    Floating-point buffers that are in no file get the type of the parameters, as
+    ``model.to(dtype)`` gives it to them: half a network in half precision runs on no images.
+    """
     names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(parameter, []).append(name)
@@ -136,15 +139,30 @@ def assign_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         for other in others:
             module, _, key = other.rpartition(".")
             setattr(model.get_submodule(module), key, model.get_parameter(first))
+    kind = float_type(model)
+    for name, buffer in list(model.named_buffers()):
+        if name not in tensors and buffer.is_floating_point():
+            module, _, key = name.rpartition(".")
+            setattr(model.get_submodule(module), key, buffer.to(kind))
 
 
 def fill_buffers(model: nn.Module, source: nn.Module) -> None:
-    """Copy the buffers that are in no ``state_dict``, and so in no file, from another network."""
+    """Copy the buffers that are in no ``state_dict``, and so in no file, from another network.
+
+    They keep the type that :func:`assign_tensors` gave them.
+    """
     stored = model.state_dict()
-    for name, _ in list(model.named_buffers()):
+    for name, buffer in list(model.named_buffers()):
         if name not in stored:
             module, _, key = name.rpartition(".")
-            setattr(model.get_submodule(module), key, source.get_buffer(name).clone())
+            filled = source.get_buffer(name).to(buffer.dtype, copy=True)
+            setattr(model.get_submodule(module), key, filled)
+
+
+def float_type(model: nn.Module) -> torch.dtype:
+    """The type that a network computes in: that of its first floating-point parameter."""
+    kinds = (p.dtype for p in model.parameters() if p.is_floating_point())
+    return next(kinds, torch.float32)
 
 
 def few(names: Sequence[str], limit: int = 3) -> str:

@@ -21,6 +21,7 @@ from train.run_folder.same_run import take_up_done
 from train.stages.evaluate import evaluate_stage
 from train.stages.prune import prune_stage
 from train.stages.training import TrainingStage, clean_up
+from train.weights import note_on_classes
 
 # What a stage of a kind does, where it does not train; a new kind is a line here.
 _DO: dict[str, Callable[[Run, str], dict[str, Any]]] = {
@@ -83,6 +84,10 @@ def run_stages(run: Run, until: str | None = None) -> None:
         run.folder.mkdir(parents=True, exist_ok=True)
         save_config(config, run.folder / "config.yaml")
         write_results(run, "running")
+        if run.images is not None and not run.done:
+            note = note_on_classes(config.model, run.images.train.index.classes)
+            if note is not None:
+                say(note)
     for name in stages_until(config, until):
         stage = config.stages[name]
         trains = stage.does.trains

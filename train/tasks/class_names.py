@@ -56,18 +56,18 @@ def match_classes(
     if order in ("text", "numbers"):
         _as_many(folders, outputs, file, place)
         if order == "numbers" and numbers is None:
-            raise UserError(f"{place}: not all class folders are numbers: {_few(folders)}")
+            raise UserError(f"{place}: not all class folders are numbers: {few(folders)}")
         return Labels(_ranks(numbers) if order == "numbers" else [*range(outputs)], None)
     if names is not None:
         return _by_name(folders, names, file, place)
     _as_many(folders, outputs, file, place)
     if numbers is None or _ranks(numbers) == [*range(outputs)]:
-        what = f"class k is the k-th folder by name ({_few(folders)})"
+        what = f"class k is the k-th folder by name ({few(folders)})"
         return Labels([*range(outputs)], f"{file} does not name its classes: {what}")
     raise UserError(
         f"{file} does not name its classes, and the class folders of {place} are numbers: sorted "
-        f"as text ({_few(folders)}), as torchvision's ImageFolder has them in training, or as "
-        f"numbers ({_few(sorted(folders, key=int))}), as in ImageNetV2? say --class-order text or "
+        f"as text ({few(folders)}), as torchvision's ImageFolder has them in training, or as "
+        f"numbers ({few(sorted(folders, key=int))}), as in ImageNetV2? say --class-order text or "
         "--class-order numbers"
     )
 
@@ -97,7 +97,7 @@ def _by_name(folders: Sequence[str], names: Sequence[str], file: str, place: str
     unknown = [folder for folder in folders if _plain(folder) not in known]
     why = f"no class is called {printable(unknown[0])}" if unknown else "two have one name"
     raise UserError(
-        f"the classes of {file} are {_few(names)}, the class folders of {place} {_few(folders)}: "
+        f"the classes of {file} are {few(names)}, the class folders of {place} {few(folders)}: "
         f"{why}; rename the "
         f"folders, or, if there are as many in the same order, say --class-order text or numbers"
     )
@@ -137,6 +137,7 @@ def _ranks(numbers: Sequence[int] | None) -> list[int]:
     return [place[number] for number in numbers]
 
 
-def _few(names: Sequence[str]) -> str:
+def few(names: Sequence[str]) -> str:
+    """The first of some names, and how many there are."""
     shown = ", ".join(printable(str(name)) for name in names[:_SHOWN])
     return f"{shown}, ... ({len(names)})" if len(names) > _SHOWN else shown
