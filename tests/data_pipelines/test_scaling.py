@@ -14,7 +14,7 @@ SIDES = st.integers(40, 250)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(before=st.tuples(SIDES, SIDES), after=st.tuples(SIDES, SIDES))
 @example(before=(200, 149), after=(100, 100))  # the last width at which Pillow takes the height
 @example(before=(200, 150), after=(100, 100))  # first, and the first at which it does not
