@@ -23,7 +23,15 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from rich.markup import escape
 
-from data_pipelines.images.folders import SCAN_THREADS, folder_mark, visible
+from data_pipelines.images.folders import (
+    IMAGE_SUFFIXES,
+    SCAN_THREADS,
+    Wanted,
+    folder_mark,
+    how_to_take,
+    told,
+    visible,
+)
 from data_pipelines.images.header import (
     TAIL,
     Header,
@@ -39,6 +47,7 @@ from data_pipelines.images.image_index import (
     Location,
     load_index,
     parts_of,
+    said_of_flat_parts,
     save_index,
     scan_class_folders,
 )
@@ -63,7 +72,7 @@ _ADVICE = {
     "CMYK": "none needed: decoded as RGB",
     "PNG named as a JPEG": "none needed: told by its content",
     "JPEG named as a PNG": "none needed: told by its content",
-    "neither JPEG nor PNG": "none needed, but as JPEG or PNG it would be decoded faster",
+    "neither JPEG nor PNG": "none needed: decoded by Pillow; as JPEG or PNG it would be faster",
 }
 _UNREADABLE = "unreadable: "
 _T = TypeVar("_T")
@@ -112,11 +121,22 @@ def main() -> None:
         type=int,
         help=f"files read (default {SCAN_THREADS}) or decoded (default: one a core) at a time",
     )
+    parser.add_argument(
+        "--also",
+        metavar="ENDINGS",
+        default="",
+        help="files with these endings too, as webp,bmp, or all; "
+        f"by default {', '.join(IMAGE_SUFFIXES)}",
+    )
+    parser.add_argument(
+        "--nested", action="store_true", help="images in sub-folders of the class folders too"
+    )
     parser.add_argument("--decode", action="store_true", help="decode every image, to be sure")
     parser.add_argument("--strict", action="store_true", help="end with 1 if a file is broken")
     options = parser.parse_args()
     if options.threads is not None and options.threads < 1:
         raise UserError(f"--threads must be at least 1, not {options.threads}")
+    wanted = Wanted.also(options.also, nested=options.nested)
     _silence_pil()
     parts = parts_of(options.folder)
     for part in parts:
@@ -124,7 +144,7 @@ def main() -> None:
     broken = 0
     for number, part in enumerate(parts):
         start = time.perf_counter()
-        survey = _survey(part, options.threads, decode=options.decode)
+        survey = _survey(part, wanted, options.threads, decode=options.decode)
         index_file, report_file = _targets(part, options.out)
         _write_report(survey, report_file)
         save_index(survey.index, index_file)
@@ -132,6 +152,8 @@ def main() -> None:
             print()
         _print(survey, index_file, report_file, time.perf_counter() - start)
         broken += len(survey.damages)
+    for line in said_of_flat_parts(options.folder):
+        print(f"\n{_shown(line)}")
     if broken and options.strict:
         sys.exit(1)
 
@@ -167,14 +189,19 @@ def _targets(folder: Path, out: Path | None) -> tuple[Path, Path]:
     return out / f"{name}.safetensors", out / f"{name}-report.tsv"
 
 
-def _survey(folder: Path, threads: int | None, *, decode: bool) -> _Survey:
+def _survey(folder: Path, wanted: Wanted, threads: int | None, *, decode: bool) -> _Survey:
     """List a folder's images and look at each of them."""
     # Before the listing, so that what comes or goes in the meantime is noticed by check_fits.
     now = time.time_ns()
     marks = {name: folder_mark(folder / name) for name in visible(folder, folders=True)}
     # Another change within the same tick of the clock would not show.
     marks = {name: mark if mark < now - _CLOCK else -1 for name, mark in marks.items()}
-    index = scan_class_folders(folder)
+    if wanted.nested:
+        # A change within its folders does not show in a class folder's own time.
+        marks = {
+            name: -1 if visible(folder / name, folders=True) else marks[name] for name in marks
+        }
+    index = scan_class_folders(folder, wanted)
     index = replace(index, marks=np.array([marks.get(name, -1) for name in index.classes]))
     survey = _Survey(index, {}, {})
 
@@ -371,6 +398,11 @@ def _print(survey: _Survey, index_file: Path, report_file: Path, seconds: float)
     lines |= {note: f"{found[note]:,}" for note in (*_ADVICE, "grey") if found[note]}
     if found["turned"]:
         lines["turned"] = f"{found['turned']:,} by their EXIF data, which no run follows"
+    if index.passed_over:
+        lines["passed over"] = _shown(told(index.passed_over))
+        options = how_to_take(index.passed_over)
+        if options:
+            lines["to take them"] = f"index again with {options}"
     lines |= {"fingerprint": index.fingerprint, "index": _shown(str(index_file))}
     if report_file.exists():
         lines["report"] = _shown(str(report_file))

@@ -12,11 +12,11 @@ import argparse
 import re
 from pathlib import Path
 
-from data_pipelines.images.image_index import open_images, parts_of
+from data_pipelines.images.image_index import open_images, parts_of, said_of_flat_parts
 from data_pipelines.sets.shard_check import Verified, verify_shards
 from data_pipelines.sets.shard_format import QUALITY, SKIPPED_FILE
 from data_pipelines.sets.shard_writer import Written, write_shards
-from tpp.common.errors import UserError, run_command
+from tpp.common.errors import UserError, printable, run_command
 from tpp.common.files import in_bytes
 from tpp.common.paths import user_path
 
@@ -88,9 +88,14 @@ def main() -> None:
         raise UserError(f"--threads must be at least 1, not {options.threads}")
     shard_bytes = byte_count(options.shard_size)
     sources = {name: open_images(path) for name, path in _parts(options.folder).items()}
+    for line in said_of_flat_parts(options.folder):
+        print(f"{printable(line)}\n")
     for number, (name, index) in enumerate(sources.items()):
         if number:
             print()
+        rest = index.said_of_the_rest()
+        if rest:
+            print(printable(rest))
         if options.verify:
             _print_verified(verify_shards(index, options.out / name, threads=options.threads))
             continue

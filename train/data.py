@@ -20,7 +20,7 @@ from data_pipelines.loaders import (
     training_order,
 )
 from data_pipelines.loading.augment import ImageTransform
-from tpp.common.errors import UserError
+from tpp.common.errors import UserError, printable
 from train.config.config import Config
 from train.distributed.collectives import led_by_main_rank
 
@@ -183,7 +183,8 @@ def open_for_all_ranks(
     """The index of a folder, the same on every rank, with one rank looking through the folder.
 
     Where there is an index file, each rank maps it and the main rank alone compares it with the
-    folder; else the main rank lists the folder and tells the others.
+    folder; else the main rank lists the folder and tells the others. What the folder holds besides
+    is said.
 
     Raises:
         UserError: on all ranks, if any of them meets a mistake or has another index file.
@@ -191,6 +192,9 @@ def open_for_all_ranks(
 
     def look() -> tuple[ImageIndex | tuple[Path, str], ImageIndex]:
         index = open_images(folder, index_file)
+        rest = index.said_of_the_rest()
+        if rest:
+            print(printable(rest), flush=True)
         return (index if index.file is None else (index.file, index.fingerprint)), index
 
     _, index = led_by_main_rank(

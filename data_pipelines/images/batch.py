@@ -10,6 +10,7 @@ from torch import Tensor
 
 from data_pipelines.images.header import (
     Header,
+    alone_if_large,
     find_damage,
     is_common,
     open_with_pil,
@@ -83,7 +84,7 @@ def decode_with_pil(data: NDArray[np.uint8], channels: int) -> Image.Image:
             decodes a few bytes that say they are a huge image.
     """
     try:
-        with open_with_pil(data) as image:
+        with open_with_pil(data) as image, alone_if_large(image.height, image.width):
             # Not of lossless ones: there PIL's decoder fails on it.
             if channels == 1 and is_common(data):
                 image.draft("L", None)

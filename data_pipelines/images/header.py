@@ -5,12 +5,12 @@ JPEG and PNG, which nearly all are, take a few microseconds of plain Python and 
 What this reading does not understand is left to PIL to judge.
 """
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from io import BytesIO
 from struct import error as StructError
 from struct import unpack_from
 from threading import Lock
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from zlib import crc32
 
 import numpy as np
@@ -117,13 +117,17 @@ def find_damage(data: Encoded, *, decode: bool = False) -> str | None:
     if not decode and looks_whole(header, view[max(end, len(view) - TAIL) :]):
         return None
     try:
-        large = header.height * header.width > _LARGE_PIXELS
-        with _one_large_image if large else nullcontext(), open_with_pil(view) as image:
+        with alone_if_large(header.height, header.width), open_with_pil(view) as image:
             image.load()
     # PIL's readers raise whatever comes, depending on the format and the damage.
     except Exception as error:
         return what_pil_says(error)
     return None
+
+
+def alone_if_large(height: int, width: int) -> AbstractContextManager[Any]:
+    """In this context an image of that size is decoded with PIL; large ones one after the other."""
+    return _one_large_image if height * width > _LARGE_PIXELS else nullcontext()
 
 
 def what_pil_says(error: Exception) -> str:

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import sha256
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, overload
 from zlib import crc32
@@ -24,11 +25,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from data_pipelines.images.folders import (
-    IMAGE_SUFFIXES,
     SCAN_THREADS,
+    USUAL,
+    PassedOver,
+    Wanted,
     byte_size,
     folder_mark,
+    how_to_take,
     image_names,
+    list_images,
+    loose_images,
+    together,
+    told,
     visible,
 )
 from data_pipelines.images.order import Int64s
@@ -120,6 +128,8 @@ class ImageIndex:
         marks: what changes when the folder does, int64: per class the folder's time of change in
             nanoseconds, or per container its size in bytes; shape (0,) where not looked up.
         file: where this index was loaded from.
+        wanted: which files in the class folders are images.
+        passed_over: what else lies in the folder.
     """
 
     root: Path
@@ -134,6 +144,8 @@ class ImageIndex:
     offsets: Int64s = field(default_factory=lambda: np.zeros(0, np.int64))
     marks: Int64s = field(default_factory=lambda: np.zeros(0, np.int64))
     file: Path | None = None
+    wanted: Wanted = USUAL
+    passed_over: tuple[PassedOver, ...] = ()
 
     @classmethod
     def of(
@@ -184,6 +196,17 @@ class ImageIndex:
         path = self.location(image).path
         return f"{path}: {self.files[image]}" if self.containers else path
 
+    def said_of_the_rest(self) -> str | None:
+        """What lies in the folder and is no part of the index, in a line; None: nothing does."""
+        if not self.passed_over:
+            return None
+        if self.containers:
+            return f"{self.root}: passed over when it was made: {told(self.passed_over)}"
+        options = how_to_take(self.passed_over)
+        command = f"python -m data_pipelines.index {self.root} {options}"
+        taken = f"; take the images with: {command}" if options else ""
+        return f"{self.root}: passed over: {told(self.passed_over)}{taken}"
+
     def subset(self, images: Int64s) -> "ImageIndex":
         """The index of these images only, in this order; all classes stay."""
         return ImageIndex.of(
@@ -229,6 +252,11 @@ def save_index(index: ImageIndex, path: Path) -> None:
         "containers": json.dumps(index.containers),
         "fingerprint": index.fingerprint,
     }
+    # Only where there is something to say: other indices stay as they always were.
+    if index.wanted != USUAL:
+        metadata["wanted"] = json.dumps(index.wanted)
+    if index.passed_over:
+        metadata["passed_over"] = json.dumps(index.passed_over)
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     metadata["crc32"] = _checksum(arrays, metadata)
     content = save(arrays, metadata)
@@ -265,6 +293,7 @@ def load_index(path: str | os.PathLike[str], root: str | os.PathLike[str]) -> Im
                 )
             tensors = {name: file.get_tensor(name) for name in _ARRAYS}
         classes, containers = (json.loads(metadata[key]) for key in ("classes", "containers"))
+        wanted, passed_over = _listing_of(metadata)
         fingerprint = metadata["fingerprint"]
         if not _FINGERPRINT.fullmatch(fingerprint):
             raise ValueError(f"a fingerprint {fingerprint!r}")
@@ -280,11 +309,32 @@ def load_index(path: str | os.PathLike[str], root: str | os.PathLike[str]) -> Im
         raise UserError(f"{path}: a damaged index ({problem}); {again}")
     names = Names(arrays.pop("names"), arrays.pop("name_ends"))
     index = ImageIndex(
-        Path(root), names, classes=classes, containers=containers, file=path, **arrays
+        Path(root),
+        names,
+        classes=classes,
+        containers=containers,
+        file=path,
+        wanted=wanted,
+        passed_over=passed_over,
+        **arrays,
     )
     # Hashing 1.3 million names takes a second; the file says what came out.
     index.__dict__["fingerprint"] = fingerprint
     return index
+
+
+def _listing_of(metadata: Mapping[str, str]) -> tuple[Wanted, tuple[PassedOver, ...]]:
+    """What an index says of how its folder was listed; ValueError where it makes no sense."""
+    wanted, passed = USUAL, []
+    try:
+        if "wanted" in metadata:
+            suffixes, nested = json.loads(metadata["wanted"])
+            wanted = Wanted(tuple(map(str, suffixes)), bool(nested))
+        for what, count, example in json.loads(metadata.get("passed_over", "[]")):
+            passed.append(PassedOver(str(what), int(count), str(example)))
+    except TypeError as error:
+        raise ValueError(str(error)) from None
+    return wanted, tuple(passed)
 
 
 def _load_again(path: Path, root: Path, fingerprint: str) -> ImageIndex:
@@ -300,8 +350,8 @@ def _checksum(arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -
     check = 0
     for name in _ARRAYS:
         check = crc32(arrays[name].data, check)
-    for name in ("classes", "containers", "fingerprint"):
-        check = crc32(metadata[name].encode(), check)
+    for name in ("classes", "containers", "fingerprint", "wanted", "passed_over"):
+        check = crc32(metadata.get(name, "").encode(), check)
     return f"{check:08x}"
 
 
@@ -428,7 +478,9 @@ def _folder_difference(index: ImageIndex) -> str | None:
         changed = np.flatnonzero(index.marks != marks).tolist()
     bounds = np.searchsorted(index.labels, np.arange(len(index.classes) + 1))
     with ThreadPoolExecutor(SCAN_THREADS) as pool:
-        listed = pool.map(lambda label: image_names(index.root / index.classes[label]), changed)
+        listed = pool.map(
+            lambda label: image_names(index.root / index.classes[label], index.wanted), changed
+        )
         for label, names in zip(changed, listed, strict=True):
             now = {f"{index.classes[label]}/{name}" for name in names}
             then = set(index.files[bounds[label] : bounds[label + 1]])
@@ -447,47 +499,88 @@ def _folder_difference(index: ImageIndex) -> str | None:
     return None
 
 
-def scan_class_folders(root: str | os.PathLike[str]) -> ImageIndex:
-    """List the images (.jpg, .jpeg, .png in any case) of the class folders in ``root``.
+def scan_class_folders(root: str | os.PathLike[str], wanted: Wanted | None = None) -> ImageIndex:
+    """List the images of the class folders in ``root``, and count what else lies there.
 
     Classes are the sorted folder names, as in torchvision's ImageFolder. Hidden files and folders
     are left out. No file is opened.
+
+    Args:
+        root: the folder.
+        wanted: which files are images; by default .jpg, .jpeg, .png (in any case) right in a class
+            folder.
 
     Raises:
         UserError: ``root`` is not a readable folder, holds no class folders or no images, or a
             class folder has no images.
     """
-    root = Path(root)
+    root, wanted = Path(root), wanted or USUAL
     layout = f"expected class folders such as {root}/<class>/<image>.jpg"
     classes = visible(root, folders=True)
+    loose = loose_images(root)
     if not classes:
-        raise UserError(f"{root}: no class folders; {layout}")
+        holds = f"; its {loose[0].number:,} images lie beside each other" if loose else ""
+        raise UserError(f"{root}: no class folders; {layout}{holds}")
     with ThreadPoolExecutor(SCAN_THREADS) as pool:
-        images = list(pool.map(lambda name: image_names(root / name), classes))
+        images, rest = zip(
+            *pool.map(lambda name: list_images(root / name, wanted), classes), strict=True
+        )
+    passed = together([*loose, *chain.from_iterable(rest)])
     if not any(images):
-        raise UserError(f"{root}: no images in its {len(classes)} folders; {layout}")
-    for name, found in zip(classes, images, strict=True):
+        raise UserError(f"{root}: no images in its {len(classes)} folders{_aid(passed)}; {layout}")
+    for name, found, others in zip(classes, images, rest, strict=True):
         if not found:
             raise UserError(
-                f"{root / name}: class folder without images; "
-                f"expected {', '.join(IMAGE_SUFFIXES)} files, or no such folder"
+                f"{root / name}: class folder without images{_aid(others)}; "
+                f"expected {', '.join(wanted.suffixes)} files, or no such folder"
             )
     files = (
         f"{name}/{image}" for name, found in zip(classes, images, strict=True) for image in found
     )
     counts = [len(found) for found in images]
     labels = np.repeat(np.arange(len(classes), dtype=np.int64), counts)
-    return ImageIndex.of(root, files, labels, classes)
+    return ImageIndex.of(root, files, labels, classes, wanted=wanted, passed_over=passed)
+
+
+def _aid(passed: Sequence[PassedOver]) -> str:
+    """What a folder without images holds, and how to take that."""
+    options = how_to_take(passed)
+    taken = f"; take them with: python -m data_pipelines.index DIR {options}" if options else ""
+    return f" (it holds {told(passed)}{taken})" if passed else ""
 
 
 def parts_of(folder: Path) -> list[Path]:
     """The folders to index: the one given, or those in it that are a data set's parts."""
-    found = visible(folder, folders=True)
-    named = [folder / name for name in PARTS if name in found]
+    named = _named_parts(folder)
     # A class may be named 'train' as well.
     parts = [
         part
         for part in named
         if (part / INDEX_FILE).exists() or (visible(part, folders=True) and not image_names(part))
     ]
-    return parts or [folder]
+    # Beside a part, a folder of folders is one too, whatever else lies in it.
+    if parts:
+        return [part for part in named if part in parts or visible(part, folders=True)]
+    return [folder]
+
+
+def said_of_flat_parts(folder: Path) -> list[str]:
+    """A line for each folder beside true parts that is named as one and has no class folders.
+
+    It is left out: whose images they are, nothing says.
+    """
+    parts = parts_of(folder)
+    lines = []
+    for part in _named_parts(folder) if parts != [folder] else []:
+        count = sum(kind.number for kind in loose_images(part)) if part not in parts else 0
+        if count:
+            lines.append(
+                f"{part}: left out: it holds {count:,} images but no class folders; sort them "
+                "into the folders of their classes"
+            )
+    return lines
+
+
+def _named_parts(folder: Path) -> list[Path]:
+    found = visible(folder, folders=True)
+    return [folder / name for name in PARTS if name in found]

@@ -491,6 +491,7 @@ def _save(packing: _Packing, stored: list[_Stored]) -> ImageIndex:
         container=np.repeat(np.arange(len(kept), dtype=np.int32), counts)[places],
         offsets=np.concatenate([np.array(one.offsets, np.int64) for _, one in kept])[places],
         marks=np.array([tar.stat().st_size for tar in tars], np.int64),
+        passed_over=index.passed_over,
     )
     save_index(made, packing.out / INDEX_FILE)
     return made

@@ -281,10 +281,14 @@ def test_large_images_are_decoded_one_at_a_time(monkeypatch: pytest.MonkeyPatch)
             pass
 
     monkeypatch.setattr(header, "_one_large_image", Lock())
-    assert find_damage(_encoded("BMP", 100)) is None
+    small, large = (_encoded("BMP", size) for size in (100, 4100))
+    assert find_damage(small) is None
+    decode_with_pil(np.frombuffer(small, np.uint8), 3)
     assert not entered
-    assert find_damage(_encoded("BMP", 4100)) is None
-    assert entered
+    assert find_damage(large) is None
+    assert len(entered) == 1
+    decode_with_pil(np.frombuffer(large, np.uint8), 3)
+    assert len(entered) == 2
 
 
 def _ghostscript(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

@@ -130,7 +130,7 @@ def test_facts_are_aligned(
 
 LARGE = _encoded(size=300)
 EXTRACT = "extract it anew from the archive, delete it, or run with data.on_error=skip"
-SLOW = "none needed, but as JPEG or PNG it would be decoded faster"
+SLOW = "none needed: decoded by Pillow; as JPEG or PNG it would be faster"
 BROKEN = {
     "a/empty.jpg": (b"", "empty file"),
     "a/text.JPEG": (b"404 Not Found", "not an image"),

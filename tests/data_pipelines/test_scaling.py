@@ -42,7 +42,7 @@ def test_scaled_pixels_are_pillows(before, after, mode, channels):
     assert apart.max() <= 2 and (apart > 0).mean() < 0.02
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(
     st.tuples(st.integers(8, 160), st.integers(8, 160)),
     st.tuples(st.integers(8, 96), st.integers(8, 96)),

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from data_pipelines import index as index_command
-from data_pipelines.images.image_index import scan_class_folders
+from data_pipelines.images.image_index import INDEX_FILE, save_index, scan_class_folders
 from data_pipelines.images.order import permutation
 from data_pipelines.sets.shard_writer import write_shards
 from data_pipelines.settings import (
@@ -26,7 +27,7 @@ from data_pipelines.settings import (
     RandAugment,
 )
 from train.config.config import Config
-from train.data import RunData, image_transform, stage_transform
+from train.data import RunData, image_transform, open_for_all_ranks, stage_transform
 from train.run_folder.same_run import stage_settings
 
 ALL = {
@@ -285,3 +286,19 @@ def test_evaluation_leaves_out_what_cannot_be_read_if_told_to(dense, run_main):
     options = ["--on-error", "skip", "--max-skipped", "0.05"]
     done = run_main(None, *command, *options, script="train.evaluate")
     assert done.stdout.startswith(f"skipped: {root}/") and "over 39 of 40 images" in done.stdout
+
+
+def test_a_run_says_first_what_it_passes_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a/1.png", "b/1.png", "b/2.webp", "b/sub/3.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    for listed in ("the folder", "its index"):
+        index = open_for_all_ranks(tmp_path, None, Accelerator(cpu=True))
+        assert len(index) == 2
+        said = capsys.readouterr().out
+        assert said.startswith(f"{tmp_path}: passed over: 1 "), listed
+        assert "1 .webp (b/2.webp)" in said and "1 in sub-folders (b/sub/3.png)" in said
+        assert said.endswith(f"python -m data_pipelines.index {tmp_path} --also webp --nested\n")
+        save_index(index, tmp_path / INDEX_FILE)
