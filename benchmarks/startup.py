@@ -44,7 +44,7 @@ CODE = {TORCH: "import torch", "with its compiler": "import torch, torch._dynamo
 MODULES = (
     *(f"tpp.{name}" for name in ("prune", "describe", "latency", "export")),
     *(f"train.{name}" for name in ("evaluate", "report", "sweep")),
-    *(f"data_pipelines.{name}" for name in ("prepare", "index", "shards")),
+    *(f"data_pipelines.{name}" for name in ("prepare", "index", "shards", "demo")),
     "launch.check",
 )
 NETWORKS = ("cifar_resnet56", "resnet50")

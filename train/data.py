@@ -59,12 +59,7 @@ class RunData:
         self.loader = resolve_loader(config.data.loader)
         self.train = self._open(config.data.train)
         self.val = self._open(config.data.val)
-        if self.train.index.classes != self.val.index.classes:
-            odd = min({*self.train.index.classes} ^ {*self.val.index.classes})
-            raise UserError(
-                f"data.root: {config.data.root}: class folder {odd!r} is in only one of "
-                f"{config.data.train!r} and {config.data.val!r}"
-            )
+        _check_same_classes(config, self.train.index, self.val.index)
         training_order(self.train.index, config.seed, window=config.data.shuffle_window)
 
     def _open(self, name: str) -> Images:
@@ -156,6 +151,31 @@ class RunData:
             dtype=torch.float16 if on_gpu and training.precision != "fp32" else torch.float32,
             channels_last=training.channels_last,
             prefetch=self._config.data.prefetch,
+        )
+
+
+def look_at_images(config: Config) -> ImageIndex:
+    """Open the images as a run does, on one rank; returns the training images.
+
+    Raises:
+        UserError: as :class:`RunData` does.
+    """
+    data = config.data
+    resolve_loader(data.loader)
+    train, val = (open_images(*image_place(config, name)) for name in (data.train, data.val))
+    for index in (train, val):
+        BadImages(index, on_error=data.on_error, limit=data.max_skipped, world_size=1)
+    _check_same_classes(config, train, val)
+    training_order(train, config.seed, window=data.shuffle_window)
+    return train
+
+
+def _check_same_classes(config: Config, train: ImageIndex, val: ImageIndex) -> None:
+    if train.classes != val.classes:
+        odd = min({*train.classes} ^ {*val.classes})
+        raise UserError(
+            f"data.root: {config.data.root}: class folder {odd!r} is in only one of "
+            f"{config.data.train!r} and {config.data.val!r}"
         )
 
 

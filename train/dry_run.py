@@ -1,38 +1,52 @@
 """What a run would do: configuration, plan, counts, and how the penalty is shared."""
 
+import os
 import sys
+from pathlib import Path
 from statistics import mean
 
 import yaml
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from data_pipelines.images.image_index import open_images
 from tpp.channels.removal import prune_model
 from tpp.common.errors import UserError
-from tpp.measure.counts import count
+from tpp.measure.counts import Counts, count
 from tpp.models.architecture import Architecture, build_on_meta, set_preprocessing
 from tpp.plan import PruningPlan
 from train.config.batch_rule import describe
 from train.config.config import Config
-from train.data import image_place
-from train.preflight import check_plans
+from train.data import image_place, look_at_images
+from train.preflight import check_plans, only_prunes
+from train.weights import load_starting_weights, weights_missing_here
+
+_RANKS = 8  # that shares are shown for, where nobody says how many there are to be
 
 
-def dry_run(config: Config, *, ranks: int) -> None:
-    """Print what the run would do; nothing is trained, loaded or written.
+def dry_run(config: Config, *, ranks: int | None = None) -> None:
+    """Print what the run would do; nothing is trained, downloaded or written.
 
-    The data need not be there if ``model.num_classes`` says how many classes there are.
+    What is there is opened: images, starting weights, what the run folder holds. The data need not
+    be there if ``model.num_classes`` says how many classes there are; the last lines name what was
+    not.
 
     Raises:
-        UserError: a mistake in the configuration, or fewer than one rank.
+        UserError: what the run would end with, as far as it can be known here; or fewer than one
+            rank.
     """
-    if ranks < 1:
-        raise UserError(f"--ranks must be at least 1, not {ranks}")
+    if ranks is not None:
+        if ranks < 1:
+            raise UserError(f"--ranks must be at least 1, not {ranks}")
+        from train.distributed.accelerator import check_batch_size
+
+        check_batch_size(config.training, ranks)
     # A pipe has no width; 100 columns keep every row on one line there.
     console = Console(width=None if sys.stdout.isatty() else 100, highlight=False)
     architecture = _architecture(config)
     plan = check_plans(config, architecture)
+    missing = _open_what_is_there(config, architecture)
     console.print(yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True))
     _say_batch_rule(config, console)
     dense = build_on_meta(architecture)
@@ -43,7 +57,21 @@ def dry_run(config: Config, *, ranks: int) -> None:
             f"no pruning: {counts.parameters:,} parameters, {counts.macs:,} MACs for "
             f"{counts.of_image}"
         )
-        return
+    else:
+        _say_plan(config, plan, dense, counts, ranks or _RANKS, console)
+    for what in missing:
+        console.print(f"not looked at: {what}", soft_wrap=True)
+
+
+def _say_plan(
+    config: Config,
+    plan: PruningPlan,
+    dense: nn.Module,
+    counts: Counts,
+    ranks: int,
+    console: Console,
+) -> None:
+    """What goes, what is left, and how the penalty is shared."""
     pruned = count(prune_model(dense, plan))
     console.print(_plan_table(plan))
     _say_what_stands_in(config, console)
@@ -64,6 +92,46 @@ def dry_run(config: Config, *, ranks: int) -> None:
                 f"({100 * (max(costs) / average - 1) if average else 0:+.2f}%)",
                 soft_wrap=True,
             )
+
+
+def _open_what_is_there(config: Config, architecture: Architecture) -> list[str]:
+    """Meet the mistakes that the run would meet; returns what of its files is not there."""
+    _check_output(Path(config.output))
+    if Path(config.output).exists():
+        from train.run_folder.same_run import results_of_done  # and Accelerate with it
+
+        for name in config.stages:
+            results_of_done(config, name)
+    weights = weights_missing_here(config.model)
+    if weights is None and config.model.checkpoint is not None:
+        load_starting_weights(config.model, architecture, config.seed)
+    missing = [weights] if weights is not None else []
+    if config.training.deepspeed is not None:
+        from train.distributed.deepspeed_engine import deepspeed_plugin
+
+        deepspeed_plugin(config.training)
+    root = Path(config.data.root)
+    if only_prunes(config, config.stages):
+        return missing
+    if not root.is_dir():
+        if config.data.demo is None:
+            missing.append(f"data.root: there is no folder {root} here")
+        return missing
+    index = look_at_images(config)
+    config.make_task().architecture(config.model, len(index.classes), str(index.root))
+    return missing
+
+
+def _check_output(folder: Path) -> None:
+    """Check that the run folder is one, or can be made."""
+    place = folder.absolute()
+    there = next(above for above in (place, *place.parents) if above.exists())
+    if not there.is_dir():
+        raise UserError(f"output: {there} is a file; choose another folder with output=...")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(
+            f"output: {there} cannot be written to; choose another folder with output=..."
+        )
 
 
 def _say_batch_rule(config: Config, console: Console) -> None:

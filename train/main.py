@@ -50,10 +50,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="train nothing; print the resolved configuration, the plan and the penalty's shares",
+        help="train nothing; open what is there, and print the resolved configuration, the plan "
+        "and the penalty's shares",
     )
     parser.add_argument(
-        "--ranks", type=int, default=8, metavar="N", help="ranks that --dry-run shares over"
+        "--ranks", type=int, metavar="N", help="ranks that --dry-run shares over (default 8)"
     )
     parser.add_argument(
         "--until", metavar="STAGE", help="end after this stage; the next run goes on behind it"

@@ -56,7 +56,7 @@ def preflight(config: Config, accelerator: "Accelerator", stages: Iterable[str])
     starting_weights_exist(config.model)
     task = config.make_task()
     known = task.architecture(config.model)
-    if known is not None and from_main_rank(accelerator, lambda: _only_prunes(config, stages)):
+    if known is not None and from_main_rank(accelerator, lambda: only_prunes(config, stages)):
         check_plans(config, known)
         return Preflight(None, known)
     if config.data.demo:
@@ -72,7 +72,7 @@ def preflight(config: Config, accelerator: "Accelerator", stages: Iterable[str])
     return Preflight(data, architecture)
 
 
-def _only_prunes(config: Config, stages: Iterable[str]) -> bool:
+def only_prunes(config: Config, stages: Iterable[str]) -> bool:
     """Whether all that is left to do is to remove filters from checkpoints of this run."""
     folder = Path(config.output)
     left = [config.stages[name] for name in stages if not (folder / name / "done.json").exists()]

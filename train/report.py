@@ -36,7 +36,7 @@ def show_end(folder: Path) -> None:
     console = console_for()
     console.print(summary_table(run.results))
     if run.results.published is not None:
-        console.print(to_rich(comparison([run])))
+        console.print(to_rich(comparison([run]), console.width))
     page, _ = write_report([run], folder)
     # Whole paths: the lines are pasted into another terminal, or read in a job's log.
     place, python = shlex.quote(str(folder.absolute())), Path(sys.executable)
@@ -120,7 +120,7 @@ def main() -> None:
     runs = [load_run(folder) for folder in arguments.runs]
     console = console_for()
     for grid in grids_of(runs):
-        console.print(to_rich(grid))
+        console.print(to_rich(grid, console.width))
     page, picture = write_report(runs, arguments.output or arguments.runs[0])
     console.print(f"written: {page} and {picture}", soft_wrap=True)
 

@@ -39,6 +39,15 @@ def starting_weights_exist(model: ModelSection) -> None:
         raise UserError(f"model.checkpoint: {checkpoint}: no such file")
 
 
+def weights_missing_here(model: ModelSection) -> str | None:
+    """What of the starting weights has yet to be fetched; None where they can be loaded."""
+    if model.checkpoint is None or _target(model).exists():
+        return None
+    remote = _is_url(model.checkpoint) or model.checkpoint.startswith(TORCHVISION)
+    what = "is downloaded when a run starts" if remote else "no such file"
+    return f"model.checkpoint: {model.checkpoint}: {what}"
+
+
 def load_starting_weights(
     model: ModelSection,
     architecture: Architecture,
@@ -64,8 +73,8 @@ def load_starting_weights(
     if info is not None:
         if info.architecture not in (architecture, as_published(architecture)[0]):
             raise UserError(
-                f"model.checkpoint: {path} holds a {info.architecture}, "
-                f"the configuration asks for a {architecture}"
+                f"model.checkpoint: {path} holds {_in_words(info.architecture)}, "
+                f"the configuration asks for {_in_words(architecture)}"
             )
         return load_model(path)  # it may be pruned already: its own widths count
     network = build_model(architecture.name, architecture.num_classes, **architecture.args)
@@ -95,17 +104,15 @@ def note_on_classes(model: ModelSection, folders: list[str]) -> str | None:
     )
 
 
+def _in_words(architecture: Architecture) -> str:
+    arguments = f", {dict(architecture.args)}" if architecture.args else ""
+    return f"{architecture.name} ({architecture.output}{arguments})"
+
+
 def _local_file(model: ModelSection) -> Path:
-    """The checkpoint as a local file; downloads are kept where torch.hub keeps them."""
-    assert model.checkpoint is not None
-    url = model.checkpoint
-    if url.startswith(TORCHVISION):
-        url = _torchvision_url(model.name, url)
-    elif not _is_url(url):
-        return Path(url)
-    _holds_no_secret(url)
-    target = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(url).path).name
-    if not target.exists():
+    """The checkpoint as a local file, downloaded if need be."""
+    url, target = _url(model), _target(model)
+    if url is not None and not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             torch.hub.download_url_to_file(url, str(target), progress=False)
@@ -115,6 +122,26 @@ def _local_file(model: ModelSection) -> Path:
                 f"put the file at {target}, or name a local file with model.checkpoint=FILE"
             ) from None
     return target
+
+
+def _url(model: ModelSection) -> str | None:
+    """Where the checkpoint is downloaded from; None of a local file."""
+    assert model.checkpoint is not None
+    if model.checkpoint.startswith(TORCHVISION):
+        return _torchvision_url(model.name, model.checkpoint)
+    if not _is_url(model.checkpoint):
+        return None
+    _holds_no_secret(model.checkpoint)
+    return model.checkpoint
+
+
+def _target(model: ModelSection) -> Path:
+    """The local file; downloads are kept where torch.hub keeps them."""
+    assert model.checkpoint is not None
+    url = _url(model)
+    if url is None:
+        return Path(model.checkpoint)
+    return Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(url).path).name
 
 
 def _torchvision_url(name: str, checkpoint: str) -> str:

@@ -119,7 +119,8 @@ def test_a_budget_out_of_reach_shows_before_anything_runs(monkeypatch, capsys):
 
 
 def test_classes_are_counted_in_shards_too(monkeypatch, capsys, tiny_data, tmp_path):
-    write_shards(scan_class_folders(tiny_data / "train"), tmp_path / "train")
+    for name in ("train", "test"):
+        write_shards(scan_class_folders(tiny_data / "train"), tmp_path / name)
     config = str(CONFIGS / "cifar10" / "resnet56_tpp_pr0.5.yaml")
     overrides = (f"data.root={tmp_path}", "model.num_classes=null")
     of_ten = dry_run(monkeypatch, capsys, "--config", config, "model.num_classes=10")

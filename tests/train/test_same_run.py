@@ -3,7 +3,6 @@
 import copy
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -42,9 +41,8 @@ def refusal(stage: str, change: dict[str, Any], stages: dict[str, Any] = STAGES)
         place[last] = value
     now = Config.model_validate(config)
     kept = json.loads(json.dumps(stage_settings(before, stage)))
-    run: Any = SimpleNamespace(config=now, folder=Path("run"), stage_folder=Path("run").joinpath)
     try:
-        check_same_settings(run, stage, kept)
+        check_same_settings(now, stage, kept)
     except UserError as error:
         return str(error)
     return ""

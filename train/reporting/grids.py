@@ -2,10 +2,11 @@
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
@@ -22,8 +23,14 @@ from train.reporting.rows import (
 from train.run_folder.results import Results
 from train.tasks.base import LOSS, Metric, Task
 
+# Columns that say what a row is of, at the left of a table.
+_NAMING = ("", "Run", "Network", "Setting", "Stage")
+# What is longer than so many characters is folded where a terminal is narrow.
+_LONG_CELL = 24
+_MOST_SETTINGS = 20
 
-def summary_table(results: Results | Mapping[str, Any]) -> Table:
+
+def summary_table(results: Results | Mapping[str, Any]) -> Group:
     """The networks of one run with scores and size, for the terminal.
 
     Args:
@@ -36,11 +43,19 @@ def summary_table(results: Results | Mapping[str, Any]) -> Table:
 
 
 class Grid(NamedTuple):
-    """A table, its cells as they are shown."""
+    """A table, its cells as they are shown.
+
+    Attributes:
+        title: "" for none.
+        columns: their headings.
+        rows: of cells.
+        most: rows that a terminal is given; None for all of them.
+    """
 
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
+    most: int | None = None
 
 
 def _network_columns(task: type[Task], results: Sequence[Results]) -> list[str]:
@@ -111,15 +126,39 @@ def _sources(runs: Sequence[RunRecord]) -> Grid:
 
 
 def _differences(runs: Sequence[RunRecord]) -> Grid:
-    """The settings that are not the same in all runs that say what theirs are."""
+    """The settings that are not the same in all runs that say what theirs are.
+
+    What only some of them have at all, such as a stage, is one row.
+    """
     known = [(run, label) for run, label in zip(runs, labels_of(runs), strict=True) if run.settings]
-    keys = dict.fromkeys(key for run, _ in known for key in run.settings)
+    inside = [_sections(run.settings) for run, _ in known]
+    in_all = set.intersection(*map(set, inside)) if inside else set()
+    keys = dict.fromkeys(
+        next((above for above in _above(key) if above not in in_all), key)
+        for run, _ in known
+        for key in run.settings
+    )
     cells = []
     for key in keys:
-        values = [_setting(run.settings.get(key, "")) for run, _ in known]
+        values = [
+            f"{sections[key]} settings" if key in sections else _setting(run.settings.get(key, ""))
+            for (run, _), sections in zip(known, inside, strict=True)
+        ]
         if key.split(".")[0] not in IDENTITY and len(set(values)) > 1:
             cells.append([key, *values])
-    return Grid("Settings that differ", ("Setting", *(label for _, label in known)), cells)
+    columns = ("Setting", *(label for _, label in known))
+    return Grid("Settings that differ", columns, cells, most=_MOST_SETTINGS)
+
+
+def _above(key: str) -> list[str]:
+    """The sections that a setting is in, the outermost first."""
+    parts = key.split(".")
+    return [".".join(parts[:length]) for length in range(1, len(parts))]
+
+
+def _sections(settings: Mapping[str, Any]) -> Counter[str]:
+    """How many settings each section has, those in sections of it counted too."""
+    return Counter(above for key in settings for above in _above(key))
 
 
 def _circumstances(runs: Sequence[RunRecord]) -> Grid:
@@ -203,12 +242,61 @@ def console_for() -> Console:
     return Console(width=None if sys.stdout.isatty() else 200)
 
 
-def to_rich(grid: Grid) -> Table:
-    """A grid for the terminal."""
+def to_rich(grid: Grid, width: int | None = None) -> Group:
+    """A grid for the terminal.
+
+    Args:
+        grid: the table.
+        width: of the terminal, in characters. What does not fit beside each other there comes
+            below each other, the columns that name a row in each part; None for one table.
+    """
+    return Group(*(_table(part) for part in _parts(grid, width)))
+
+
+def _parts(grid: Grid, width: int | None) -> Iterator[Grid]:
+    """A grid in pieces that are no wider than ``width``, or have one column beside the names."""
+    if grid.most is not None and len(grid.rows) > grid.most:
+        more = f"... and {len(grid.rows) - grid.most} more, which report.html has"
+        rows = [*grid.rows[: grid.most], [more, *[""] * (len(grid.columns) - 1)]]
+        grid = grid._replace(rows=rows)
+    names = max(1, next((n for n, c in enumerate(grid.columns) if c not in _NAMING), 0))
+    widths = [_least_width(grid, number) for number in range(len(grid.columns))]
+    for columns in side_by_side(widths, names, width):
+        yield grid._replace(
+            columns=[grid.columns[n] for n in columns],
+            rows=[[row[n] for n in columns] for row in grid.rows],
+        )
+
+
+def side_by_side(widths: Sequence[int], names: int, width: int | None) -> Iterator[list[int]]:
+    """The columns of each part of a table, by number.
+
+    Args:
+        widths: of the columns, their frames included.
+        names: how many columns name the rows; they are in every part.
+        width: of the terminal; None for one part.
+    """
+    left = list(range(names, len(widths)))
+    while left:
+        taken, used = list(range(names)), sum(widths[:names]) + 1
+        while left and (width is None or len(taken) == names or used + widths[left[0]] <= width):
+            used += widths[left[0]]
+            taken.append(left.pop(0))
+        yield taken
+
+
+def _least_width(grid: Grid, number: int) -> int:
+    """What a column needs, its frame included: whole words of its heading, and cells."""
+    texts = [*grid.columns[number].split(), *(printable(row[number]) for row in grid.rows)]
+    return 3 + min(_LONG_CELL, max(map(len, texts), default=0))
+
+
+def _table(grid: Grid) -> Table:
     table = Table(title=Text(grid.title) if grid.title else None, title_justify="left")
     for column in grid.columns:
-        textual = column in ("", "Run", "Network", "Source", "Setting")
-        table.add_column(Text(printable(column)), justify="left" if textual else "right")
+        textual = column in (*_NAMING, "Source")
+        heading = Text(printable(column), overflow="fold")
+        table.add_column(heading, justify="left" if textual else "right", overflow="fold")
     for row in grid.rows:
         table.add_row(*(Text(printable(cell)) for cell in row))
     return table

@@ -18,6 +18,7 @@ from rich.text import Text
 from tpp.common.errors import UserError
 from tpp.common.files import write_whole
 from train.grid import Sweep, SweepRun, expand, load_sweep, state_of
+from train.reporting.grids import side_by_side
 from train.run_folder.results import Results
 from train.tasks.classification import TOP1
 
@@ -227,20 +228,25 @@ def _grids(table: ResultTable) -> list[tuple[str, list[_Row]]]:
     ]
 
 
-def to_rich(table: ResultTable) -> Group:
-    """The table for a terminal of 100 columns."""
+def to_rich(table: ResultTable, width: int = 100) -> Group:
+    """The table for a terminal of so many columns; ratios that do not fit come below."""
     parts: list[Table | Text] = [Text(_headline(table), style="bold")]
     for title, rows in _grids(table):
-        grid = Table(title=Text(title, style="bold"), title_justify="left")
-        grid.add_column("Method")
-        for ratio in table.sweep.ratios:
-            grid.add_column(ratio, justify="right", no_wrap=True)
-        for number, row in enumerate(rows):
-            cells = [Text(c, "bold" if n in row.bold else "") for n, c in enumerate(row.cells)]
-            ends = number + 1 == len(rows) or not rows[number + 1].label.startswith(" ")
-            style = "dim" if row.label.startswith(" ") else ""
-            grid.add_row(Text(row.label), *cells, style=style, end_section=ends)
-        parts.append(grid)
+        headings = ["Method", *table.sweep.ratios]
+        texts = [headings, *([row.label, *row.cells] for row in rows)]
+        widths = [3 + max(len(text[n]) for text in texts) for n in range(len(headings))]
+        for columns in side_by_side(widths, 1, width):
+            grid = Table(title=Text(title, style="bold"), title_justify="left")
+            for n in columns:
+                grid.add_column(headings[n], justify="right" if n else "left", no_wrap=True)
+            for number, row in enumerate(rows):
+                cells = [
+                    Text(row.cells[n - 1], "bold" if n - 1 in row.bold else "") for n in columns[1:]
+                ]
+                ends = number + 1 == len(rows) or not rows[number + 1].label.startswith(" ")
+                style = "dim" if row.label.startswith(" ") else ""
+                grid.add_row(Text(row.label), *cells, style=style, end_section=ends)
+            parts.append(grid)
     source = (
         [] if table.sweep.published is None else [f"Published: {table.sweep.published.source}."]
     )
@@ -292,7 +298,7 @@ def report_table(config: Path, output: Path | None, console: Console) -> None:
     """
     sweep = load_sweep(config, output)
     table = collect(sweep)
-    console.print(to_rich(table))
+    console.print(to_rich(table, console.width))
     folder = Path(sweep.output)
     written = []
     try:

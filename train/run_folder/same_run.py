@@ -11,6 +11,7 @@ not there counts as its default: a run that began before a setting existed goes 
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
@@ -139,32 +140,43 @@ def _differences(old: Any, now: Any, key: str = "") -> Iterator[str]:
 
 def take_up_done(run: Run, name: str) -> None:
     """Take up the results of a stage that was done before, if with the same settings."""
-    path = run.stage_folder(name) / "done.json"
+    results = results_of_done(run.config, name)
+    if results is not None:
+        run.done[name] = results
+
+
+def results_of_done(config: Config, name: str) -> dict[str, Any] | None:
+    """The results of a stage that was done before; None of one that was not.
+
+    Raises:
+        UserError: it was done with other settings, or its marker is broken.
+    """
+    path = Path(config.output) / name / "done.json"
     if not path.exists():
-        return
+        return None
     marker = read_json(path, "the done marker")
     try:
         settings, results = dict(marker["settings"]), dict(marker["results"])
-        StageResult.from_dict(results, run.task.metrics)
+        StageResult.from_dict(results, config.make_task().metrics)
     except (ValueError, KeyError, TypeError):  # ValidationError of pydantic is a ValueError
         raise UserError(f"{path}: not a done marker; delete it to run the stage again") from None
-    check_same_settings(run, name, settings)
-    run.done[name] = results
+    check_same_settings(config, name, settings)
+    return results
 
 
-def check_same_settings(run: Run, name: str, settings: dict[str, Any]) -> None:
+def check_same_settings(config: Config, name: str, settings: dict[str, Any]) -> None:
     """Check that what a stage has left behind was made with the settings of now.
 
     Raises:
         UserError: names what differs, and what to do.
     """
-    found = list(_differences(settings, _decisive(run.config, name)))
+    found = list(_differences(settings, _decisive(config, name)))
     if found:
         more = f", and {len(found) - MOST_NAMED} more" if len(found) > MOST_NAMED else ""
         raise UserError(
-            f"{run.folder}: stage {name!r} was run with other settings: "
+            f"{config.output}: stage {name!r} was run with other settings: "
             f"{', '.join(found[:MOST_NAMED])}{more}; choose another folder with output=..., or "
-            f"delete {run.stage_folder(name)} to run it again"
+            f"delete {Path(config.output) / name} to run it again"
         )
 
 

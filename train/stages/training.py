@@ -175,7 +175,7 @@ class TrainingStage:
             plan = choose_plan(run, name, network, method)
         else:
             progress = Progress.from_dict(state.extra)
-            check_same_settings(run, name, progress.settings)
+            check_same_settings(run.config, name, progress.settings)
             check_same_images(run, name, progress.images)
             network = self._ordinary_network(state, progress)
             planned = stage.does.regularizes and method.picks == "before"
