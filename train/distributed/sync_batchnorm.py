@@ -76,7 +76,7 @@ def _with_activation() -> tuple[type[nn.Module], ...]:
 def _cpu_with_activation() -> type[nn.Module]:
     from timm.layers import BatchNormAct2d
 
-    class CpuSyncBatchNormAct(BatchNormAct2d):  # type: ignore[misc]
+    class CpuSyncBatchNormAct(BatchNormAct2d):
         def forward(self, input: Tensor) -> Tensor:
             if not self.training:
                 return cast(Tensor, super().forward(input))
