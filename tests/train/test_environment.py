@@ -216,13 +216,12 @@ def test_a_file_for_deepspeed_beside_a_precision(tiny_config, run_main, monkeypa
     assert "ZeRO stage 1" in (Path(tiny_config["output"]) / "results.json").read_text()
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-def test_a_run_without_momentum_goes_on_under_zero(tiny_config, run_main, tmp_path, stage):
+def test_a_run_without_momentum_goes_on_under_zero(tiny_config, run_main, tmp_path):
     """Broken off after a checkpoint, and as one process trains it."""
     tiny_config["stages"] = {"dense": {"epochs": 2, "optimizer": {"lr": 0.05, "momentum": 0}}}
     for section in ("method", "pruning"):
         del tiny_config[section]
-    zero = f"training.deepspeed={ZERO / f'zero{stage}.json'}"
+    zero = f"training.deepspeed={ZERO / 'zero2.json'}"
     run = Path(tiny_config["output"])
     run_main(tiny_config, zero, kill_when=run / "dense" / "checkpoints" / "step-00000005")
     gone_on = run_main(tiny_config, zero)
