@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 from torch.nn.utils import parametrize, prune
@@ -22,7 +23,7 @@ def check_layers(model: nn.Module, layers: Iterable[str]) -> None:
             raise UserError(f"no Conv2d or Linear layer is called {layer!r}; {hint}")
 
 
-def how_computed(layer: nn.Module) -> str | None:
+def how_computed(layer: Any) -> str | None:
     """By what the weight of a layer is computed from others, and the call that ends that; None if
     it is a parameter.
     """
