@@ -71,7 +71,7 @@ def _optimizers(value: Any) -> Iterator[Mapping[str, Any]]:
 
 
 def _only_state_dict(data: Mapping[Any, Any], source: str) -> tuple[dict[str, Tensor], list[str]]:
-    found = list(_state_dicts(data, ""))
+    found = list(_state_dicts(data))
     if not found:
         raise UserError(f"{source}: no state_dict, alone or under a key: {_instead(data)}")
     if len(found) > 1:
