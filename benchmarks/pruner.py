@@ -111,7 +111,8 @@ def run_ours(source: Path, target: Path, ratios: dict[str, float]) -> Result:
     from tpp import prune
 
     arguments = [f"--ratio={pattern}={ratio}" for pattern, ratio in ratios.items()]
-    sys.argv = ["prune", "--checkpoint", str(source), "--output", str(target), *arguments]
+    files = ["--checkpoint", str(source), "--output", str(target), "--overwrite"]
+    sys.argv = ["prune", *files, *arguments]
     before, started = memory_mark(), time.perf_counter()
     prune.main()
     seconds = time.perf_counter() - started
@@ -174,7 +175,7 @@ def measure_time(rounds: int) -> Result:
                 found[side].append(in_a_process(side, source, Path(folder, side), RATIOS))
             started = time.perf_counter()
             command = [sys.executable, "-m", "tpp.prune", "--checkpoint", str(ours)]
-            command += ["--output", str(Path(folder, "out"))]
+            command += ["--output", str(Path(folder, "out")), "--overwrite"]
             command += [f"--ratio={pattern}={ratio}" for pattern, ratio in RATIOS.items()]
             subprocess.run(command, check=True, capture_output=True)
             whole.append(time.perf_counter() - started)

@@ -397,7 +397,7 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], Any], str]] = {
         "2 ranks wrote it, but there are 1 files .*model_states.pt",
     ),
     "truncated": ("zero2-sgd-fp32", cut, "zero_pp_rank_1.*: not a whole PyTorch file"),
-    "no file of torch": ("zero2-sgd-fp32", overwrite, "model_states.pt: not a whole PyTorch file"),
+    "no file of torch": ("zero2-sgd-fp32", overwrite, ": neither a safetensors file nor"),
     "no dict": (
         "zero2-sgd-fp32",
         lambda folder: torch.save([1], folder / MODEL),
