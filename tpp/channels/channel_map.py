@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tpp.channels.labels import LabelStore
 from tpp.channels.tracing import trace_channels
 from tpp.common.errors import UserError
 from tpp.models.architecture import example_input_for
@@ -172,7 +173,7 @@ class ChannelMap:
         self.example_input = example_input_for(model) if example_input is None else example_input
         kinds = dense._trace.group_kinds if dense else None
         trace, self.numbers = trace_channels(model, self.example_input, kinds)
-        self._trace = trace
+        self._trace: LabelStore = trace
         self._modules = dict(model.named_modules())
         self.layers = [
             name for name, m in self._modules.items() if isinstance(m, nn.Conv2d | nn.Linear)
