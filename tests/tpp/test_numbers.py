@@ -13,6 +13,8 @@ from zeroing import relative_difference, zeroed
 from tpp.channels.removal import prune_model
 from tpp.channels.survey import survey_channels
 from tpp.plan import PruningPlan
+from tpp.selection.budget import Budget
+from tpp.selection.selection import select_filters
 
 EXAMPLE = torch.rand(2, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
