@@ -13,6 +13,8 @@ from zeroing import relative_difference, zeroed
 from tpp.channels.removal import prune_model
 from tpp.channels.survey import survey_channels
 from tpp.plan import PruningPlan
+from tpp.selection.budget import Budget
+from tpp.selection.selection import select_filters
 
 EXAMPLE = torch.rand(2, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
@@ -108,3 +110,34 @@ def test_what_is_called_exact_is(names, gone):
         assert difference < 1e-10
     if all(PIECES[name][1] for name in names):
         assert not any("dense network with" in line for line in said)
+
+
+class InTraining(Pieces):
+    """Drops as many values as its width says, in training mode alone."""
+
+    def forward(self, x):
+        x = F.dropout(self.conv(x), 1 / self.conv(x).shape[1], self.training)
+        return self.head(x).mean((2, 3))
+
+
+def test_training_mode_is_looked_at_too():
+    difference, said = pruned_and_zeroed(InTraining().eval())
+    assert difference < 1e-10
+    assert any("bernoulli 0.875 becomes bernoulli 0.75" in line for line in said), said
+    assert any("in training mode" in line for line in said)
+    found = survey_channels(InTraining(), example_input=EXAMPLE[:1].float()).channels["conv"]
+    assert "in training mode" in found.inexact
+
+
+def test_a_budget_leaves_such_layers_as_they_are():
+    class Two(Pieces):
+        def __init__(self):
+            super().__init__("attention's default scale")
+            self.head = nn.Sequential(nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Conv2d(16, 2, 1))
+
+    model = Two()
+    example = EXAMPLE[:1].float()
+    plan = select_filters(model, budget=Budget("speedup", 1.5), example_input=example)
+    assert plan.active_layers == ["head.0"]
+    asked = select_filters(model, {"conv": 0.5}, example_input=example)
+    assert asked.active_layers == ["conv"]

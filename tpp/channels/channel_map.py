@@ -172,9 +172,8 @@ class ChannelMap:
     ) -> None:
         self.example_input = example_input_for(model) if example_input is None else example_input
         kinds = dense._trace.group_kinds if dense else None
-        trace, numbers = trace_channels(model, self.example_input, kinds)
+        trace, self.numbers = trace_channels(model, self.example_input, kinds)
         self._trace: LabelStore = trace
-        self.numbers = numbers
         self._modules = dict(model.named_modules())
         self.layers = [
             name for name, m in self._modules.items() if isinstance(m, nn.Conv2d | nn.Linear)

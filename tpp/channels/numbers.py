@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tpp.channels.rules import COPIES, MOVES, tensors_in
+from tpp.channels.rules import COPIES, MOVES
 from tpp.models.architecture import meta_copy
 from tpp.models.fitting import place_of, running_modules
 
@@ -59,9 +59,9 @@ class NumberTrace:
             value = args[place] if place < len(args) else kwargs.get(key)
             if isinstance(value, int | float | list | tuple):
                 numbers.append(value)
-        for tensor in tensors_in((args, kwargs)):  # one that was made of a number
-            if tensor.device.type == "cpu" and tensor.numel() == 1:
-                numbers.append(tensor.item())
+        for value in args:  # a tensor that was made of a number
+            if isinstance(value, Tensor) and not value.is_meta and value.numel() == 1:
+                numbers.append(value.item())
         if numbers or name not in _PLUMBING:
             self._note(name, numbers)
 

@@ -64,7 +64,9 @@ class Trials:
     def _training(self) -> NumberTrace | None:
         return training_numbers(self._model, self.channel_map.example_input)
 
-    def run(self, plan: PruningPlan, channels: Mapping[str, LayerChannels]) -> Trial:
+    def run(
+        self, plan: PruningPlan, channels: Mapping[str, LayerChannels], *, training: bool = True
+    ) -> Trial:
         """Take the filters of a plan out, and hold what is left against the dense network.
 
         It is traced too, and what stands or falls together in it must be what does in the dense
@@ -75,6 +77,7 @@ class Trials:
         Args:
             plan: filters to remove.
             channels: of all layers that lose any.
+            training: whether to look at training mode too.
 
         Raises:
             UserError: the plan does not fit the network.
@@ -100,11 +103,11 @@ class Trials:
             reason = "with these widths its channels reach other places than before"
             return Trial(cuts, pruned, refused=f"{reason}; the code counts them in its own way")
         changed = before.numbers.difference(after.numbers)
-        if changed is None and self._training is not None:
-            training = training_numbers(pruned, before.example_input)
-            if training is None:
+        if training and changed is None and self._training is not None:
+            trained = training_numbers(pruned, before.example_input)
+            if trained is None:
                 return Trial(cuts, pruned, refused="its code does not train with these widths")
-            changed = self._training.difference(training)
+            changed = self._training.difference(trained)
             changed = changed and f"{changed}, in training mode"
         return Trial(cuts, pruned, changed=changed)
 

@@ -133,7 +133,7 @@ class Selection:
         Layers that ratios name may lose those whose removal is not the same as zeroing them.
         """
         trials, channels = candidates.trials, candidates.channels
-        trial = trials.run(plan, channels)
+        trial = trials.run(plan, channels, training=False)
         if trial.fault is None or (self.ratios and not trial.refused):
             return {}
         faults = trials.faults(plan, channels)
