@@ -45,6 +45,7 @@ from data_pipelines.images.image_index import (
     INDEX_FILE,
     ImageIndex,
     Location,
+    check_replaceable,
     load_index,
     parts_of,
     said_of_flat_parts,
@@ -172,6 +173,7 @@ def _check(folder: Path, out: Path | None) -> None:
         raise UserError(f"{target}: cannot make the folder of --out ({error.strerror})") from None
     if not os.access(target, os.W_OK | os.X_OK):
         raise UserError(f"{target}: cannot write the index there; choose another place with --out")
+    check_replaceable(_targets(folder, out)[0])
 
 
 def _holds_shards(folder: Path) -> bool:

@@ -181,12 +181,13 @@ def _load(options: argparse.Namespace, index: "ImageIndex") -> _Loaded:
     labels = task.labels(folders, architecture, names, options.class_order, file=file, place=place)
     prepared = info.preprocessing if info is not None else None
     transform, assumed = _transform(options, prepared, architecture, path)
+    left_out: tuple[str, ...] = ()
     if info is not None:
         model = load_model(path).float()
     else:
         model = build_model(architecture.name, architecture.num_classes)
-        load_weights(model, path)
-    notes = [note for note in (assumed, labels and labels.note) if note]
+        left_out = load_weights(model, path)
+    notes = [note for note in (*left_out, assumed, labels and labels.note) if note]
     return _Loaded(model, transform, task, labels and labels.outputs, notes)
 
 

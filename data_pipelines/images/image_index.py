@@ -5,6 +5,7 @@ mapped into memory: loading it reads next to nothing, and the ranks of a node sh
 Images are files of their own in class folders, or stretches of larger files (tar shards).
 """
 
+import contextlib
 import json
 import operator
 import os
@@ -266,6 +267,20 @@ def save_index(index: ImageIndex, path: Path) -> None:
         raise UserError(
             f"{path}: cannot write the index ({error.strerror}); choose another place with --out"
         ) from None
+
+
+def check_replaceable(path: Path) -> None:
+    """Check that no other file lies where an index is to be written; a damaged index may.
+
+    Raises:
+        UserError: a whole safetensors file is there, and it is none of this package's indices.
+    """
+    with contextlib.suppress(OSError, SafetensorError), safe_open(path, framework="pt") as file:
+        if (file.metadata() or {}).get("format") != _FORMAT:
+            raise UserError(
+                f"{path}: holds something else than an index of images, and would be replaced; "
+                "choose another place with --out"
+            )
 
 
 def load_index(path: str | os.PathLike[str], root: str | os.PathLike[str]) -> ImageIndex:

@@ -16,6 +16,7 @@ import pytest
 from fork_server import BARE, Fork, Forks
 from PIL import Image
 from rich.progress import Progress
+from safetensors.numpy import save_file
 
 from data_pipelines import index as command
 from data_pipelines.images.image_index import (
@@ -380,6 +381,21 @@ def test_folder_without_leave_to_write(as_nobody: Path, run: Callable[..., Any])
     )
     assert not list(as_nobody.glob(".*"))
     as_nobody.chmod(0o755)
+
+
+def test_an_index_takes_no_other_file_s_place(tmp_path: Path, run: Callable[..., Any]) -> None:
+    root = _write(tmp_path / "train", {"a/1.jpg": _encoded()})
+    other = tmp_path / "out" / "train.safetensors"
+    other.parent.mkdir()
+    save_file({"weight": np.zeros(3)}, other)
+    before = other.read_bytes()
+    code, facts, err = run(root, "--out", other.parent)
+    assert (code, facts) == (2, {})
+    assert err.startswith(f"error: {other}: holds something else than an index of images")
+    assert other.read_bytes() == before and _names(other.parent) == [other.name]
+    other.write_bytes(b"cut")  # a damaged one is made anew, and an older one too
+    assert run(root, "--out", other.parent)[0] == run(root, "--out", other.parent)[0] == 0
+    assert len(load_index(other, root)) == 1
 
 
 def test_too_few_descriptors_are_no_damage(tmp_path: Path) -> None:

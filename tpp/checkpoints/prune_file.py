@@ -125,7 +125,7 @@ def read_dense(
         named = " and ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds))
         notes.append(f"the weights are {named}, and so are those that come out")
     said = (source.info.preprocessing if source.info else None) or images
-    if source.architecture is None:
+    if source.foreign or source.architecture is None:
         preparation = _preparation(said, model, path, image_size)
     else:
         # A file of ours was not made from public weights, whose way would be no guess for it.

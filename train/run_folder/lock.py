@@ -199,7 +199,7 @@ class RunLock:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
-            descriptor = os.open(self._path, flags, 0o644)
+            descriptor = os.open(self._path, flags, 0o666)
         except OSError as error:
             if error.errno == errno.ELOOP:
                 raise UserError(
