@@ -25,9 +25,11 @@ MARKERS = (
 )
 TESTS = str(Path(__file__).parent)
 STARTERS = (subprocess, subprocess.Popen, multiprocessing)
-# Events of Python's; what multiprocessing starts, it does not tell. Runs ask git which commit they
-# are of, which is over before anything begins.
+# Events of Python's; what multiprocessing starts, it does not tell.
 EVENTS = {"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.system"}
+# Over before anything begins: runs ask git which commit they are of, and `import torch` asks where
+# libdl is.
+ASKED = {"git", "ldconfig"}
 
 
 def needs_processes(item: pytest.Function) -> bool:
@@ -90,7 +92,8 @@ def none_may_start(guarded: bool = True) -> Iterator[None]:
 
 
 def _refuse(event: str, arguments: tuple[Any, ...] = ()) -> None:
-    if _guarded and event in EVENTS and arguments[:1] != ("git",):
+    program = Path(str(arguments[0])).name if arguments else ""
+    if _guarded and event in EVENTS and program not in ASKED:
         pytest.fail(f"{event}: starts a process: mark the test with pytest.mark.processes")
 
 

@@ -275,7 +275,7 @@ def check_replaceable(path: Path) -> None:
     Raises:
         UserError: a whole safetensors file is there, and it is none of this package's indices.
     """
-    with contextlib.suppress(OSError, SafetensorError), safe_open(path, framework="pt") as file:
+    with contextlib.suppress(OSError, SafetensorError), safe_open(path, framework="np") as file:
         if (file.metadata() or {}).get("format") != _FORMAT:
             raise UserError(
                 f"{path}: holds something else than an index of images, and would be replaced; "
