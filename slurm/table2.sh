@@ -26,6 +26,11 @@ rows=(
   configs/imagenet/resnet50_tpp_2.56x.yaml
   configs/imagenet/resnet50_tpp_3.06x.yaml
 )
+row="${SLURM_ARRAY_TASK_ID:-0}"
+if [[ -z "${rows[row]:-}" ]]; then
+  echo "error: --array: there is no row $row; they are 0 to $((${#rows[@]} - 1))" >&2
+  exit 2
+fi
 # sbatch runs a copy of this file in another folder.
 job=""
 if [[ -n "${SLURM_JOB_ID:-}" ]]; then
@@ -33,7 +38,7 @@ if [[ -n "${SLURM_JOB_ID:-}" ]]; then
 fi
 for root in "${TPP_ROOT:-}" "$(dirname "${BASH_SOURCE[0]}")/.." "${job%%$'\n'*}" "${SLURM_SUBMIT_DIR:-}"; do
   if [[ -n "$root" && -f "$root/launch/job.sh" ]]; then
-    exec bash "$root/launch/job.sh" --script "${BASH_SOURCE[0]}" --config "${rows[${SLURM_ARRAY_TASK_ID:-0}]}" "$@"
+    exec bash "$root/launch/job.sh" --script "${BASH_SOURCE[0]}" --config "${rows[row]}" "$@"
   fi
 done
 echo "error: the repository is not found; submit from inside of it, or set TPP_ROOT to it" >&2

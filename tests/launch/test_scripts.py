@@ -81,6 +81,12 @@ def test_help_after_other_arguments(stub: Path) -> None:
     assert done.returncode == 0 and done.stdout.startswith("Table 2 as an array")
 
 
+def test_a_row_that_table_2_does_not_have(stub: Path) -> None:
+    done = bash(stub, ROOT / "slurm" / "table2.sh", "seed=1", SLURM_ARRAY_TASK_ID="9")
+    assert done.returncode == 2
+    assert done.stderr == "error: --array: there is no row 9; they are 0 to 4\n"
+
+
 def test_table_1_refused(stub: Path) -> None:
     done = table1(stub)
     assert (done.returncode, done.stdout) == (2, "")
