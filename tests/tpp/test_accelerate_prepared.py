@@ -5,6 +5,7 @@ import types
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from zeroing import randomised, relative_difference, zeroed
 
 from tpp.channels.removal import prune_model
@@ -14,6 +15,14 @@ from tpp.plan import PruningPlan
 
 PLAN = PruningPlan({"layer1.0.conv1": 16}, {"layer1.0.conv1": list(range(8))})
 IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(autouse=True)
+def of_its_own():
+    """Accelerate keeps one state per process, in whose precision all of its objects work."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture

@@ -65,7 +65,7 @@ def test_describe(files, capsys):
 def test_budgets(files, tmp_path, capsys):
     folder, model, _ = files
     out = tmp_path / "out"
-    command = ["--checkpoint", str(folder / "dense"), "--output", str(out)]
+    command = ["--checkpoint", str(folder / "dense"), "--output", str(out), "--overwrite"]
     most = macs(model, 48) // 2
     tpp.prune.main([*command, "--max-macs", str(most)])
     found = macs(load_model(out), 48)
@@ -98,7 +98,7 @@ def test_a_budget_of_a_configuration(tmp_path):
 def test_latency(files, tmp_path, capsys):
     folder, model, pruned = files
     result = tmp_path / "out.json"
-    quick = ["--repeats", "1", "--warmup", "0", "--json", str(result)]
+    quick = ["--repeats", "1", "--warmup", "0", "--json", str(result), "--overwrite"]
     tpp.latency.main([str(folder / "pruned"), *quick])
     dense, row = json.loads(result.read_text())["results"]
     assert dense["image"] == row["image"] == [3, 48, 48]
@@ -137,7 +137,13 @@ def test_a_latency_budget_times_those_images(files, tmp_path, capsys):
 
 def test_export(files, tmp_path, capsys):
     folder, *_ = files
-    command = [str(folder / "pruned"), "--output", str(tmp_path / "a.pt2"), "--no-check"]
+    command = [
+        str(folder / "pruned"),
+        "--output",
+        str(tmp_path / "a.pt2"),
+        "--no-check",
+        "--overwrite",
+    ]
     tpp.export.main(command)
     assert "images Nx3x48x48 float32" in capsys.readouterr().out
     tpp.export.main([*command, "--image-size", "40"])
