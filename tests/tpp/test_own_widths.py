@@ -175,3 +175,41 @@ def test_what_cannot_be_copied_is_one_line():
     model.layer1.kept = (number for number in range(3))
     with pytest.raises(UserError, match=r"cannot be copied: .*; take off it"):
         select_filters(model, {"layer1.0.conv1": 0.5})
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_what_an_evaluation_has_computed_once_is_computed_anew(training):
+    class Caching(nn.Module):
+        """Keeps a table for evaluation until train() is called, as timm's LeViT does."""
+
+        def __init__(self):
+            super().__init__()
+            self.conv, self.out = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
+            self.bias, self.tables = nn.Parameter(torch.ones(4, 1, 1)), {}
+
+        def train(self, mode=True):
+            if mode:
+                self.tables = {}
+            return super().train(mode)
+
+        def forward(self, x):
+            x = self.out(self.conv(x).relu())
+            if self.training:
+                return x + 2 * self.bias
+            device = str(x.device)
+            if device not in self.tables:
+                self.tables[device] = 2 * self.bias
+            return x + self.tables[device]
+
+    torch.manual_seed(0)
+    model, unused = Caching().double().eval(), Caching().double().eval()
+    unused.load_state_dict(model.state_dict())
+    model(EXAMPLE)
+    model.conv.train(training)  # modes are each module's own, and stay
+    plan = PruningPlan({"conv": 8}, {"conv": [1, 5]})
+    pruned = prune_model(model, plan, example_input=EXAMPLE)
+    assert (pruned.training, pruned.conv.training) == (False, training)
+    with torch.no_grad():
+        expected = zeroed(unused, plan.pruned, EXAMPLE)(EXAMPLE)
+        assert relative_difference(pruned(EXAMPLE), expected) < 1e-10
+    assert list(model.tables) == ["cpu"]  # the user's own network is left alone

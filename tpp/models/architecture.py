@@ -239,7 +239,8 @@ def plain_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modul
     Raises:
         UserError: it holds something that cannot be copied.
     """
-    kept = {id(tensor): tensor.detach() for tensor in _computed(model)}
+    computed = _computed(model)
+    kept = {id(tensor): tensor.detach() for tensor in computed}
     try:
         copied = copy.deepcopy(model, {**kept, **(memo or {})})
     except Exception as error:  # whatever objects of all kinds say that a network may hold
@@ -247,6 +248,8 @@ def plain_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modul
             f"{type(model).__name__} cannot be copied: {reason_of(error)}; take off it what is no "
             "part of it, such as what hooks have stored"
         ) from None
+    if computed:
+        _forget_computed(copied)
     for module in copied.modules():
         own = module.__dict__
         own.pop("_is_accelerate_prepared", None)
@@ -257,6 +260,16 @@ def plain_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Modul
         if getattr(forward, "__func__", None) is not type(module).forward:
             own["forward"] = forward  # one that its user had put there
     return copied
+
+
+def _forget_computed(model: nn.Module) -> None:
+    """Let modules drop what they have computed once for all evaluations (timm's LeViT does): by
+    convention train() does that, as the weights are then about to change.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.train()
+    for module, mode in modes:
+        module.training = mode
 
 
 def _computed(model: nn.Module) -> list[Tensor]:
