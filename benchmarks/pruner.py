@@ -108,6 +108,9 @@ def memory_mark() -> float:
 
 def run_ours(source: Path, target: Path, ratios: dict[str, float]) -> Result:
     """File to file, as ``python -m tpp.prune`` does it."""
+    # What the command imports once it knows that it has something to do.
+    for name in ("torchvision.models", "tpp.checkpoints.prune_file", "tpp.selection.configured"):
+        importlib.import_module(name)
     from tpp import prune
 
     arguments = [f"--ratio={pattern}={ratio}" for pattern, ratio in ratios.items()]
