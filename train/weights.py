@@ -28,14 +28,7 @@ def starting_weights_exist(model: ModelSection) -> None:
             holds a password or a token.
     """
     checkpoint = model.checkpoint
-    if checkpoint is None:
-        return
-    if _is_url(checkpoint):
-        _holds_no_secret(checkpoint)
-        return
-    if checkpoint.startswith(TORCHVISION):
-        _torchvision_url(model.name, checkpoint)
-    elif not Path(checkpoint).exists():
+    if checkpoint is not None and _url(model) is None and not Path(checkpoint).exists():
         raise UserError(f"model.checkpoint: {checkpoint}: no such file")
 
 
@@ -43,8 +36,7 @@ def weights_missing_here(model: ModelSection) -> str | None:
     """What of the starting weights has yet to be fetched; None where they can be loaded."""
     if model.checkpoint is None or _target(model).exists():
         return None
-    remote = _is_url(model.checkpoint) or model.checkpoint.startswith(TORCHVISION)
-    what = "is downloaded when a run starts" if remote else "no such file"
+    what = "no such file" if _url(model) is None else "is downloaded when a run starts"
     return f"model.checkpoint: {model.checkpoint}: {what}"
 
 

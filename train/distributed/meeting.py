@@ -16,11 +16,10 @@ import torch.distributed as dist
 
 from tpp.common.errors import UserError
 from train.distributed.rendezvous import agent_hosts_store, host_store
-from train.distributed.watchdog import EXIT_LOST
+from train.distributed.watchdog import EXIT_LOST, names_of, tell
 
 # How often a rank looks who has come, in seconds.
 _LOOK = 0.1
-_NAMED = 16
 
 
 def meet(timeout: float) -> None:
@@ -146,9 +145,6 @@ def _connect(host: str, port: int, timeout: float) -> dist.Store:
 
 
 def _message(missing: list[int], ranks: int, timeout: float, place: str) -> str:
-    named = ", ".join(map(str, missing[:_NAMED]))
-    if len(missing) > _NAMED:
-        named += f" and {len(missing) - _NAMED} more"
     come = ranks - len(missing)
     if "SLURM_PTY_PORT" in os.environ and come == 1:
         advice = (
@@ -162,13 +158,13 @@ def _message(missing: list[int], ranks: int, timeout: float, place: str) -> str:
         )
     return (
         f"{come} of {ranks} ranks {'has' if come == 1 else 'have'} come within {timeout:g} s "
-        f"(training.rank_timeout), missing: {named}; {advice}"
+        f"(training.rank_timeout), missing: {names_of(missing)}; {advice}"
     )
 
 
 def _end(message: str) -> None:
     if message:
         with contextlib.suppress(OSError):
-            os.write(2, f"{message}\n".encode())  # in one piece: all ranks write here
+            tell(message)
     sys.stdout.flush()
     os._exit(EXIT_LOST)  # a thread may still wait for an answer

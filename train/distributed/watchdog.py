@@ -286,12 +286,14 @@ class Watchdog:
         others = [w for w in self._watched if w.rank != self._rank]
         failed = [w for w in others if w.state == "failed" and w.silent >= _BEATS // 2]
         if failed:
-            self._pronounce(f"{_names(failed)} ended with an error; the run ends here", EXIT_FAILED)
+            self._pronounce(
+                f"{names_of(failed)} ended with an error; the run ends here", EXIT_FAILED
+            )
         running = [w for w in others if w.state == "runs"]
         if any(w.silent >= _BEATS for w in running):
             # A node that is gone takes all its ranks with it: they are named together.
             lost = [w for w in running if w.silent >= _BEATS // 2]
-            self._pronounce(_lost_message(_names(lost), self._timeout), EXIT_LOST, lost)
+            self._pronounce(_lost_message(names_of(lost), self._timeout), EXIT_LOST, lost)
         behind = self._behind()
         if behind:
             self._pronounce(_stall_message(behind, self._stall), EXIT_LOST, behind)
@@ -312,7 +314,7 @@ class Watchdog:
         if self._store.add("claims", 1) > 1:
             self._store.wait(["verdict"])
             self._obey()
-        _say(message)
+        tell(message)
         signs = [w.sign.to_json() for w in lost if w.sign is not None]
         self._store.set("verdict", json.dumps({"code": code, "lost": signs}))
         self._obey()
@@ -351,7 +353,7 @@ class Watchdog:
         agent = agent_hosts_store()
         if os.environ.get("LOCAL_RANK", "0") == "0" or (self._rank == 1 and not agent):
             who = f"torchrun on {os.environ['MASTER_ADDR']}" if agent else str(main)
-            _say(_lost_message(who, self._timeout))
+            tell(_lost_message(who, self._timeout))
         if not agent and main.sign is not None:
             self._kill_here(main.sign)
         os._exit(EXIT_LOST)
@@ -379,7 +381,8 @@ def _is_of_a_collective(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and backend
 
 
-def _names(ranks: Sequence[_Watched]) -> str:
+def names_of(ranks: Sequence[object]) -> str:
+    """The first of some ranks, and how many there are besides."""
     more = len(ranks) - _NAMED
     return ", ".join(map(str, ranks[:_NAMED])) + (f" and {more} more" if more > 0 else "")
 
@@ -395,12 +398,13 @@ def _stall_message(behind: Sequence[_Watched], stall: float | None) -> str:
     sign = behind[0].sign
     assert sign is not None
     return (
-        f"{_names(behind)} has stood still for {stall:g} s at step {sign.place[1]} "
+        f"{names_of(behind)} has stood still for {stall:g} s at step {sign.place[1]} "
         f"({sign.phase}) while other ranks wait for it; {_END}"
     )
 
 
-def _say(message: str) -> None:
+def tell(message: str) -> None:
+    """Write a line to standard error."""
     os.write(2, f"{message}\n".encode())  # in one piece: all ranks write here
 
 
