@@ -8,6 +8,8 @@ reference``:
   stage has a warm-up of its own, which then leads to the multiplied learning rate;
 - what a method counts in steps is divided by k, so that it is the same in images seen
   (``for_batch`` of its settings);
+- the decay of a moving average of weights is raised to the power k: the average reaches back over
+  as many images (Busbridge et al. 2023, arXiv:2307.13813);
 - what is counted in epochs stays.
 
 The settings are read so wherever a stage uses them, and never written back: a saved configuration
@@ -32,6 +34,9 @@ def describe(config: "Config", name: str, epochs: float | None = None) -> str | 
     changes = [_learning_rate(config, name, epochs)]
     if stage.does.regularizes:  # in no other stage does a method count steps
         changes += _method_changes(config, name)
+    old, new = stage.ema, config.stage_ema(name)
+    if old is not None and new is not None:
+        changes.append(f"EMA decay {old.decay:g} -> {new.decay:g}")
     return _line(config, changes)
 
 

@@ -17,6 +17,7 @@ from tpp.common.settings import (
     UserPath,
 )
 from tpp.selection.settings import PruningSection
+from train.config.ema import EmaSection
 from train.config.intervals import Interval
 from train.config.stage_kinds import KINDS, StageKind, stage_kind
 from train.tasks.base import Metric
@@ -220,6 +221,7 @@ class StageSection(Section):
             is as long as its method says.
         optimizer: of the training stages.
         label_smoothing: of the training loss.
+        ema: a moving average of the weights, beside those that are trained; null for none.
         method: another method than the configuration's, for this stage.
         augment: another ``data.augment``, as a whole, for this stage.
         pruning: another ``pruning``, as a whole, for this stage.
@@ -230,6 +232,7 @@ class StageSection(Section):
     epochs: PositiveFloat | None = None
     optimizer: OptimizerSection | None = None
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    ema: EmaSection | None = None
     method: dict[str, Any] | None = None
     augment: AugmentSection | None = None
     pruning: PruningSection | None = None
@@ -252,6 +255,23 @@ class StageSection(Section):
             raise ValueError(f"a {self.kind} stage needs epochs")
         if self.pruning is not None and not self.does.needs_plan:
             raise ValueError(f"stages of kind {self.kind} take no pruning")
+        return self
+
+    @model_validator(mode="after")
+    def _average_fits_its_kind(self) -> "StageSection":
+        if self.ema is None:
+            return self
+        if not self.does.trains:
+            raise ValueError(f"stages of kind {self.kind} take no ema: they train no weights")
+        if self.does.regularizes and self.ema.evaluate == "ema":
+            raise ValueError(
+                "ema.evaluate: ema is not possible in a stage that regularises: the average lags "
+                "behind the filters on their way to zero, and is another network without them; "
+                "use raw (the average is pruned along)"
+            )
+        if self.ema.evaluate is None:
+            chosen = "raw" if self.does.regularizes else "ema"
+            self.ema = self.ema.model_copy(update={"evaluate": chosen})
         return self
 
 

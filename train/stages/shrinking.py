@@ -14,7 +14,7 @@ from train.run_folder.networks import Shapes
 
 
 def shrunk(state: TrainingState, plan: PruningPlan, network: nn.Module) -> TrainingState:
-    """The state of a stage without the filters of a plan, their momentum gone with them.
+    """The state of a stage without the filters of a plan; their momentum and averages go too.
 
     Args:
         state: all of a stage under way, the optimiser's part included.
@@ -33,7 +33,12 @@ def shrunk(state: TrainingState, plan: PruningPlan, network: nn.Module) -> Train
             for number, entries in state.optimizer["state"].items()
         },
     }
-    return replace(state, model=cut_tensors(state.model, cuts), optimizer=optimizer)
+    return replace(
+        state,
+        model=cut_tensors(state.model, cuts),
+        average=cut_tensors(state.average, cuts) if state.average else {},
+        optimizer=optimizer,
+    )
 
 
 def shrunk_shapes(plan: PruningPlan, network: nn.Module) -> Shapes:
