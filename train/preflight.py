@@ -18,6 +18,7 @@ from train.config.batch_rule import describe_method
 from train.config.config import Config
 from train.data import RunData
 from train.distributed.collectives import from_main_rank
+from train.teachers import check_teachers
 from train.weights import starting_weights_exist
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ def preflight(config: Config, accelerator: "Accelerator", stages: Iterable[str])
 
     check_batch_size(config.training, accelerator.num_processes)
     starting_weights_exist(config.model)
+    check_teachers(config)
     task = config.make_task()
     known = task.architecture(config.model)
     if known is not None and from_main_rank(accelerator, lambda: only_prunes(config, stages)):
