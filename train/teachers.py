@@ -3,23 +3,27 @@
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import torch
 from torch import nn
 
-from tpp.checkpoints.model_file import find_metadata, load_model
+from tpp.checkpoints.model_file import find_metadata, load_model, network_of
 from tpp.checkpoints.sources import load_weights
 from tpp.common.errors import UserError
-from tpp.models.architecture import Architecture, build_model
+from tpp.models.architecture import (
+    Architecture,
+    build_model,
+    build_on_meta,
+    example_input_for,
+    set_preprocessing,
+)
 from train.config.config import Config
+from train.distillation.distillation import Distillation
 from train.distillation.settings import DENSE
 from train.tasks.class_names import few
 
 
-def check_teachers(config: Config, classes: int | None = None) -> None:
-    """Check that the teachers' files are there, and tell as many classes apart as the run.
-
-    Args:
-        config: of the run.
-        classes: how many class folders there are; None where nobody has looked yet.
+def teachers_exist(config: Config) -> None:
+    """Check that the teachers are there, without loading anything.
 
     Raises:
         UserError: names the stage's key.
@@ -27,6 +31,70 @@ def check_teachers(config: Config, classes: int | None = None) -> None:
     for key, source in _teachers(config):
         if not Path(source).exists():
             raise UserError(f"{key}: {source}: no such file")
+
+
+def open_teachers(config: Config, architecture: Architecture) -> list[str]:
+    """Load the teachers that are there, for their mistakes; returns what has yet to be fetched.
+
+    Raises:
+        UserError: a file is damaged, or holds no network.
+    """
+    missing = []
+    for key, source in _teachers(config):
+        if Path(source).exists():
+            load_teacher(source, architecture, [], key=key)
+        else:
+            missing.append(f"{key}: {source}: no such file")
+    return missing
+
+
+def check_teachers(config: Config, architecture: Architecture) -> None:
+    """Check that the teachers go together with the network that they are to teach.
+
+    What is not there is passed over.
+
+    Args:
+        config: of the run.
+        architecture: of the dense network.
+
+    Raises:
+        UserError: names the stage's key.
+    """
+    for name, stage in config.stages.items():
+        teacher = stage.distill and _outline(stage.distill.teacher, architecture)
+        if stage.distill is None or teacher is None:
+            continue
+        student = build_on_meta(architecture)
+        set_preprocessing(student, config.data.preprocessing())
+        if not all(map(_runs_on_meta, (student, teacher))):
+            continue  # it will be seen when it is read
+        Distillation(
+            stage.distill,
+            student,
+            teacher.eval().requires_grad_(False),
+            example=example_input_for(student, "meta"),
+            preprocessing=config.data.preprocessing(),
+            key=f"stages.{name}.distill",
+        )
+
+
+def _outline(source: str, architecture: Architecture) -> nn.Module | None:
+    """A teacher without its weights, on the meta device; None where it is not there."""
+    if source == DENSE:
+        return build_on_meta(architecture)
+    if not Path(source).exists():
+        return None
+    info = find_metadata(source)
+    return build_on_meta(architecture) if info is None else network_of(info, source=source)
+
+
+def _runs_on_meta(network: nn.Module) -> bool:
+    try:
+        with torch.no_grad():
+            network.eval()(example_input_for(network, "meta"))
+    except Exception:  # a few networks of timm look at values
+        return False
+    return True
 
 
 def load_teacher(
