@@ -10,11 +10,15 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from toy_methods.melting import Melting
 
 from tpp.checkpoints.model_file import save_model
 from tpp.common.errors import run_command
+from tpp.methods import available_methods
 from tpp.models.architecture import build_model
 from train.main import main
+from train.run_folder.networks import dense_network
+from train.stages import teaching
 from train.stages.training import TrainingStage
 
 WORKER = Path(__file__).with_name("distillation_worker.py")
@@ -149,3 +153,30 @@ def test_what_does_not_go_together_is_one_line(
         assert ended.value.code == 2 and says in printed.err
         assert printed.err.startswith("error: ") and printed.err.count("\n") == 1
         assert not Path(tiny_config["output"]).exists()
+
+
+def test_a_network_that_shrinks_keeps_its_teacher(tiny_config, run_inside, monkeypatch):
+    """In the regularised stage; the teacher is read once, and has its widths to the end."""
+    monkeypatch.setitem(available_methods(), "toy_melting", Melting)
+    read: list[Any] = []
+
+    def counted(run: Any, name: str | None) -> Any:
+        read.append(dense_network(run, name))
+        return read[-1]
+
+    monkeypatch.setattr(teaching, "dense_network", counted)
+    regularize = {"epochs": 1, "optimizer": {"lr": 0.05}, "distill": {"kind": "features"}}
+    regularize["method"] = {"name": "toy_melting"}
+    tiny_config["stages"] = {"dense": tiny_config["stages"]["dense"], "regularize": regularize}
+    run_inside(tiny_config)
+    output = Path(tiny_config["output"])
+    log = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    assert [e["step"] for e in log if e["event"] == "shrink"] == [2, 4]
+    assert all(
+        e["loss/distillation"] > 0
+        for e in log
+        if (e["event"], e["stage"]) == ("train", "regularize")
+    )
+    (network,) = read
+    dense = load_file(output / "dense" / "model.safetensors")
+    assert all(value.equal(dense[key]) for key, value in network.state_dict().items())

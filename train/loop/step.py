@@ -49,8 +49,9 @@ def gradients(
             with engine.autocast():
                 terms = method.batch_terms(batch, outputs)
                 if distillation is not None:
-                    loss = distillation.task_share * loss
-                    terms = {**terms, "distillation": distillation.term(batch[0], outputs)}
+                    taught = distillation.term(batch[0], outputs) / accumulation
+                    meter.add("distillation", taught)
+                    loss = distillation.task_share * loss + taught
             terms = {name: term / accumulation for name, term in terms.items()}
             if last:
                 terms |= method.loss_terms()
