@@ -8,10 +8,9 @@ from tpp.common.settings import PositiveFloat, Section, UserPath
 
 DENSE = "dense"
 LOGITS = "logits"
-# Z&K's and Tian et al.'s for CIFAR (ICLR 2017; "Contrastive Representation Distillation", ICLR
-# 2020, which takes them for ImageNet too).
+# Of Tian et al., "Contrastive Representation Distillation", ICLR 2020, whose loss is the same.
 _WEIGHT, _TEMPERATURE = 0.9, 4.0
-# Z&K's beta, for the mean over places that their code takes.
+# The beta of Zagoruyko & Komodakis, ICLR 2017, for the mean over places that their code takes.
 _ATTENTION_WEIGHT = 1000.0
 
 
