@@ -127,6 +127,7 @@ def check(config: "Config", request: Request, *, data_on_nodes: bool = False) ->
         UserError: names what to change.
     """
     from train.preflight import check_plans
+    from train.teachers import check_teachers, teachers_exist
     from train.weights import starting_weights_exist
 
     if request.ranks is not None:
@@ -134,9 +135,11 @@ def check(config: "Config", request: Request, *, data_on_nodes: bool = False) ->
 
         check_batch_size(config.training, request.ranks)
     starting_weights_exist(config.model)
+    teachers_exist(config)
     architecture = config.make_task().architecture(config.model)
     if architecture is not None:
         check_plans(config, architecture)
+        check_teachers(config, architecture)
     if not data_on_nodes and config.data.demo is None:
         check_data(config)
     if not request.elsewhere:

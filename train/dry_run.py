@@ -20,6 +20,7 @@ from train.config.batch_rule import describe
 from train.config.config import Config
 from train.data import image_place, look_at_images
 from train.preflight import check_plans, only_prunes
+from train.teachers import check_teachers, open_teachers
 from train.weights import load_starting_weights, weights_missing_here
 
 _RANKS = 8  # that shares are shown for, where nobody says how many there are to be
@@ -46,6 +47,7 @@ def dry_run(config: Config, *, ranks: int | None = None) -> None:
     console = Console(width=None if sys.stdout.isatty() else 100, highlight=False)
     architecture = _architecture(config)
     plan = check_plans(config, architecture)
+    check_teachers(config, architecture)
     missing = _open_what_is_there(config, architecture)
     console.print(yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True))
     _say_batch_rule(config, console)
@@ -106,6 +108,7 @@ def _open_what_is_there(config: Config, architecture: Architecture) -> list[str]
     if weights is None and config.model.checkpoint is not None:
         load_starting_weights(config.model, architecture, config.seed)
     missing = [weights] if weights is not None else []
+    missing += open_teachers(config, architecture)
     if config.training.deepspeed is not None:
         from train.distributed.deepspeed_engine import deepspeed_plugin
 

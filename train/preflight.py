@@ -18,6 +18,7 @@ from train.config.batch_rule import describe_method
 from train.config.config import Config
 from train.data import RunData
 from train.distributed.collectives import from_main_rank
+from train.teachers import check_teachers, teachers_exist
 from train.weights import starting_weights_exist
 
 if TYPE_CHECKING:
@@ -54,10 +55,12 @@ def preflight(config: Config, accelerator: "Accelerator", stages: Iterable[str])
 
     check_batch_size(config.training, accelerator.num_processes)
     starting_weights_exist(config.model)
+    teachers_exist(config)
     task = config.make_task()
     known = task.architecture(config.model)
     if known is not None and from_main_rank(accelerator, lambda: only_prunes(config, stages)):
         check_plans(config, known)
+        check_teachers(config, known)
         return Preflight(None, known)
     if config.data.demo:
         with accelerator.local_main_process_first():  # the others find it there
@@ -69,6 +72,7 @@ def preflight(config: Config, accelerator: "Accelerator", stages: Iterable[str])
     architecture = task.architecture(config.model, len(index.classes), str(index.root))
     assert architecture is not None
     check_plans(config, architecture)
+    check_teachers(config, architecture)
     return Preflight(data, architecture)
 
 

@@ -44,6 +44,7 @@ from train.config.sections import (
     TrainingSection,
 )
 from train.config.stage_kinds import KINDS
+from train.distillation.settings import DENSE, LOGITS
 from train.tasks import make_task
 from train.tasks.base import Task
 
@@ -66,6 +67,13 @@ def _another_task(where: Place, base: Mapping[str, Any], new: Mapping[str, Any])
     return where == ("task",) and new.get("kind", base.get("kind")) != base.get("kind")
 
 
+def _another_distillation(where: Place, base: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Whether a distillation replaces the old one: another kind does."""
+    if where[:1] != ("stages",) or where[2:] != ("distill",):
+        return False
+    return new.get("kind", base.get("kind", LOGITS)) != base.get("kind", LOGITS)
+
+
 def _pruning_of_a_stage(where: Place, base: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
     """It replaces the run's as a whole, and so its own of another file."""
     return where[:1] == ("stages",) and where[2:] == ("pruning",)
@@ -73,7 +81,13 @@ def _pruning_of_a_stage(where: Place, base: Mapping[str, Any], new: Mapping[str,
 
 MERGING = Merging(
     whole=(*MODEL_REPLACED, *PRUNING_REPLACED),
-    rules=(another_budget, _another_method, _another_task, _pruning_of_a_stage),
+    rules=(
+        another_budget,
+        _another_method,
+        _another_task,
+        _another_distillation,
+        _pruning_of_a_stage,
+    ),
 )
 
 
@@ -188,6 +202,19 @@ class Config(Section):
                 previous = name
         return self
 
+    @model_validator(mode="after")
+    def _there_are_teachers(self) -> "Config":
+        for name, stage in self.stages.items():
+            if stage.distill is None:
+                continue
+            own = stage.distill.teacher == DENSE
+            if own and self.dense_stage(stage.input) is None and self.model.checkpoint is None:
+                raise ValueError(
+                    f"stages.{name}.distill.teacher: no dense network comes before this stage; "
+                    "name another teacher"
+                )
+        return self
+
     def make_task(self) -> Task:
         """A fresh instance of the task, with its settings.
 
@@ -202,13 +229,29 @@ class Config(Section):
         Raises:
             ValueError: the stage asks for what the task has not; names the key.
         """
-        task, smoothing = self.make_task(), self.stages[name].label_smoothing
-        if not smoothing:
-            return task
-        try:
-            return task.with_label_smoothing(smoothing)
-        except ValueError as error:
-            raise ValueError(f"stages.{name}.label_smoothing: {error}") from None
+        task, stage = self.make_task(), self.stages[name]
+        loss = {
+            "loss": stage.loss,
+            "label_smoothing": stage.label_smoothing,
+            "bce_threshold": stage.bce_threshold,
+        }
+        fields = StageSection.model_fields
+        given = [key for key, value in loss.items() if value != fields[key].default]
+        for key in (*given, *(["distill"] if stage.distill is not None else [])):
+            if not task.has_classes:
+                raise ValueError(
+                    f"stages.{name}.{key}: goes with classification, not with {task.kind}"
+                )
+        return task.with_loss(**loss) if given else task
+
+    def dense_stage(self, name: str | None) -> str | None:
+        """The stage that made the dense network which stage ``name`` comes from, or is.
+
+        None where that is the network of the starting weights.
+        """
+        while name is not None and not self.stages[name].does.is_dense:
+            name = self.stages[name].input
+        return name
 
     def selection(self, stage: str | None = None) -> Selection:
         """How the filters that go are chosen: in a stage, or where none says otherwise."""

@@ -20,6 +20,7 @@ from tpp.selection.settings import PruningSection
 from train.config.ema import EmaSection
 from train.config.intervals import Interval
 from train.config.stage_kinds import KINDS, StageKind, stage_kind
+from train.distillation.settings import DistillSection
 from train.tasks.base import Metric
 from train.tasks.classification import TOP1
 
@@ -220,8 +221,12 @@ class StageSection(Section):
         epochs: length of ``dense`` and ``finetune``; a fraction is fine. A ``regularize`` stage
             is as long as its method says.
         optimizer: of the training stages.
+        loss: of training: ``cross_entropy``, or ``bce``, binary cross entropy of each class.
         label_smoothing: of the training loss.
         ema: a moving average of the weights, beside those that are trained; null for none.
+        bce_threshold: of ``bce``: shares of a class above it count as 1, others as 0; null for
+            targets as they are.
+        distill: a teacher's part in the training loss; null for none.
         method: another method than the configuration's, for this stage.
         augment: another ``data.augment``, as a whole, for this stage.
         pruning: another ``pruning``, as a whole, for this stage.
@@ -231,8 +236,11 @@ class StageSection(Section):
     input: str | None = None
     epochs: PositiveFloat | None = None
     optimizer: OptimizerSection | None = None
+    loss: Literal["cross_entropy", "bce"] = "cross_entropy"
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     ema: EmaSection | None = None
+    bce_threshold: Annotated[float, Field(ge=0, lt=1)] | None = None
+    distill: DistillSection | None = None
     method: dict[str, Any] | None = None
     augment: AugmentSection | None = None
     pruning: PruningSection | None = None
@@ -251,6 +259,10 @@ class StageSection(Section):
             raise ValueError(
                 f"stages of kind {self.kind} take neither epochs nor optimizer nor augment"
             )
+        if not trains and (self.distill or self.loss != "cross_entropy"):
+            raise ValueError(f"stages of kind {self.kind} take neither loss nor distill")
+        if self.bce_threshold is not None and self.loss != "bce":
+            raise ValueError("bce_threshold goes with loss: bce")
         if self.does.needs_epochs and self.epochs is None:
             raise ValueError(f"a {self.kind} stage needs epochs")
         if self.pruning is not None and not self.does.needs_plan:

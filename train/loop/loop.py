@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from tpp.methods.base import Method
+from train.distillation.distillation import Distillation
 from train.distributed.engine import Engine
 from train.loop.bad_steps import BadStep, StepCheck
 from train.loop.meter import Meter, Report
@@ -43,6 +44,7 @@ def train(
     settings: LoopSettings,
     *,
     check: StepCheck,
+    distillation: Distillation | None = None,
     start_step: int = 0,
     on_bad_step: Callable[[BadStep], None],
     on_report: Callable[[int, Report], None],
@@ -57,6 +59,7 @@ def train(
         method: told before and after every optimiser step, and asked for its terms of the loss.
         settings: how to train.
         check: looks at every step.
+        distillation: a teacher's term of the loss; None for none.
         start_step: optimiser steps already done.
         on_bad_step: called on all ranks with a step that was found bad; raises, or returns for it
             to be left out.
@@ -85,7 +88,14 @@ def train(
         check.begin()
         before = meter.copy()
         loss = gradients(
-            engine, batches, task, method, meter, step, accumulation=settings.accumulation
+            engine,
+            batches,
+            task,
+            method,
+            meter,
+            step,
+            accumulation=settings.accumulation,
+            distillation=distillation,
         )
         norm = engine.gradient_norm()
         meter.add("gradient_norm", norm)

@@ -17,7 +17,8 @@ class Report:
     """Means over the steps since the last report, over all ranks.
 
     Attributes:
-        loss_terms: task loss, and each term that the method added.
+        loss: what is minimised.
+        loss_terms: the task's loss, and each term that method and teacher added.
         gradient_norm: L2 norm over all parameters, as the optimiser gets it.
         metrics: of the training images as augmented, those that the task looks at.
         lr: learning rate of the last step.
@@ -26,6 +27,7 @@ class Report:
         data_wait: share of that time spent waiting for the loader.
     """
 
+    loss: float
     loss_terms: dict[str, float]
     gradient_norm: float
     metrics: dict[Metric, float]
@@ -91,6 +93,7 @@ class Meter:
         report = Report(
             metrics={m: m.factor * mean * self.steps / self._images for m, mean in of_images},
             gradient_norm=terms.pop("gradient_norm"),
+            loss=terms.pop("loss"),
             loss_terms=terms,
             lr=lr,
             images_per_second=self._images * ranks / elapsed,

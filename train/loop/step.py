@@ -8,6 +8,7 @@ from torch import Tensor
 
 from data_pipelines.images.batch import Batch
 from tpp.methods.base import Method
+from train.distillation.distillation import Distillation
 from train.distributed.engine import Engine
 from train.loop.meter import Meter
 from train.tasks.base import Task
@@ -24,11 +25,13 @@ def gradients(
     step: int,
     *,
     accumulation: int,
+    distillation: Distillation | None = None,
 ) -> Tensor:
     """Gather the gradients of 0-based optimiser step ``step``; returns the loss, detached.
 
     The mean over micro-batches of the task's loss and the method's terms of them, plus the
-    method's terms of the weights alone.
+    method's terms of the weights alone. With a teacher the task's loss is weighted, and the
+    teacher's term comes to it; what is logged of the task is its loss without that weight.
     """
     method.before_step(step)
     total = torch.zeros((), device=engine.accelerator.device)
@@ -45,6 +48,10 @@ def gradients(
                 meter.add_images(metric, over_images)
             with engine.autocast():
                 terms = method.batch_terms(batch, outputs)
+                if distillation is not None:
+                    taught = distillation.term(batch[0], outputs) / accumulation
+                    meter.add("distillation", taught)
+                    loss = distillation.task_share * loss + taught
             terms = {name: term / accumulation for name, term in terms.items()}
             if last:
                 terms |= method.loss_terms()
@@ -53,4 +60,5 @@ def gradients(
                 loss = loss + term
             engine.backward(loss, last=last)
         total += loss.detach()
+    meter.add("loss", total)
     return total

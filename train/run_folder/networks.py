@@ -66,10 +66,8 @@ def evaluate_network(run: Run, model: nn.Module) -> Scores:
 
 def dense_network(run: Run, name: str | None) -> nn.Module:
     """The dense network that stage ``name`` comes from: placed, in evaluation mode, and fixed."""
-    stages = run.config.stages
-    while name is not None and not stages[name].does.is_dense:
-        name = stages[name].input
-    return place(run, load_input(run, name)).eval().requires_grad_(False)
+    network = load_input(run, run.config.dense_stage(name))
+    return place(run, network).eval().requires_grad_(False)
 
 
 def companion_of_input(run: Run, stage: StageSection, name: str) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ class Progress:
         looked: whether what was due after this step was measured and logged.
         skipped_images: bad images by path, and why each is bad.
         shapes: of the ordinary network's tensors, where those in the state are not just these.
+        teacher: fingerprint of the teacher's weights; None without a teacher.
     """
 
     settings: dict[str, Any]
@@ -36,6 +37,7 @@ class Progress:
     looked: bool = True
     skipped_images: dict[str, str] = field(default_factory=dict)
     shapes: Shapes | None = None
+    teacher: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data, ready for JSON."""

@@ -58,6 +58,7 @@ from train.stages.bad_steps import BadSteps, RollBack
 from train.stages.observers import JacobianObserver, LayerObserver, ScoreObserver, look
 from train.stages.progress import Progress
 from train.stages.shrinking import shrunk, shrunk_shapes
+from train.stages.teaching import Teaching
 
 
 def clean_up(run: Run, name: str) -> None:
@@ -88,6 +89,7 @@ class TrainingStage:
         self._checkpoints = self._folder / CHECKPOINTS
         self._interval = Interval.parse(run.config.checkpoints.every)
         self._method = self._fresh_method()
+        self._teaching = Teaching(run, name)
 
         images, batch = len(run.data.train.index), self._training.batch_size
         epochs = self._stage.epochs
@@ -119,6 +121,7 @@ class TrainingStage:
                             self._method,
                             self._loop_settings(left_out),
                             check=self._check,
+                            distillation=self._distillation,
                             start_step=step,
                             on_bad_step=self._bad_steps,
                             on_report=self._on_report,
@@ -190,6 +193,7 @@ class TrainingStage:
             network = convert_sync_batchnorm(network)
         self._network = network
         self._start = progress.start if state else self._measure_start()
+        self._distillation = self._teaching.beside(network, progress.teacher)
         method.prepare(network, self._context(plan))
         self._engine: Engine = make_engine(
             run.accelerator,
@@ -404,9 +408,8 @@ class TrainingStage:
         return learning_rate(self._optim, step * self._epochs_per_step, self._length)
 
     def _on_report(self, step: int, report: Report) -> None:
-        loss = sum(report.loss_terms.values())
         values = {
-            "loss": loss,
+            "loss": report.loss,
             **{f"loss/{term}": value for term, value in report.loss_terms.items()},
             **{metric.name: value for metric, value in report.metrics.items()},
             "lr": report.lr,
@@ -567,6 +570,7 @@ class TrainingStage:
             looked=looked,
             skipped_images=self._run.data.skipped,
             shapes=None if ordinary else self._shapes,
+            teacher=self._teaching.fingerprint,
         )
         return TrainingState(
             step,

@@ -89,6 +89,7 @@ class Task:
             of it, and reports draw it.
         told: those of them that a line in the terminal has.
         higher_is_better: of the score.
+        has_classes: whether the outputs are logits of classes, which the labels are.
     """
 
     kind: ClassVar[str]
@@ -96,6 +97,7 @@ class Task:
     metrics: ClassVar[tuple[Metric, ...]]
     told: ClassVar[tuple[Metric, ...]]
     higher_is_better: ClassVar[bool] = True
+    has_classes: ClassVar[bool] = False
 
     def __init__(self, settings: Any) -> None:
         self.settings = settings
@@ -122,9 +124,11 @@ class Task:
             key: of ``augment``.
         """
 
-    def with_label_smoothing(self, amount: float) -> Self:
-        """This task with targets smoothed by ``amount``; ValueError where there are no labels."""
-        raise ValueError(f"goes with classification, not with {self.kind}")
+    def with_loss(
+        self, loss: str, *, label_smoothing: float = 0.0, bce_threshold: float | None = None
+    ) -> Self:
+        """This task with another loss in training; asked of tasks that have classes."""
+        raise NotImplementedError
 
     def architecture(
         self, model: ModelSection, classes: int | None = None, place: str = ""

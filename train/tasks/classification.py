@@ -1,5 +1,7 @@
 """Telling images apart: cross entropy, top-1 and top-5."""
 
+import copy
+import functools
 from typing import Any, ClassVar, Self
 
 import torch.nn.functional as F
@@ -22,15 +24,26 @@ class Classification(Task):
     kind = "classification"
     metrics = (TOP1, TOP5, LOSS)
     told = (TOP1, LOSS)
+    has_classes = True
     settings_type: ClassVar[type[Settings]] = Settings
+    _loss, _label_smoothing = "cross_entropy", 0.0
+    _bce_threshold: float | None = None
 
-    def __init__(self, settings: Settings, label_smoothing: float = 0.0) -> None:
-        super().__init__(settings)
-        self._label_smoothing = label_smoothing
+    def with_loss(
+        self, loss: str, *, label_smoothing: float = 0.0, bce_threshold: float | None = None
+    ) -> Self:
+        """This task with another loss in training; evaluation's stays cross entropy.
 
-    def with_label_smoothing(self, amount: float) -> Self:
-        """This task with the labels of training smoothed (Szegedy et al. 2016)."""
-        return type(self)(self.settings, amount)
+        Args:
+            loss: ``cross_entropy`` or ``bce``, see :func:`binary_cross_entropy`.
+            label_smoothing: share of each target that is spread over all classes (Szegedy et al.
+                2016).
+            bce_threshold: see there.
+        """
+        other = copy.copy(self)
+        other._loss, other._label_smoothing = loss, label_smoothing
+        other._bce_threshold = bce_threshold
+        return other
 
     def architecture(
         self, model: ModelSection, classes: int | None = None, place: str = ""
@@ -64,10 +77,12 @@ class Classification(Task):
         return match_classes(classes, outputs, names, order, file=file, place=place)
 
     def loss(self, forward: Forward, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Cross entropy with labels (n,), or with shares of the classes (n, classes) if mixed."""
+        """Of labels (n,), or of shares of the classes (n, classes) if mixed."""
         images, labels = batch
-        logits = forward(images)
-        return F.cross_entropy(logits, labels, label_smoothing=self._label_smoothing), logits
+        logits, smoothing = forward(images), self._label_smoothing
+        if self._loss == "bce":
+            return binary_cross_entropy(logits, labels, smoothing, self._bce_threshold), logits
+        return F.cross_entropy(logits, labels, label_smoothing=smoothing), logits
 
     def training_sums(self, batch: Batch, outputs: Tensor) -> dict[Metric, Tensor]:
         """Top-1 of the images as augmented; of mixed ones, for the class of the larger share."""
@@ -85,3 +100,33 @@ class Classification(Task):
             TOP5: best.sum(),
             LOSS: F.cross_entropy(logits, labels, reduction="sum"),
         }
+
+
+def binary_cross_entropy(
+    logits: Tensor, labels: Tensor, smoothing: float = 0.0, threshold: float | None = None
+) -> Tensor:
+    r"""Each class by itself, there or not (Wightman et al., "ResNet strikes back", 2021).
+
+    .. math:: mean_n mean_c -(t_{nc} \log \sigma(x_{nc}) + (1 - t_{nc}) \log(1 - \sigma(x_{nc})))
+
+    A mean over the classes, as timm's recipes have it, and not their sum. t is 1 - s + s / C for an
+    image's class and s / C for the C - 1 others; of mixed images the mean of theirs, as timm's
+    mixup makes it. It is timm's BinaryCrossEntropy.
+
+    Args:
+        logits: x, (n, C), float32 or more.
+        labels: classes (n,), or shares of them (n, C).
+        smoothing: s.
+        threshold: t above it becomes 1, and any other 0 (timm's ``bce_target_thresh``).
+    """
+    if labels.dim() == 2:  # timm smooths these where it mixes
+        labels = labels.to(logits.dtype) * (1 - smoothing) + smoothing / logits.shape[1]
+    loss: Tensor = _timm_bce(smoothing, threshold)(logits, labels)
+    return loss
+
+
+@functools.cache
+def _timm_bce(smoothing: float, threshold: float | None) -> Any:
+    from timm.loss import BinaryCrossEntropy  # two seconds
+
+    return BinaryCrossEntropy(smoothing, target_threshold=threshold)

@@ -1,0 +1,95 @@
+"""The losses of training, against the same written down class by class."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tpp.common.settings import mistakes
+from train.config.config import Config
+from train.tasks import make_task
+
+
+def log_sigmoid(x: Tensor) -> Tensor:
+    return -(torch.zeros_like(x).maximum(-x) + (1 + (-x.abs()).exp()).log())
+
+
+def targets(
+    labels: Tensor, classes: int, smoothing: float, threshold: float | None
+) -> list[list[float]]:
+    """Of every image and class, made one by one; of mixed images from those of the two."""
+    rows = []
+    for label in labels:
+        if label.dim():
+            shares = label.tolist()
+            row = [
+                sum(
+                    share * ((1 - smoothing) * (c == other) + smoothing / classes)
+                    for other, share in enumerate(shares)
+                )
+                for c in range(classes)
+            ]
+        else:
+            row = [
+                (1 - smoothing) * (c == label.item()) + smoothing / classes for c in range(classes)
+            ]
+        if threshold is not None:
+            row = [1.0 if target > threshold else 0.0 for target in row]
+        rows.append(row)
+    return rows
+
+
+@pytest.mark.parametrize("threshold", [None, 0.2])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_bce_is_a_mean_over_images_and_classes(mixed, smoothing, threshold):
+    numbers = torch.Generator().manual_seed(5)
+    logits = (4 * torch.randn(6, 7, generator=numbers, dtype=torch.float64)).requires_grad_()
+    labels = torch.randint(0, 7, (6,), generator=numbers)
+    if mixed:
+        # The second share is below the threshold for the first three images.
+        shares = torch.tensor([[0.9, 0.1]] * 3 + [[0.6, 0.4]] * 3)
+        one, other = F.one_hot(labels, 7), F.one_hot((labels + 2) % 7, 7)
+        labels = shares[:, :1] * one + shares[:, 1:] * other
+    loss = torch.zeros((), dtype=torch.float64)
+    for row, wanted in zip(logits, targets(labels, 7, smoothing, threshold), strict=True):
+        for x, t in zip(row, wanted, strict=True):
+            loss = loss - (t * log_sigmoid(x) + (1 - t) * log_sigmoid(-x)) / (6 * 7)
+    (truth,) = torch.autograd.grad(loss, logits)
+
+    task = make_task({"kind": "classification"})
+    task = task.with_loss("bce", label_smoothing=smoothing, bce_threshold=threshold)
+    found, outputs = task.loss(lambda images: logits, (torch.zeros(6), labels))
+    assert outputs is logits
+    (gradient,) = torch.autograd.grad(found, logits)
+    # The shares of mixed images are in float32.
+    assert found.item() == pytest.approx(loss.item(), rel=1e-6)
+    torch.testing.assert_close(gradient, truth, rtol=1e-6, atol=1e-8)
+
+
+def test_an_evaluation_has_cross_entropy_whatever_is_trained_with():
+    logits, labels = torch.zeros(3, 4), torch.tensor([0, 1, 2])
+    task = make_task({"kind": "classification"}).with_loss("bce", label_smoothing=0.1)
+    found = {
+        metric.name: value
+        for metric, value in task.sums(lambda x: logits, (logits, labels)).items()
+    }
+    assert found["loss"].item() == pytest.approx(3 * math.log(4))
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes", "says"),
+    [
+        ("finetune", {"bce_threshold": 0.2}, "stages.finetune: bce_threshold goes with loss: bce"),
+        ("finetune", {"loss": "mse"}, "stages.finetune.loss: input should be 'cross_entropy' or"),
+        ("prune", {"loss": "bce"}, "stages.prune: stages of kind prune take neither loss nor"),
+    ],
+)
+def test_a_mistake_is_told_by_its_key(tiny_config, tmp_path, stage, changes, says):
+    tiny_config["stages"][stage] |= changes
+    with pytest.raises(ValueError) as caught:
+        Config.model_validate(tiny_config)
+    (line,) = mistakes(caught.value, Config)
+    assert line.startswith(says)

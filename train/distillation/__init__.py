@@ -1,0 +1,1 @@
+"""Training a network by what another one, its teacher, says of the same images."""

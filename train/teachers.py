@@ -1,0 +1,140 @@
+"""The teachers of a run that are none of its own networks."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from tpp.checkpoints.model_file import find_metadata, load_model, network_of
+from tpp.checkpoints.sources import load_weights
+from tpp.common.errors import UserError
+from tpp.models.architecture import (
+    Architecture,
+    build_model,
+    build_on_meta,
+    example_input_for,
+    set_preprocessing,
+)
+from train.config.config import Config
+from train.distillation.distillation import Distillation
+from train.distillation.settings import DENSE
+from train.tasks.class_names import few
+
+
+def teachers_exist(config: Config) -> None:
+    """Check that the teachers are there, without loading anything.
+
+    Raises:
+        UserError: names the stage's key.
+    """
+    for key, source in _teachers(config):
+        if not Path(source).exists():
+            raise UserError(f"{key}: {source}: no such file")
+
+
+def open_teachers(config: Config, architecture: Architecture) -> list[str]:
+    """Load the teachers that are there, for their mistakes; returns what has yet to be fetched.
+
+    Raises:
+        UserError: a file is damaged, or holds no network.
+    """
+    missing = []
+    for key, source in _teachers(config):
+        if Path(source).exists():
+            load_teacher(source, architecture, [], key=key)
+        else:
+            missing.append(f"{key}: {source}: no such file")
+    return missing
+
+
+def check_teachers(config: Config, architecture: Architecture) -> None:
+    """Check that the teachers go together with the network that they are to teach.
+
+    What is not there is passed over.
+
+    Args:
+        config: of the run.
+        architecture: of the dense network.
+
+    Raises:
+        UserError: names the stage's key.
+    """
+    for name, stage in config.stages.items():
+        teacher = stage.distill and _outline(stage.distill.teacher, architecture)
+        if stage.distill is None or teacher is None:
+            continue
+        student = build_on_meta(architecture)
+        set_preprocessing(student, config.data.preprocessing())
+        if not all(map(_runs_on_meta, (student, teacher))):
+            continue  # it will be seen when it is read
+        Distillation(
+            stage.distill,
+            student,
+            teacher.eval().requires_grad_(False),
+            example=example_input_for(student, "meta"),
+            preprocessing=config.data.preprocessing(),
+            key=f"stages.{name}.distill",
+        )
+
+
+def _outline(source: str, architecture: Architecture) -> nn.Module | None:
+    """A teacher without its weights, on the meta device; None where it is not there."""
+    if source == DENSE:
+        return build_on_meta(architecture)
+    if not Path(source).exists():
+        return None
+    info = find_metadata(source)
+    return build_on_meta(architecture) if info is None else network_of(info, source=source)
+
+
+def _runs_on_meta(network: nn.Module) -> bool:
+    try:
+        with torch.no_grad():
+            network.eval()(example_input_for(network, "meta"))
+    except Exception:  # a few networks of timm look at values
+        return False
+    return True
+
+
+def load_teacher(
+    source: str,
+    architecture: Architecture,
+    folders: list[str],
+    *,
+    key: str,
+    say: Callable[[str], None] = lambda _: None,
+) -> nn.Module:
+    """A teacher of a file, on the CPU in float32.
+
+    Args:
+        source: one of our files, which may hold any network; or a state_dict of somebody else's
+            for the run's own network, whose images are then prepared as the run's.
+        architecture: of the run's dense network.
+        folders: names of the class folders, sorted as text.
+        key: of the teacher in the configuration.
+        say: told what a user should know of it.
+
+    Raises:
+        UserError: there is none, or it fits no such network.
+    """
+    info = find_metadata(source)
+    if info is None:
+        network = build_model(architecture.name, architecture.num_classes, **architecture.args)
+        for note in load_weights(network, source):
+            say(f"{key}: {source}: {note}")
+        return network.float()
+    names = info.extra.get("classes")
+    if isinstance(names, list) and len(names) == len(folders) and names != folders:
+        say(
+            f"{key}: {source} is of the classes {few(names)}, the class folders are "
+            f"{few(folders)}: its outputs are taken for them in this order"
+        )
+    return load_model(source).float()
+
+
+def _teachers(config: Config) -> Iterator[tuple[str, str]]:
+    """Key and value of every teacher but the run's own dense network."""
+    for name, stage in config.stages.items():
+        if stage.distill is not None and stage.distill.teacher != DENSE:
+            yield f"stages.{name}.distill.teacher", stage.distill.teacher
