@@ -22,7 +22,8 @@ from tpp.methods import method_class
 from tpp.methods.base import Method, TrainingContext
 from tpp.models.architecture import build_model
 from tpp.selection.selection import Selection
-from train.config.sections import OptimizerSection, TrainingSection
+from train.config.optimizer import OptimizerSection
+from train.config.sections import TrainingSection
 from train.distributed.accelerator import make_accelerator, make_engine
 from train.distributed.collectives import broadcast_buffers
 from train.distributed.deepspeed_engine import deepspeed_plugin

@@ -6,7 +6,7 @@ from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, MultiStepLR
 
 from train.config.config import steps_for
-from train.config.sections import OptimizerSection
+from train.config.optimizer import OptimizerSection
 from train.loop.optim import learning_rate, make_optimizer
 
 STEPS_PER_EPOCH = 10

@@ -35,10 +35,10 @@ from tpp.models.settings import MODEL_REPLACED, ModelSection
 from tpp.selection.selection import Selection
 from tpp.selection.settings import PRUNING_REPLACED, PruningSection, another_budget
 from train.config.ema import EmaSection
+from train.config.optimizer import OptimizerSection
 from train.config.sections import (
     OF_THE_RUN,
     CheckpointsSection,
-    OptimizerSection,
     PublishedSection,
     StageSection,
     TrainingSection,

@@ -1,7 +1,7 @@
 """The sections of a configuration that belong to the run."""
 
 from fractions import Fraction
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -19,15 +19,11 @@ from tpp.common.settings import (
 from tpp.selection.settings import PruningSection
 from train.config.ema import EmaSection
 from train.config.intervals import Interval
+from train.config.optimizer import OptimizerSection
 from train.config.stage_kinds import KINDS, StageKind, stage_kind
 from train.distillation.settings import DistillSection
 from train.tasks.base import Metric
 from train.tasks.classification import TOP1
-
-# Longer, a warm-up would reach into what comes after a step schedule's first milestone, and a
-# short stage would hardly see the learning rate that it is warming up to.
-LONGEST_WARMUP = Fraction(1, 3)
-
 
 # Files and folders that a run keeps beside those of its stages.
 OF_THE_RUN = {
@@ -35,67 +31,6 @@ OF_THE_RUN = {
     *("report.html", "report.png"),
 }
 MODEL_FILE = "model.safetensors"  # in the folder of each stage that makes a network
-
-
-class OptimizerSection(Section):
-    """SGD and its learning rate over a stage.
-
-    Attributes:
-        lr: learning rate, for the batch that the configuration is for: ``training.batch`` says
-            which that is.
-        schedule: ``constant``, ``step`` (times ``gamma`` at each milestone) or ``cosine`` (to 0).
-        milestones: in epochs.
-        warmup_epochs: linear warm-up.
-        warmup_from: share of the learning rate that the warm-up begins with.
-    """
-
-    lr: PositiveFloat
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    nesterov: bool = False
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
-    schedule: Literal["constant", "step", "cosine"] = "constant"
-    milestones: list[PositiveFloat] = []
-    gamma: PositiveFloat = 0.1
-    warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
-    warmup_from: Annotated[float, Field(ge=0, le=1)] = 0.0
-
-    @model_validator(mode="after")
-    def _warmup_has_a_length(self) -> "OptimizerSection":
-        if self.warmup_from and not self.warmup_epochs:
-            raise ValueError("warmup_from goes with warmup_epochs")
-        return self
-
-    @model_validator(mode="after")
-    def _milestones_belong_to_steps(self) -> "OptimizerSection":
-        if (self.schedule == "step") != bool(self.milestones):
-            raise ValueError("milestones (in epochs) and schedule: step go together")
-        if self.milestones != sorted(set(self.milestones)):
-            raise ValueError("milestones must be in rising order")
-        return self
-
-    def for_batch(
-        self, factor: Fraction, *, warmup_epochs: float, stage_epochs: float | None
-    ) -> Self:
-        """These settings for a global batch of ``factor`` times the one that they are written for.
-
-        Args:
-            factor: k; at 1 they are returned as they are.
-            warmup_epochs: to a learning rate above the written one.
-            stage_epochs: length of the stage, a third of which is the most that the warm-up takes;
-                None where it is not known.
-
-        Raises:
-            ValidationError: of pydantic; the learning rate is out of bounds.
-        """
-        if factor == 1:
-            return self
-        changes = {"lr": self.lr * float(factor)}
-        if factor > 1 and not self.warmup_epochs:
-            if stage_epochs is not None:
-                warmup_epochs = min(warmup_epochs, float(LONGEST_WARMUP) * stage_epochs)
-            if warmup_epochs:
-                changes |= {"warmup_epochs": warmup_epochs, "warmup_from": float(1 / factor)}
-        return type(self)(**{**dict(self), **changes})
 
 
 class TrainingSection(Section):
