@@ -3,9 +3,10 @@
 With k = ``training.batch_size`` / ``training.reference_batch_size`` and ``training.batch:
 reference``:
 
-- the learning rate of every stage is multiplied by k; for k > 1 it climbs there linearly from that
-  of the reference batch (Goyal et al. 2017, arXiv:1706.02677, sections 2.1 and 2.2), unless the
-  stage has a warm-up of its own, which then leads to the multiplied learning rate;
+- the learning rate of every stage is multiplied by k, that of optimisers which divide the gradient
+  by its size by the square root of k; for k > 1 it climbs there linearly from that of the reference
+  batch (Goyal et al. 2017, arXiv:1706.02677, sections 2.1 and 2.2), unless the stage has a warm-up
+  of its own, which then leads to the multiplied learning rate;
 - what a method counts in steps is divided by k, so that it is the same in images seen
   (``for_batch`` of its settings);
 - the decay of a moving average of weights is raised to the power k: the average reaches back over

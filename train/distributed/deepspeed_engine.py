@@ -120,11 +120,20 @@ class DeepSpeedEngine(Engine):
         base.__setstate__({"state": base.state, "param_groups": base.param_groups})
         if not split:
             return
-        # DeepSpeed does so after its first step, when these are there.
-        zero._lazy_init_hp_params_optimizer_state()
+        self._link()
         for number, key in split:
             value = entries[number][key].to(self.accelerator.device)
             safe_set_full_optimizer_state(self._numbered[number], value, key)
+
+    def _link(self) -> None:
+        """Let DeepSpeed find the parameters' parts of the states that there are.
+
+        It does so itself once, after the first step of the first group, when the other groups have
+        none yet (findings/deepspeed_states_of_later_groups.sh).
+        """
+        zero = self.model.optimizer
+        zero._hp_optimizer_states_linked = False
+        zero._lazy_init_hp_params_optimizer_state()
 
     def _flat_groups(self) -> list[tuple[Tensor, list[int]]]:
         """This rank's part of each group, flat, and the numbers of the group's parameters."""
@@ -150,6 +159,7 @@ class DeepSpeedEngine(Engine):
         zero, gathered = self.model.optimizer, dict[int, dict[str, Any]]()
         if not zero._hp_optimizer_states_linked:
             return {}
+        self._link()
         for flat, numbers in self._flat_groups():
             for key, value in zero.optimizer.state[flat].items():
                 split = isinstance(value, Tensor) and value.shape == flat.shape

@@ -181,7 +181,7 @@ def _classifier(model: nn.Module) -> set[str]:
     return found
 
 
-# A few tensors of different kinds, large enough for what treats matrices in a way of its own, and how
+# A few tensors of different kinds, large enough for what treats matrices in its own way, and how
 # many numbers they have.
 _Shapes = tuple[tuple[int, ...], ...]
 _SHAPES: _Shapes = ((16, 16), (5,), (8, 4, 3, 3))
