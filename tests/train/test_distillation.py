@@ -218,3 +218,22 @@ def test_which_layers_are_compared(name, stages):
     assert [*find_stages(network, seen).values()][: len(stages)] == stages
     assert [module.training for module in network.modules()] == modes
     assert not any(module._forward_hooks for module in network.modules())
+
+
+@pytest.mark.parametrize("kind", ["logits", "features"])
+def test_the_teacher_computes_in_the_precision_of_the_step(kind):
+    """And what it says is compared in float32: against the same in float64, to bf16's rounding."""
+    student, teacher = small(3, 0).float(), small(4, 1).float()
+    distillation = beside(student, teacher, kind=kind)
+    seen = []
+    teacher[2].register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    images = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    student.train()
+    with torch.autocast("cpu", torch.bfloat16):
+        term = distillation.term(images, student(images).float())
+    assert seen == [torch.bfloat16] and term.dtype == torch.float32
+    exact = beside(student.double(), teacher.double(), kind=kind)
+    truth = exact.term(images.double(), student(images.double()))
+    assert term.item() == pytest.approx(truth.item(), rel=0.05) and term.item() != truth.item()
+    term.backward()
+    assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())

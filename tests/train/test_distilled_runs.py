@@ -57,6 +57,8 @@ def test_a_run_broken_off_ends_with_the_same_weights(
     tiny_config["checkpoints"] = {"every": "2 steps", "asynchronous": False}
     tiny_config["data"]["augment"] = {"mixup": 0.2}
     tiny_config["training"]["accumulation"] = 2
+    if kind == "features":
+        tiny_config["training"]["channels_last"] = True
     tiny_config["method"] = {"name": "l1"}
     dense, prune, finetune = (
         tiny_config["stages"][name] for name in ("dense", "prune", "finetune")
