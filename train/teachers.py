@@ -61,12 +61,14 @@ def check_teachers(config: Config, architecture: Architecture) -> None:
         UserError: names the stage's key.
     """
     for name, stage in config.stages.items():
-        teacher = stage.distill and _outline(stage.distill.teacher, architecture)
-        if stage.distill is None or teacher is None:
+        if stage.distill is None:
             continue
-        student = build_on_meta(architecture)
+        student, teacher = (
+            build_on_meta(architecture),
+            _outline(stage.distill.teacher, architecture),
+        )
         set_preprocessing(student, config.data.preprocessing())
-        if not all(map(_runs_on_meta, (student, teacher))):
+        if teacher is None or not (_runs_on_meta(student) and _runs_on_meta(teacher)):
             continue  # it will be seen when it is read
         Distillation(
             stage.distill,
