@@ -18,7 +18,7 @@ from train.config.batch_rule import describe_method
 from train.config.config import Config
 from train.data import RunData
 from train.distributed.collectives import from_main_rank
-from train.teachers import check_teachers, teachers_exist
+from train.teachers import check_teachers, open_teachers, teachers_exist
 from train.weights import starting_weights_exist
 
 if TYPE_CHECKING:
@@ -73,6 +73,8 @@ def preflight(config: Config, accelerator: "Accelerator", stages: Iterable[str])
     assert architecture is not None
     check_plans(config, architecture)
     check_teachers(config, architecture)
+    # What is needed in days should not be found damaged then.
+    from_main_rank(accelerator, lambda: open_teachers(config, architecture))
     return Preflight(data, architecture)
 
 
