@@ -8,9 +8,11 @@ import torch.nn.functional as F
 import yaml
 from torch import Tensor
 
+from tpp.common.errors import UserError
 from tpp.common.settings import mistakes
 from train.config.config import Config, load_config, save_config
 from train.tasks import make_task
+from train.teachers import teachers_exist
 
 
 def log_sigmoid(x: Tensor) -> Tensor:
@@ -113,13 +115,21 @@ def test_another_kind_of_distillation_replaces_the_old_one(tiny_config, tmp_path
     assert load_config(path, []) == found
 
 
-def test_what_teaches_where_nobody_said():
+def test_what_teaches_where_nobody_said(tiny_config):
     """The network of the starting weights, where no stage made a dense one; else there is none."""
-    stages = {"finetune": {"epochs": 1, "optimizer": {"lr": 0.1}, "distill": {}}}
-    config = {"name": "x", "model": {"name": "resnet18"}, "data": {"root": "x"}, "stages": stages}
+    tiny_config["stages"] = {
+        name: {"kind": "finetune", "epochs": 1, "optimizer": {"lr": 0.1}, "distill": {}}
+        for name in ("first", "v1.1")
+    }
     with pytest.raises(
-        ValueError, match=r"stages.finetune.distill.teacher: no dense network comes"
+        UserError, match=r"stages.first.distill.teacher: no dense stage comes before"
     ):
-        Config.model_validate(config)
-    config["model"]["checkpoint"] = "x.pth"
-    assert Config.model_validate(config).dense_stage("finetune") is None
+        teachers_exist(Config.model_validate(tiny_config))
+    tiny_config["model"]["checkpoint"] = "x.pth"
+    teachers_exist(Config.model_validate(tiny_config))
+    del tiny_config["model"]["checkpoint"]
+    dense = {"dense": {"epochs": 1, "optimizer": {"lr": 0.1}}}
+    tiny_config["stages"] = {**dense, **tiny_config["stages"]}
+    config = Config.model_validate(tiny_config)
+    teachers_exist(config)
+    assert config.dense_stage("v1.1") == "dense"

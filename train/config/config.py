@@ -43,7 +43,7 @@ from train.config.sections import (
     TrainingSection,
 )
 from train.config.stage_kinds import KINDS
-from train.distillation.settings import DENSE, LOGITS
+from train.distillation.settings import LOGITS
 from train.tasks import make_task
 from train.tasks.base import Task
 
@@ -198,19 +198,6 @@ class Config(Section):
                     )
             if stage.does.makes_network:
                 previous = name
-        return self
-
-    @model_validator(mode="after")
-    def _there_are_teachers(self) -> "Config":
-        for name, stage in self.stages.items():
-            if stage.distill is None:
-                continue
-            own = stage.distill.teacher == DENSE
-            if own and self.dense_stage(stage.input) is None and self.model.checkpoint is None:
-                raise ValueError(
-                    f"stages.{name}.distill.teacher: no dense network comes before this stage; "
-                    "name another teacher"
-                )
         return self
 
     def make_task(self) -> Task:
