@@ -50,6 +50,9 @@ class DeepSpeedEngine(Engine):
         self._numbered = list(network.parameters())
         self._groups = optimizer.state_dict()["param_groups"]
         self._has_momentum = any(group["momentum"] for group in self._groups)
+        for parameter in network.parameters():
+            # It looks at their bytes in one row, which channels last are not (findings/).
+            parameter.data = parameter.data.contiguous()
         super().__init__(accelerator, network, optimizer, clip=clip)
         # Stage 0 leaves the optimiser as it is.
         self._is_zero = self.saves_together = self.model.zero_optimization_stage() > 0
