@@ -19,7 +19,7 @@ from train.config.config import Config
 from train.data import RunData
 from train.distributed.collectives import from_main_rank
 from train.loop.optim import check_optimizer, parameter_groups
-from train.teachers import check_teachers, teachers_exist
+from train.teachers import check_teachers, open_teachers, teachers_exist
 from train.weights import starting_weights_exist
 
 if TYPE_CHECKING:
@@ -77,6 +77,8 @@ def preflight(config: Config, accelerator: "Accelerator", stages: Iterable[str])
     check_plans(config, architecture)
     check_optimizers(config, architecture, splits=splits)
     check_teachers(config, architecture)
+    # What is needed in days should not be found damaged then.
+    from_main_rank(accelerator, lambda: open_teachers(config, architecture))
     return Preflight(data, architecture)
 
 

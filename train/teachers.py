@@ -18,7 +18,7 @@ from tpp.models.architecture import (
 )
 from train.config.config import Config
 from train.distillation.distillation import Distillation
-from train.distillation.settings import DENSE
+from train.distillation.settings import DENSE, DistillSection
 from train.tasks.class_names import few
 
 
@@ -28,9 +28,8 @@ def teachers_exist(config: Config) -> None:
     Raises:
         UserError: names the stage's key.
     """
-    for key, source in _teachers(config):
-        if not Path(source).exists():
-            raise UserError(f"{key}: {source}: no such file")
+    for missing in _missing(config):
+        raise UserError(missing)
 
 
 def open_teachers(config: Config, architecture: Architecture) -> list[str]:
@@ -39,13 +38,33 @@ def open_teachers(config: Config, architecture: Architecture) -> list[str]:
     Raises:
         UserError: a file is damaged, or holds no network.
     """
-    missing = []
-    for key, source in _teachers(config):
-        if Path(source).exists():
-            load_teacher(source, architecture, [], key=key)
-        else:
-            missing.append(f"{key}: {source}: no such file")
-    return missing
+    for name, settings in _distilled(config):
+        if settings.teacher != DENSE and Path(settings.teacher).exists():
+            load_teacher(settings.teacher, architecture, [], key=f"{_key(name)}.teacher")
+    return [*_missing(config)]
+
+
+def _missing(config: Config) -> Iterator[str]:
+    for name, settings in _distilled(config):
+        key = f"{_key(name)}.teacher"
+        if settings.teacher != DENSE:
+            if not Path(settings.teacher).exists():
+                yield f"{key}: {settings.teacher}: no such file"
+            continue
+        dense = config.dense_stage(config.stages[name].input)
+        if dense is None and config.model.checkpoint is None:
+            yield f"{key}: no dense stage comes before this one, and model.checkpoint is null"
+
+
+def _distilled(config: Config) -> Iterator[tuple[str, DistillSection]]:
+    """The stages that have a teacher."""
+    for name, stage in config.stages.items():
+        if stage.distill is not None:
+            yield name, stage.distill
+
+
+def _key(stage: str) -> str:
+    return f"stages.{stage}.distill"
 
 
 def check_teachers(config: Config, architecture: Architecture) -> None:
@@ -60,21 +79,18 @@ def check_teachers(config: Config, architecture: Architecture) -> None:
     Raises:
         UserError: names the stage's key.
     """
-    for name, stage in config.stages.items():
-        teacher = stage.distill and _outline(stage.distill.teacher, architecture)
-        if stage.distill is None or teacher is None:
-            continue
-        student = build_on_meta(architecture)
+    for name, settings in _distilled(config):
+        student, teacher = build_on_meta(architecture), _outline(settings.teacher, architecture)
         set_preprocessing(student, config.data.preprocessing())
-        if not all(map(_runs_on_meta, (student, teacher))):
+        if teacher is None or not (_runs_on_meta(student) and _runs_on_meta(teacher)):
             continue  # it will be seen when it is read
         Distillation(
-            stage.distill,
+            settings,
             student,
             teacher.eval().requires_grad_(False),
             example=example_input_for(student, "meta"),
             preprocessing=config.data.preprocessing(),
-            key=f"stages.{name}.distill",
+            key=_key(name),
         )
 
 
@@ -131,10 +147,3 @@ def load_teacher(
             f"{few(folders)}: its outputs are taken for them in this order"
         )
     return load_model(source).float()
-
-
-def _teachers(config: Config) -> Iterator[tuple[str, str]]:
-    """Key and value of every teacher but the run's own dense network."""
-    for name, stage in config.stages.items():
-        if stage.distill is not None and stage.distill.teacher != DENSE:
-            yield f"stages.{name}.distill.teacher", stage.distill.teacher

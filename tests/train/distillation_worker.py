@@ -71,6 +71,8 @@ def compare(engine_name: str, kind: str) -> None:
     images = torch.randn(16, 3, 8, 8, generator=numbers, dtype=torch.float64)
     labels = torch.randint(0, 5, (16,), generator=numbers)
     student, teacher = network(3, 0).to(dtype), network(4, 1).to(dtype)
+    if zero:  # as configs/imagenet has it
+        student.to(memory_format=torch.channels_last)
     wanted = truth(kind, network(3, 0).double(), network(4, 1).double(), images, labels)
     distillation = Distillation(
         DistillSection(

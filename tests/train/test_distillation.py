@@ -8,8 +8,15 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from tpp.checkpoints.model_file import save_model
+from tpp.common.errors import UserError
 from tpp.methods.base import Method, Settings
-from tpp.models.architecture import build_model, set_preprocessing
+from tpp.models.architecture import (
+    Architecture,
+    build_model,
+    build_on_meta,
+    set_preprocessing,
+)
 from train.distillation.distillation import Distillation
 from train.distillation.features import find_stages, look_inside
 from train.distillation.losses import attention_map, attention_transfer
@@ -18,6 +25,7 @@ from train.distributed.engine import Engine
 from train.loop.meter import Meter
 from train.loop.step import gradients
 from train.tasks import make_task
+from train.teachers import load_teacher
 
 PLAIN = {"mean": [0.0] * 3, "std": [1.0] * 3, "channels": 3, "image_size": 8, "resize": None}
 
@@ -218,3 +226,71 @@ def test_which_layers_are_compared(name, stages):
     assert [*find_stages(network, seen).values()][: len(stages)] == stages
     assert [module.training for module in network.modules()] == modes
     assert not any(module._forward_hooks for module in network.modules())
+
+
+@pytest.mark.parametrize("kind", ["logits", "features"])
+def test_the_teacher_computes_in_the_precision_of_the_step(kind):
+    """And what it says is compared in float32: against the same in float64, to bf16's rounding."""
+    student, teacher = small(3, 0).float(), small(4, 1).float()
+    distillation = beside(student, teacher, kind=kind)
+    seen = []
+    teacher[2].register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    images = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    student.train()
+    with torch.autocast("cpu", torch.bfloat16):
+        term = distillation.term(images, student(images).float())
+    assert seen == [torch.bfloat16] and term.dtype == torch.float32
+    exact = beside(student.double(), teacher.double(), kind=kind)
+    truth = exact.term(images.double(), student(images.double()))
+    assert term.item() == pytest.approx(truth.item(), rel=0.05) and term.item() != truth.item()
+    term.backward()
+    assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
+
+
+def on_meta(student: str, teacher: str, **settings: Any) -> Distillation:
+    mine, its = (build_on_meta(Architecture(name, 10)).eval() for name in (student, teacher))
+    return Distillation(
+        DistillSection(kind="features", **settings),
+        mine,
+        its.requires_grad_(False),
+        example=torch.zeros(1, 3, 224, 224, device="meta"),
+        preprocessing=PLAIN,
+        key="distill",
+    )
+
+
+def test_other_architectures_are_matched_by_resolution():
+    assert on_meta("resnet18", "mobilenet_v2").layers == ("layer1", "layer2", "layer3", "layer4")
+    assert on_meta("resnet18", "swin_t").layers == ("layer1", "layer2", "layer3", "layer4")
+    with pytest.raises(UserError, match=r"distill.layers: network and teacher have no resolution"):
+        on_meta("resnet18", "vit_b_16")
+
+
+@pytest.mark.parametrize(
+    ("network", "layer", "says"),
+    [
+        ("densenet121", "features.norm5", "is changed in place afterwards; name the block around"),
+        ("resnet18", "layer1.0.relu", "layer1.0.relu of the network is used 2 times in one pass"),
+        ("resnet18", "fc", "fc of the network tells no places of an image apart"),
+        ("resnet18", "avgpool", "avgpool of the network tells no places of an image apart"),
+        ("resnet18", "layer5", "the network has no module 'layer5' that gives activations of"),
+    ],
+)
+def test_a_layer_that_cannot_be_compared_is_one_line(network, layer, says):
+    with pytest.raises(UserError) as caught:
+        on_meta(network, network, layers=[layer])
+    assert str(caught.value).startswith("distill.layers: ") and says in str(caught.value)
+
+
+def test_a_file_of_other_classes_says_so(tmp_path):
+    path = tmp_path / "x.safetensors"
+    save_model(path, build_model("cifar_resnet8", 2), extra={"classes": ["cat", "dog"]})
+    said: list[str] = []
+    for folders in (["cat", "dog"], ["dog", "fox"]):
+        load_teacher(
+            str(path), Architecture("resnet18", 2), folders, key="distill.teacher", say=said.append
+        )
+    assert said == [
+        f"distill.teacher: {path} is of the classes cat, dog, the class folders are dog, fox: its "
+        "outputs are taken for them in this order"
+    ]

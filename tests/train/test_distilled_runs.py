@@ -12,10 +12,12 @@ import yaml
 from safetensors.torch import load_file
 from toy_methods.melting import Melting
 
+from launch.check import Request, check
 from tpp.checkpoints.model_file import save_model
-from tpp.common.errors import run_command
+from tpp.common.errors import UserError, run_command
 from tpp.methods import available_methods
 from tpp.models.architecture import build_model
+from train.config.config import load_config
 from train.main import main
 from train.run_folder.networks import dense_network
 from train.stages import teaching
@@ -57,6 +59,8 @@ def test_a_run_broken_off_ends_with_the_same_weights(
     tiny_config["checkpoints"] = {"every": "2 steps", "asynchronous": False}
     tiny_config["data"]["augment"] = {"mixup": 0.2}
     tiny_config["training"]["accumulation"] = 2
+    if kind == "features":
+        tiny_config["training"]["channels_last"] = True
     tiny_config["method"] = {"name": "l1"}
     dense, prune, finetune = (
         tiny_config["stages"][name] for name in ("dense", "prune", "finetune")
@@ -122,6 +126,7 @@ def test_the_ranks_and_the_engines_have_the_gradient_of_the_whole_batch(forks, t
         ({"teacher": "grey.safetensors"}, "takes images of 1 channels, the run's have 3"),
         ({"teacher": "large.safetensors"}, "distill.teacher: takes no images of 32x32"),
         ({"teacher": "broken.safetensors"}, "broken.safetensors"),
+        ({"teacher": "foreign.pth"}, "foreign.pth"),
     ],
 )
 def test_what_does_not_go_together_is_one_line(
@@ -137,7 +142,9 @@ def test_what_does_not_go_together_is_one_line(
     )
     save_model("large.safetensors", build_model("timm:vit_tiny_patch16_224", 4))
     Path("broken.safetensors").write_bytes(b"nothing")
+    torch.save({"state_dict": {"conv1.weight": torch.zeros(3)}}, "foreign.pth")
     tiny_config["stages"]["finetune"]["distill"] = distill
+    tiny_config["model"]["num_classes"] = 4
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(tiny_config, sort_keys=False))
     for how in ([], ["--dry-run"]):
@@ -153,6 +160,10 @@ def test_what_does_not_go_together_is_one_line(
         assert ended.value.code == 2 and says in printed.err
         assert printed.err.startswith("error: ") and printed.err.count("\n") == 1
         assert not Path(tiny_config["output"]).exists()
+    if distill.get("teacher") != "foreign.pth":  # before the queue nothing is loaded
+        with pytest.raises(UserError) as caught:
+            check(load_config(path, []), Request(elsewhere=True))
+        assert says in str(caught.value)
 
 
 def test_a_network_that_shrinks_keeps_its_teacher(tiny_config, run_inside, monkeypatch):

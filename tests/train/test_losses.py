@@ -5,11 +5,14 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from torch import Tensor
 
+from tpp.common.errors import UserError
 from tpp.common.settings import mistakes
-from train.config.config import Config
+from train.config.config import Config, load_config, save_config
 from train.tasks import make_task
+from train.teachers import teachers_exist
 
 
 def log_sigmoid(x: Tensor) -> Tensor:
@@ -93,3 +96,40 @@ def test_a_mistake_is_told_by_its_key(tiny_config, tmp_path, stage, changes, say
         Config.model_validate(tiny_config)
     (line,) = mistakes(caught.value, Config)
     assert line.startswith(says)
+
+
+def test_another_kind_of_distillation_replaces_the_old_one(tiny_config, tmp_path):
+    """What goes with the old one is gone; a change within one kind leaves the rest."""
+    tiny_config["stages"]["finetune"]["distill"] = {"kind": "features", "layers": ["layer1"]}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(tiny_config))
+    key = "stages.finetune.distill"
+    found = load_config(path, [f"{key}.kind=logits", f"{key}.temperature=2.0"])
+    distill = found.stages["finetune"].distill
+    assert distill is not None and distill.layers is None and distill.temperature == 2.0
+    found = load_config(path, [f"{key}.weight=10.0"])
+    distill = found.stages["finetune"].distill
+    assert distill is not None and distill.layers == ["layer1"] and distill.factor == 10
+    # What a run writes down can be read again.
+    save_config(found, path)
+    assert load_config(path, []) == found
+
+
+def test_what_teaches_where_nobody_said(tiny_config):
+    """The network of the starting weights, where no stage made a dense one; else there is none."""
+    tiny_config["stages"] = {
+        name: {"kind": "finetune", "epochs": 1, "optimizer": {"lr": 0.1}, "distill": {}}
+        for name in ("first", "v1.1")
+    }
+    with pytest.raises(
+        UserError, match=r"stages.first.distill.teacher: no dense stage comes before"
+    ):
+        teachers_exist(Config.model_validate(tiny_config))
+    tiny_config["model"]["checkpoint"] = "x.pth"
+    teachers_exist(Config.model_validate(tiny_config))
+    del tiny_config["model"]["checkpoint"]
+    dense = {"dense": {"epochs": 1, "optimizer": {"lr": 0.1}}}
+    tiny_config["stages"] = {**dense, **tiny_config["stages"]}
+    config = Config.model_validate(tiny_config)
+    teachers_exist(config)
+    assert config.dense_stage("v1.1") == "dense"

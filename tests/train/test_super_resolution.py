@@ -123,6 +123,8 @@ def test_psnr_by_hand(tiny_data):
         ("model.num_classes=4", "model.num_classes: super_resolution has no classes"),
         ("model.args={scale: 3}", "model.args.scale is 3, but task.scale is 2"),
         ("stages.dense.label_smoothing=0.1", "stages.dense.label_smoothing: goes with classif"),
+        ("stages.dense.loss=bce", "stages.dense.loss: goes with classification, not with super_"),
+        ("stages.dense.distill={teacher: x}", "stages.dense.distill: goes with classification"),
         ("model={name: cifar_resnet8}", "cifar_resnet8"),
         ("task={kind: classification}", "edsr"),
     ],

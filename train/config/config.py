@@ -44,7 +44,7 @@ from train.config.sections import (
     TrainingSection,
 )
 from train.config.stage_kinds import KINDS
-from train.distillation.settings import DENSE, LOGITS
+from train.distillation.settings import LOGITS
 from train.tasks import make_task
 from train.tasks.base import Task
 
@@ -202,19 +202,6 @@ class Config(Section):
                 previous = name
         return self
 
-    @model_validator(mode="after")
-    def _there_are_teachers(self) -> "Config":
-        for name, stage in self.stages.items():
-            if stage.distill is None:
-                continue
-            own = stage.distill.teacher == DENSE
-            if own and self.dense_stage(stage.input) is None and self.model.checkpoint is None:
-                raise ValueError(
-                    f"stages.{name}.distill.teacher: no dense network comes before this stage; "
-                    "name another teacher"
-                )
-        return self
-
     def make_task(self) -> Task:
         """A fresh instance of the task, with its settings.
 
@@ -230,19 +217,17 @@ class Config(Section):
             ValueError: the stage asks for what the task has not; names the key.
         """
         task, stage = self.make_task(), self.stages[name]
-        loss = {
-            "loss": stage.loss,
-            "label_smoothing": stage.label_smoothing,
-            "bce_threshold": stage.bce_threshold,
-        }
+        of_classes = ("loss", "label_smoothing", "bce_threshold", "distill")
         fields = StageSection.model_fields
-        given = [key for key, value in loss.items() if value != fields[key].default]
-        for key in (*given, *(["distill"] if stage.distill is not None else [])):
-            if not task.has_classes:
-                raise ValueError(
-                    f"stages.{name}.{key}: goes with classification, not with {task.kind}"
-                )
-        return task.with_loss(**loss) if given else task
+        given = [key for key in of_classes if getattr(stage, key) != fields[key].default]
+        if given and not task.has_classes:
+            raise ValueError(
+                f"stages.{name}.{given[0]}: goes with classification, not with {task.kind}"
+            )
+        if not given:
+            return task
+        smoothing, threshold = stage.label_smoothing, stage.bce_threshold
+        return task.with_loss(stage.loss, label_smoothing=smoothing, bce_threshold=threshold)
 
     def dense_stage(self, name: str | None) -> str | None:
         """The stage that made the dense network which stage ``name`` comes from, or is.

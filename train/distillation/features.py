@@ -72,8 +72,10 @@ def look_inside(network: nn.Module, images: Tensor) -> dict[str, Output]:
         if not isinstance(output, Tensor):
             return
         before = found.pop(name, None)
-        taken = inputs[0] if inputs and isinstance(inputs[0], Tensor) else None
-        side = Output(tuple(taken.shape), None).places[0] if _is_image(taken) else None
+        taken = inputs[0] if inputs else None
+        side = None
+        if isinstance(taken, Tensor) and taken.dim() == 4:
+            side = Output(tuple(taken.shape), None).places[0]
         calls = before.calls + 1 if before else 1
         found[name] = Output(tuple(output.shape), side, calls)
         held[name] = output, output._version
@@ -95,10 +97,6 @@ def look_inside(network: nn.Module, images: Tensor) -> dict[str, Output]:
         for name, output in found.items()
         if output.shape[:1] == images.shape[:1]
     }
-
-
-def _is_image(tensor: Tensor | None) -> bool:
-    return tensor is not None and tensor.dim() == 4
 
 
 def find_stages(network: nn.Module, seen: Mapping[str, Output]) -> dict[tuple[int, ...], str]:

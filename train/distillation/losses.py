@@ -60,9 +60,10 @@ def attention_transfer(student: Tensor, teacher: Tensor) -> Tensor:
     """
     teacher = teacher.detach()
     if student.shape != teacher.shape:
-        least = [min(pair) for pair in zip(student.shape[1:], teacher.shape[1:], strict=True)]
+        (_, height, width), (_, its_height, its_width) = student.shape, teacher.shape
+        sides = min(height, its_height), min(width, its_width)
         student, teacher = (
-            F.adaptive_avg_pool2d(map_[:, None], least)[:, 0] for map_ in (student, teacher)
+            F.adaptive_avg_pool2d(map_[:, None], sides)[:, 0] for map_ in (student, teacher)
         )
     a, b = (F.normalize(map_.flatten(1), dim=1) for map_ in (student, teacher))
     return (a - b).square().mean()

@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from tpp.common.settings import PositiveFloat, Section, UserPath
 
 DENSE = "dense"
-LOGITS = "logits"
+LOGITS: Literal["logits"] = "logits"
 # Of Tian et al., "Contrastive Representation Distillation", ICLR 2020, whose loss is the same.
 _WEIGHT, _TEMPERATURE = 0.9, 4.0
 # The beta of Zagoruyko & Komodakis, ICLR 2017, for the mean over places that their code takes.

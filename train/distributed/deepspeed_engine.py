@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 from collections.abc import Mapping
-from copy import copy
 from typing import Any
 
 import torch
@@ -51,6 +50,9 @@ class DeepSpeedEngine(Engine):
         self._groups = portable(optimizer.state_dict(), numbers_of(network, optimizer))[
             "param_groups"
         ]
+        for parameter in network.parameters():
+            # It looks at their bytes in one row, which channels last are not (findings/).
+            parameter.data = parameter.data.contiguous()
         super().__init__(accelerator, network, optimizer, clip=clip)
         # Stage 0 leaves the optimiser as it is.
         self._is_zero = self.saves_together = self.model.zero_optimization_stage() > 0
@@ -110,7 +112,7 @@ class DeepSpeedEngine(Engine):
                     zero.optimizer.state[flat][key] = torch.zeros_like(flat)
                     split += [(number, key) for number, _ in values]
                 elif values[0][1] is not None:
-                    zero.optimizer.state[flat][key] = copy(values[0][1])
+                    zero.optimizer.state[flat][key] = _own(values[0][1])
         if not entries:
             return
         # As torch.optim does it, where some make tensors again of the counts in their groups.
@@ -167,8 +169,13 @@ class DeepSpeedEngine(Engine):
                     whole = value
                     if split:
                         whole = safe_get_full_optimizer_state(self._numbered[number], key)
-                    gathered.setdefault(number, {})[key] = copy(whole)
+                    gathered.setdefault(number, {})[key] = _own(whole)
         return dict(sorted(gathered.items()))
+
+
+def _own(value: Any) -> Any:
+    """In memory of its own: a count of steps is counted up in place."""
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def deepspeed_plugin(training: TrainingSection) -> DeepSpeedPlugin | None:

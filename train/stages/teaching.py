@@ -6,10 +6,11 @@ import torch
 from torch import nn
 
 from tpp.checkpoints.safetensors_files import sha256_of
+from tpp.common.errors import UserError
 from tpp.models.architecture import example_input_for
 from train.distillation.distillation import Distillation
 from train.distillation.settings import DENSE
-from train.distributed.collectives import EveryRankError, on_every_rank
+from train.distributed.collectives import EveryRankError, from_main_rank, on_every_rank
 from train.run import Run
 from train.run_folder.log import say
 from train.run_folder.networks import dense_network, place
@@ -50,6 +51,11 @@ class Teaching:
         if self._teacher is None:
             self._teacher = self._read()
             self.fingerprint = fingerprint_of(self._teacher)
+            if from_main_rank(run.accelerator, lambda: self.fingerprint) != self.fingerprint:
+                raise UserError(
+                    f"{key}.teacher: {settings.teacher} is another network on this node than on "
+                    "the main rank's; give every node the same"
+                )
         if fingerprint not in (None, self.fingerprint):
             raise EveryRankError(
                 f"{key}.teacher: {settings.teacher} is another network than when the stage began; "
@@ -74,14 +80,16 @@ class Teaching:
         assert settings is not None
         if settings.teacher == DENSE:
             return dense_network(run, run.config.stages[self._name].input)
-        with run.accelerator.local_main_process_first():  # one download per node, not per rank
-            network = load_teacher(
+        network = on_every_rank(
+            run.accelerator,
+            lambda: load_teacher(
                 settings.teacher,
                 run.architecture,
                 run.data.train.index.classes,
                 key=f"stages.{self._name}.distill.teacher",
                 say=say if run.is_main else lambda _: None,
-            )
+            ),
+        )
         return place(run, network).eval().requires_grad_(False)
 
 
