@@ -27,6 +27,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("train.config",),
     ("train.distributed",),
     ("train.data", "train.weights"),
+    ("train.public_weights",),
     ("train.teachers",),
     ("train.loop", "train.run", "train.preflight"),
     ("train.run_folder",),

@@ -74,7 +74,7 @@ def preflight(config: Config, accelerator: "Accelerator", stages: Iterable[str])
     check_plans(config, architecture)
     check_teachers(config, architecture)
     # What is needed in days should not be found damaged then.
-    from_main_rank(accelerator, lambda: open_teachers(config, architecture))
+    from_main_rank(accelerator, lambda: open_teachers(config, architecture, download=True))
     return Preflight(data, architecture)
 
 
