@@ -22,6 +22,8 @@ LAYERS: list[tuple[str, ...]] = [
     ("data_pipelines.images",),
     ("data_pipelines.loading", "data_pipelines.sets"),
     ("data_pipelines",),
+    ("train.downloads",),
+    ("train.public_weights",),
     ("train.tasks",),
     ("train.distillation",),
     ("train.config",),

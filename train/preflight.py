@@ -78,7 +78,7 @@ def preflight(config: Config, accelerator: "Accelerator", stages: Iterable[str])
     check_optimizers(config, architecture, splits=splits)
     check_teachers(config, architecture)
     # What is needed in days should not be found damaged then.
-    from_main_rank(accelerator, lambda: open_teachers(config, architecture))
+    from_main_rank(accelerator, lambda: open_teachers(config, architecture, download=True))
     return Preflight(data, architecture)
 
 

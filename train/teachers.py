@@ -19,6 +19,7 @@ from tpp.models.architecture import (
 from train.config.config import Config
 from train.distillation.distillation import Distillation
 from train.distillation.settings import DENSE, DistillSection
+from train.public_weights import is_public, load_public, missing_here, outline
 from train.tasks.class_names import few
 
 
@@ -28,25 +29,40 @@ def teachers_exist(config: Config) -> None:
     Raises:
         UserError: names the stage's key.
     """
-    for missing in _missing(config):
+    for missing in _missing(config, downloads=False):
         raise UserError(missing)
 
 
-def open_teachers(config: Config, architecture: Architecture) -> list[str]:
+def open_teachers(
+    config: Config, architecture: Architecture, *, download: bool = False
+) -> list[str]:
     """Load the teachers that are there, for their mistakes; returns what has yet to be fetched.
 
+    Args:
+        config: of the run.
+        architecture: of its dense network.
+        download: fetch public weights that are not there.
+
     Raises:
-        UserError: a file is damaged, or holds no network.
+        UserError: a file is damaged, or holds no network, or weights cannot be fetched.
     """
     for name, settings in _distilled(config):
-        if settings.teacher != DENSE and Path(settings.teacher).exists():
-            load_teacher(settings.teacher, architecture, [], key=f"{_key(name)}.teacher")
-    return [*_missing(config)]
+        source, key = settings.teacher, f"{_key(name)}.teacher"
+        public = is_public(source) and (download or missing_here(source, key) is None)
+        if public or (not is_public(source) and source != DENSE and Path(source).exists()):
+            load_teacher(source, architecture, [], key=key)
+    return [*_missing(config, downloads=True)]
 
 
-def _missing(config: Config) -> Iterator[str]:
+def _missing(config: Config, *, downloads: bool) -> Iterator[str]:
     for name, settings in _distilled(config):
         key = f"{_key(name)}.teacher"
+        if is_public(settings.teacher):
+            outline(settings.teacher, key)
+            fetched = missing_here(settings.teacher, key) if downloads else None
+            if fetched is not None:
+                yield fetched
+            continue
         if settings.teacher != DENSE:
             if not Path(settings.teacher).exists():
                 yield f"{key}: {settings.teacher}: no such file"
@@ -80,7 +96,9 @@ def check_teachers(config: Config, architecture: Architecture) -> None:
         UserError: names the stage's key.
     """
     for name, settings in _distilled(config):
-        student, teacher = build_on_meta(architecture), _outline(settings.teacher, architecture)
+        key = _key(name)
+        student = build_on_meta(architecture)
+        teacher = _outline(settings.teacher, architecture, f"{key}.teacher")
         set_preprocessing(student, config.data.preprocessing())
         if teacher is None or not (_runs_on_meta(student) and _runs_on_meta(teacher)):
             continue  # it will be seen when it is read
@@ -90,14 +108,16 @@ def check_teachers(config: Config, architecture: Architecture) -> None:
             teacher.eval().requires_grad_(False),
             example=example_input_for(student, "meta"),
             preprocessing=config.data.preprocessing(),
-            key=_key(name),
+            key=key,
         )
 
 
-def _outline(source: str, architecture: Architecture) -> nn.Module | None:
+def _outline(source: str, architecture: Architecture, key: str) -> nn.Module | None:
     """A teacher without its weights, on the meta device; None where it is not there."""
     if source == DENSE:
         return build_on_meta(architecture)
+    if is_public(source):
+        return outline(source, key)
     if not Path(source).exists():
         return None
     info = find_metadata(source)
@@ -121,19 +141,22 @@ def load_teacher(
     key: str,
     say: Callable[[str], None] = lambda _: None,
 ) -> nn.Module:
-    """A teacher of a file, on the CPU in float32.
+    """A teacher of a file or of public weights, on the CPU in float32.
 
     Args:
-        source: one of our files, which may hold any network; or a state_dict of somebody else's
-            for the run's own network, whose images are then prepared as the run's.
+        source: public weights, which may be downloaded; one of our files, which may hold any
+            network; or a state_dict of somebody else's for the run's own network, whose images are
+            then prepared as the run's.
         architecture: of the run's dense network.
         folders: names of the class folders, sorted as text.
         key: of the teacher in the configuration.
         say: told what a user should know of it.
 
     Raises:
-        UserError: there is none, or it fits no such network.
+        UserError: there is none, it fits no such network, or cannot be fetched.
     """
+    if is_public(source):
+        return load_public(source, key=key, say=say).float()
     info = find_metadata(source)
     if info is None:
         network = build_model(architecture.name, architecture.num_classes, **architecture.args)

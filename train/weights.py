@@ -6,38 +6,60 @@ from pathlib import Path
 from urllib.parse import parse_qs, urlparse
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tpp.checkpoints.model_file import find_metadata, load_model
+from tpp.checkpoints.prune_file import read_dense
 from tpp.checkpoints.sources import load_weights
 from tpp.common.errors import UserError
-from tpp.models.architecture import Architecture, as_published, build_model
+from tpp.models.architecture import Architecture, architecture_of, as_published, build_model
+from tpp.models.classifier import classifier_tensors, with_new_classifier
+from tpp.models.preparation import TIMM, TORCHVISION
 from tpp.models.settings import ModelSection
+from train.downloads import check_hash, fetch, place_of
+from train.public_weights import is_public, load_public, missing_here, outline
 from train.tasks.class_names import few
 
-TORCHVISION = "torchvision:"
+KEY = "model.checkpoint"
 # Names of a URL's parameters that grant access, those of signed links among them.
 _SECRET = re.compile(r"token|sig|secret|passw|credential|auth|api.?key|access.?key", re.IGNORECASE)
 
 
 def starting_weights_exist(model: ModelSection) -> None:
-    """Check a local path, a URL or the name of torchvision weights, without loading anything.
+    """Check a local path, a URL or the name of public weights, without loading anything.
 
     Raises:
-        UserError: no such file, torchvision knows no such weights of this network, or the URL
-            holds a password or a token.
+        UserError: no such file, nobody publishes such weights of this network, or the URL holds a
+            password or a token.
     """
     checkpoint = model.checkpoint
-    if checkpoint is not None and _url(model) is None and not Path(checkpoint).exists():
-        raise UserError(f"model.checkpoint: {checkpoint}: no such file")
+    if checkpoint is None:
+        return
+    source = _public(model)
+    if source is not None:
+        network = outline(source, KEY)
+        published = architecture_of(network) if network is not None else None
+        if published is not None and _plain_name(published.name) != _plain_name(model.name):
+            raise UserError(
+                f"{KEY}: {checkpoint} is of {published.name}, and model.name is {model.name!r}"
+            )
+    elif _is_url(checkpoint):
+        _holds_no_secret(checkpoint)
+    elif not Path(checkpoint).exists():
+        raise UserError(f"{KEY}: {checkpoint}: no such file")
 
 
 def weights_missing_here(model: ModelSection) -> str | None:
     """What of the starting weights has yet to be fetched; None where they can be loaded."""
-    if model.checkpoint is None or _target(model).exists():
+    if model.checkpoint is None:
         return None
-    what = "no such file" if _url(model) is None else "is downloaded when a run starts"
-    return f"model.checkpoint: {model.checkpoint}: {what}"
+    source = _public(model)
+    if source is not None:
+        return missing_here(source, KEY)
+    if _is_url(model.checkpoint):
+        there = place_of(model.checkpoint).exists()
+        return None if there else f"{KEY}: {model.checkpoint}: is downloaded when a run starts"
+    return None if Path(model.checkpoint).exists() else f"{KEY}: {model.checkpoint}: no such file"
 
 
 def load_starting_weights(
@@ -51,7 +73,7 @@ def load_starting_weights(
     Args:
         model: what the configuration says.
         architecture: the network.
-        seed: of weights that come from no file.
+        seed: of weights that come from no file, those of a new classifier among them.
         say: told what a user should know of a file, such as what is left out of it.
 
     Raises:
@@ -60,19 +82,45 @@ def load_starting_weights(
     if model.checkpoint is None:
         torch.manual_seed(seed)
         return build_model(architecture.name, architecture.num_classes, **architecture.args)
+    source = _public(model)
+    if source is not None:
+        found = load_public(source, key=KEY, say=say, args=dict(architecture.args))
+        of_source = architecture_of(found)
+        assert of_source is not None
+        if _plain_name(of_source.name) != _plain_name(architecture.name):
+            raise UserError(
+                f"{KEY}: {source} is of {of_source.name}, and model.name is {model.name!r}"
+            )
+        return _with_classes(found.state_dict(), of_source, architecture, model, seed, say)
     path = _local_file(model)
+    if model.head == "new":
+        given = read_dense(path, architecture)
+        for note in given.notes:
+            say(f"{path}: {note}")
+        own = architecture_of(given.model)
+        assert own is not None
+        return _with_classes(given.tensors, own, architecture, model, seed, say)
     info = find_metadata(path)
     if info is not None:
         if info.architecture not in (architecture, as_published(architecture)[0]):
+            other = info.architecture
+            same = (other.name, other.args) == (architecture.name, architecture.args)
             raise UserError(
-                f"model.checkpoint: {path} holds {_in_words(info.architecture)}, "
-                f"the configuration asks for {_in_words(architecture)}"
+                f"{KEY}: {path} holds {_in_words(other)}, the configuration asks for "
+                f"{_in_words(architecture)}" + (_ADVICE if same else "")
             )
         return load_model(path)  # it may be pruned already: its own widths count
     network = build_model(architecture.name, architecture.num_classes, **architecture.args)
-    for note in load_weights(network, path):
+    try:
+        notes = load_weights(network, path)
+    except UserError as error:
+        raise UserError(f"{error}{_ADVICE if _other_classes(path, architecture) else ''}") from None
+    for note in notes:
         say(f"{path}: {note}")
     return network
+
+
+_ADVICE = "; model.head=new gives it a classifier of its own"
 
 
 def note_on_classes(model: ModelSection, folders: list[str]) -> str | None:
@@ -84,16 +132,52 @@ def note_on_classes(model: ModelSection, folders: list[str]) -> str | None:
         model: the configuration's section; only a local file of ours names its classes.
         folders: names of the class folders, sorted as text.
     """
-    if model.checkpoint is None or not Path(model.checkpoint).is_file():
+    if model.checkpoint is None or model.head == "new" or not Path(model.checkpoint).is_file():
         return None
     info = find_metadata(model.checkpoint)
     names = info.extra.get("classes") if info is not None else None
     if not isinstance(names, list) or len(names) != len(folders) or names == folders:
         return None
     return (
-        f"model.checkpoint: {model.checkpoint} is of the classes {few(names)}, the class folders "
+        f"{KEY}: {model.checkpoint} is of the classes {few(names)}, the class folders "
         f"are {few(folders)}: its outputs are taken for them in this order"
     )
+
+
+def _with_classes(
+    tensors: dict[str, Tensor],
+    given: Architecture,
+    architecture: Architecture,
+    model: ModelSection,
+    seed: int,
+    say: Callable[[str], None],
+) -> nn.Module:
+    """A network of these tensors, of the configuration's name and classes."""
+    classes = architecture.num_classes
+    wanted = Architecture(architecture.name, classes, given.args)
+    if model.head == "new" and classes is not None:
+        say(
+            f"{KEY}: the classifier for {given.num_classes} classes is left out "
+            f"({few(sorted(classifier_tensors(given)))}); the new one for {classes} is random"
+        )
+        return with_new_classifier(tensors, wanted, seed)
+    if given.num_classes != classes:
+        raise UserError(
+            f"{KEY}: {model.checkpoint} tells {given.num_classes} classes apart, the configuration "
+            f"asks for {classes}{_ADVICE}"
+        )
+    network = build_model(wanted.name, classes, **wanted.args)
+    network.load_state_dict(tensors)
+    return network
+
+
+def _other_classes(path: Path, architecture: Architecture) -> bool:
+    """Whether a file is of this network, but for the number of its classes."""
+    try:
+        found = architecture_of(read_dense(path, architecture).model)
+    except UserError:
+        return False
+    return found is not None and found.num_classes != architecture.num_classes
 
 
 def _in_words(architecture: Architecture) -> str:
@@ -101,55 +185,32 @@ def _in_words(architecture: Architecture) -> str:
     return f"{architecture.name} ({architecture.output}{arguments})"
 
 
+def _plain_name(name: str) -> str:
+    """Without the tag that tells timm's weights of one network apart."""
+    return name.partition(".")[0] if name.startswith(TIMM) else name
+
+
+def _public(model: ModelSection) -> str | None:
+    """The checkpoint as a name of public weights, with that of their network; None of others."""
+    checkpoint = model.checkpoint
+    if checkpoint is None or not is_public(checkpoint):
+        return None
+    weights = checkpoint.removeprefix(TORCHVISION)
+    if checkpoint.startswith(TORCHVISION) and "." not in weights:
+        return f"{TORCHVISION}{model.name}.{weights}"
+    return checkpoint
+
+
 def _local_file(model: ModelSection) -> Path:
     """The checkpoint as a local file, downloaded if need be."""
-    url, target = _url(model), _target(model)
-    if url is not None and not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(url, str(target), progress=False)
-        except (OSError, RuntimeError) as error:
-            raise UserError(
-                f"model.checkpoint: cannot download {url} ({error}); on a machine without access "
-                f"put the file at {target}, or name a local file with model.checkpoint=FILE"
-            ) from None
-    return target
-
-
-def _url(model: ModelSection) -> str | None:
-    """Where the checkpoint is downloaded from; None of a local file."""
     assert model.checkpoint is not None
-    if model.checkpoint.startswith(TORCHVISION):
-        return _torchvision_url(model.name, model.checkpoint)
-    if not _is_url(model.checkpoint):
-        return None
-    _holds_no_secret(model.checkpoint)
-    return model.checkpoint
-
-
-def _target(model: ModelSection) -> Path:
-    """The local file; downloads are kept where torch.hub keeps them."""
-    assert model.checkpoint is not None
-    url = _url(model)
-    if url is None:
-        return Path(model.checkpoint)
-    return Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(url).path).name
-
-
-def _torchvision_url(name: str, checkpoint: str) -> str:
-    from torchvision.models import get_model_weights
-
-    weights = checkpoint.removeprefix(TORCHVISION)
-    try:
-        known = get_model_weights(name)
-    except ValueError:
-        raise UserError(f"model.checkpoint: torchvision has no weights for {name!r}") from None
-    if weights not in known.__members__:
-        raise UserError(
-            f"model.checkpoint: torchvision has no {weights!r} for {name!r}; "
-            f"there are: {', '.join(known.__members__)}"
-        )
-    return str(known[weights].url)
+    if _is_url(model.checkpoint):
+        _holds_no_secret(model.checkpoint)
+        return fetch(model.checkpoint, key=KEY, sha256=model.sha256)
+    path = Path(model.checkpoint)
+    if model.sha256 is not None:
+        check_hash(path, model.sha256, KEY)
+    return path
 
 
 def _holds_no_secret(url: str) -> None:
@@ -158,12 +219,12 @@ def _holds_no_secret(url: str) -> None:
         parts = urlparse(url)
         secret = parts.username is not None or parts.password is not None
     except ValueError:
-        raise UserError("model.checkpoint: not a valid URL") from None
+        raise UserError(f"{KEY}: not a valid URL") from None
     if secret or any(_SECRET.search(key) for key in parse_qs(parts.query, keep_blank_values=True)):
         raise UserError(
-            f"model.checkpoint: the URL of {parts.hostname} holds a password or a token, which "
+            f"{KEY}: the URL of {parts.hostname} holds a password or a token, which "
             "would be kept in config.yaml; download the file and name it with "
-            "model.checkpoint=FILE"
+            f"{KEY}=FILE"
         )
 
 

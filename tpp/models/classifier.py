@@ -1,8 +1,13 @@
 """Which of a network's tensors are its classifier's."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 
-from tpp.models.architecture import Architecture, build_on_meta
+import torch
+from torch import Tensor, nn
+
+from tpp.models.architecture import Architecture, build_model, build_on_meta
+from tpp.models.fitting import assign_tensors, fill_buffers, fitted
 
 
 def classifier_tensors(architecture: Architecture) -> frozenset[str]:
@@ -19,3 +24,31 @@ def classifier_tensors(architecture: Architecture) -> frozenset[str]:
         for variant in (architecture, replace(architecture, num_classes=classes + 1))
     )
     return frozenset(name for name, shape in one.items() if other.get(name) != shape)
+
+
+def with_new_classifier(
+    tensors: Mapping[str, Tensor], architecture: Architecture, seed: int
+) -> nn.Module:
+    """A network of these tensors, but for a classifier of its own, on the CPU.
+
+    Args:
+        tensors: of the same network, dense or pruned, with whatever classes.
+        architecture: the dense network, with the classes to be.
+        seed: of the new classifier's numbers, which the network's own constructor draws.
+
+    Raises:
+        UserError: they do not fit each other.
+    """
+    torch.manual_seed(seed)
+    fresh = build_model(architecture.name, architecture.num_classes, **architecture.args)
+    new = fresh.state_dict()
+    values = dict(tensors)
+    for name in classifier_tensors(architecture):
+        own = new[name]
+        # Inputs that were pruned are gone from the file's classifier, and from the new one.
+        inputs = tensors[name].shape[1:] if name in tensors else own.shape[1:]
+        values[name] = own[tuple(slice(size) for size in (len(own), *inputs))].clone()
+    network = fitted(architecture, {name: tuple(t.shape) for name, t in values.items()})
+    assign_tensors(network, {name: tensor.clone() for name, tensor in values.items()})
+    fill_buffers(network, fresh)
+    return network

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from tpp.common.errors import UserError
+from tpp.common.errors import UserError, reason_of
 from tpp.common.images import CROP_MODES, INTERPOLATIONS
 from tpp.models.architecture import (
     LARGEST_IMAGE,
@@ -28,7 +28,8 @@ from tpp.models.architecture import (
 )
 
 _NEEDED = {"image_size", "resize", "mean", "std", "channels"}
-_TIMM = "timm:"
+# How public weights are named: of torchvision, of timm, and of a repository on the Hugging Face Hub.
+TORCHVISION, TIMM, HUB = "torchvision:", "timm:", "hf-hub:"
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -79,7 +80,12 @@ def find_preparation(
     return Preparation(values, f"assumed, {source}")
 
 
-def assumed_preparation(architecture: Architecture, file: str | None = None) -> Preparation:
+def assumed_preparation(
+    architecture: Architecture,
+    file: str | None = None,
+    *,
+    config: Mapping[str, Any] | None = None,
+) -> Preparation:
     """How images are prepared for the public weights of a network.
 
     timm's configuration for a network of timm; for one of torchvision what belongs to the weights
@@ -89,6 +95,7 @@ def assumed_preparation(architecture: Architecture, file: str | None = None) -> 
     Args:
         architecture: the network.
         file: name or path of the file that the weights come in.
+        config: timm's of the weights, where they are not those that its name stands for.
 
     Raises:
         UserError: the network gives images, or sees none that are cut as squares.
@@ -96,8 +103,8 @@ def assumed_preparation(architecture: Architecture, file: str | None = None) -> 
     name = architecture.name
     if gives_images(name):
         raise UserError(f"model {name!r}: nothing says how images are prepared for it")
-    if name.startswith(_TIMM):
-        return _timm(architecture)
+    if name.startswith(TIMM):
+        return _timm(architecture, config)
     known = _torchvision_weights(name)
     if known:
         return _torchvision(architecture, known, file)
@@ -190,14 +197,40 @@ def _values(
     }
 
 
-def _timm(architecture: Architecture) -> Preparation:
-    name = architecture.name.removeprefix(_TIMM)
+def hub_config(source: str, key: str) -> tuple[dict[str, Any], str, dict[str, Any]]:
+    """What a repository of timm's form on the Hub says of its weights; downloaded if need be.
+
+    Args:
+        source: ``hf-hub:OWNER/REPO@REVISION``.
+        key: of it in a configuration.
+
+    Returns:
+        timm's configuration of the weights, timm's name of the network, and its arguments.
+
+    Raises:
+        UserError: it cannot be fetched, or is none of a network of timm.
+    """
+    from timm.models import load_model_config_from_hf
+
+    try:
+        config, name, args = load_model_config_from_hf(source.removeprefix(HUB))
+        return dict(config), str(name), dict(args or {})
+    except Exception as error:  # of whatever library fetches it
+        raise UserError(f"{key}: cannot load {source} ({reason_of(error)})") from None
+
+
+def _timm(architecture: Architecture, config: Mapping[str, Any] | None) -> Preparation:
+    name = architecture.name.removeprefix(TIMM)
     channels, height, width = input_shape(architecture.name, **architecture.args)
     import timm
     from timm.data import resolve_data_config
 
-    config = timm.get_pretrained_cfg(name)
-    found = resolve_data_config(pretrained_cfg=config.to_dict() if config else {"name": name})
+    if config is None:
+        own = timm.get_pretrained_cfg(name)
+        config = own.to_dict() if own else {"name": name}
+    elif "img_size" not in architecture.args:
+        height, width = config["input_size"][1:]
+    found = resolve_data_config(pretrained_cfg=dict(config))
     if height != width:
         raise UserError(
             f"model {architecture.name!r}: sees images of {height}x{width}, and here images are "
