@@ -83,7 +83,7 @@ class ProgressiveResizing(Section):
     Attributes:
         start_size: side of the square fed to the network up to ``start_epoch``, in pixels.
         start_epoch, end_epoch: of the stage; between them the side grows evenly to
-            ``data.image_size``, in multiples of 32.
+            the side of training, in multiples of 32.
     """
 
     model_config = _FROZEN
@@ -136,6 +136,8 @@ class DataSection(ImagesSection):
         root: folder that holds the ``train`` and ``val`` folders.
         train, val: names of these two folders.
         loader: ``dali``, ``torchvision``, or ``auto`` for DALI where it is installed.
+        train_size: side of the square in training, in pixels; null for ``image_size``. With the
+            ``imagenet`` augmentation, which shows as much of an image at any side.
         augmentation: ``imagenet`` (RandomResizedCrop, flip), ``cifar`` (padded crop, flip),
             ``none``.
         threads: decoding threads (DALI) or worker processes (torchvision) per rank.
@@ -158,6 +160,7 @@ class DataSection(ImagesSection):
     val: UserPath = "val"
     loader: Loader = "auto"
     augmentation: Annotated[Literal["imagenet", "cifar", "none"], OF_TRAINING] = "imagenet"
+    train_size: Annotated[PositiveInt | None, OF_TRAINING] = None
     threads: Annotated[int, Field(ge=1, le=256), MAY_DIFFER] = 4
     demo: DemoData | None = None
     index: Annotated[UserPath | None, MAY_DIFFER] = None
@@ -166,3 +169,8 @@ class DataSection(ImagesSection):
     shuffle_window: Annotated[PositiveInt | None, OF_TRAINING] = None
     prefetch: Annotated[int, Field(ge=1, le=64), MAY_DIFFER] = 2
     augment: AugmentSection = AugmentSection()
+
+    @property
+    def training_side(self) -> int:
+        """Of the square that the network sees in training, in pixels."""
+        return self.train_size or self.image_size

@@ -187,7 +187,11 @@ def image_transform(config: Config) -> ImageTransform:
 
 def stage_transform(config: Config, stage: str) -> ImageTransform:
     """How the training images of a stage are augmented and prepared."""
-    return replace(image_transform(config), augment=config.stage_augment(stage))
+    transform, augment = image_transform(config), config.stage_augment(stage)
+    if config.data.train_size is None:
+        return replace(transform, augment=augment)
+    # A window of any size is scaled to the square: evaluation's resize has no say in it.
+    return replace(transform, image_size=config.data.train_size, resize=None, augment=augment)
 
 
 def image_place(config: Config, name: str) -> tuple[Path, Path | None]:

@@ -19,9 +19,9 @@ from tpp.plan import PruningPlan
 from train.config.batch_rule import describe
 from train.config.config import Config
 from train.data import image_place, look_at_images
-from train.preflight import check_optimizers, check_plans, only_prunes
+from train.preflight import check_optimizers, check_plans, check_training_size, only_prunes
 from train.teachers import check_teachers, open_teachers
-from train.weights import load_starting_weights, weights_missing_here
+from train.weights import load_starting_weights, notes_on_images, weights_missing_here
 
 _RANKS = 8  # that shares are shown for, where nobody says how many there are to be
 
@@ -48,8 +48,11 @@ def dry_run(config: Config, *, ranks: int | None = None) -> None:
     architecture = _architecture(config)
     plan = check_plans(config, architecture)
     check_optimizers(config, architecture)
+    check_training_size(config, architecture)
     check_teachers(config, architecture)
     missing = _open_what_is_there(config, architecture)
+    for note in notes_on_images(config.model, config.data):
+        console.print(note, markup=False)
     console.print(yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True))
     _say_batch_rule(config, console)
     dense = build_on_meta(architecture)

@@ -9,8 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from data_pipelines.demo import generate_demo
-from tpp.common.errors import UserError
-from tpp.models.architecture import Architecture, build_on_meta, set_preprocessing
+from tpp.common.errors import UserError, reason_of
+from tpp.models.architecture import (
+    Architecture,
+    build_on_meta,
+    example_input_for,
+    set_preprocessing,
+)
 from tpp.models.layers import prunable_layers
 from tpp.plan import PruningPlan
 from tpp.selection.selection import Selection
@@ -63,6 +68,7 @@ def preflight(config: Config, accelerator: "Accelerator", stages: Iterable[str])
     if known is not None and from_main_rank(accelerator, lambda: only_prunes(config, stages)):
         check_plans(config, known)
         check_optimizers(config, known, splits=splits)
+        check_training_size(config, known)
         check_teachers(config, known)
         return Preflight(None, known)
     if config.data.demo:
@@ -76,6 +82,7 @@ def preflight(config: Config, accelerator: "Accelerator", stages: Iterable[str])
     assert architecture is not None
     check_plans(config, architecture)
     check_optimizers(config, architecture, splits=splits)
+    check_training_size(config, architecture)
     check_teachers(config, architecture)
     # What is needed in days should not be found damaged then.
     from_main_rank(accelerator, lambda: open_teachers(config, architecture, download=True))
@@ -112,6 +119,29 @@ def check_plans(config: Config, architecture: Architecture) -> PruningPlan | Non
         if config.stages[name].does.regularizes:
             _check_method(config, name, model, known[pruning][1])
     return next(iter(known.values()))[0]
+
+
+def check_training_size(config: Config, architecture: Architecture) -> None:
+    """Check that the network takes images of the side of training.
+
+    Raises:
+        UserError: it takes those of evaluation alone.
+    """
+    side = config.data.train_size
+    if side is None or not any(stage.does.trains for stage in config.stages.values()):
+        return
+    model, reasons = build_on_meta(architecture).eval(), []
+    for size in (config.data.image_size, side):
+        set_preprocessing(model, {**config.data.preprocessing(), "image_size": size})
+        try:
+            with torch.no_grad():
+                model(example_input_for(model, "meta"))
+        except Exception as error:  # whatever a network says to such images
+            reasons.append(reason_of(error))
+    if len(reasons) == 1:  # with both, it cannot be told without memory
+        raise UserError(
+            f"data.train_size: {architecture.name} takes no images of {side}x{side} ({reasons[0]})"
+        )
 
 
 def check_optimizers(config: Config, architecture: Architecture, *, splits: bool = False) -> None:

@@ -15,12 +15,41 @@ from tpp.models.architecture import (
     set_preprocessing,
 )
 from tpp.models.preparation import HUB, TIMM, TORCHVISION, assumed_preparation, hub_config
+from tpp.models.settings import ModelSection
 from train.downloads import fetch, place_of
 
 
 def is_public(source: str) -> bool:
     """Whether it names public weights: torchvision:NAME[.WEIGHTS], timm:NAME.TAG or hf-hub:REPO."""
     return source.startswith((TORCHVISION, TIMM, HUB))
+
+
+def named(model: ModelSection) -> str | None:
+    """A configuration's checkpoint as a name of public weights; None of others.
+
+    With the name of the network, which ``torchvision:WEIGHTS`` leaves to ``model.name``.
+    """
+    checkpoint = model.checkpoint
+    if checkpoint is None or not is_public(checkpoint):
+        return None
+    weights = checkpoint.removeprefix(TORCHVISION)
+    if checkpoint.startswith(TORCHVISION) and "." not in weights:
+        return f"{TORCHVISION}{model.name}.{weights}"
+    return checkpoint
+
+
+def wanted_preparation(model: ModelSection, key: str) -> dict[str, Any] | None:
+    """How images are prepared for the starting weights; None where nobody says it.
+
+    Of the Hub's weights a small file is fetched, if it is not there.
+
+    Raises:
+        UserError: there are no such weights, or the file cannot be fetched.
+    """
+    source = named(model)
+    if source is None:
+        return None
+    return _prepared(source, _architecture(source, key, dict(model.args)), key)
 
 
 def outline(source: str, key: str) -> nn.Module | None:

@@ -12,12 +12,19 @@ from tpp.checkpoints.model_file import find_metadata, load_model
 from tpp.checkpoints.prune_file import read_dense
 from tpp.checkpoints.sources import load_weights
 from tpp.common.errors import UserError
+from tpp.common.images import ImagesSection
 from tpp.models.architecture import Architecture, architecture_of, as_published, build_model
 from tpp.models.classifier import classifier_tensors, with_new_classifier
-from tpp.models.preparation import TIMM, TORCHVISION
+from tpp.models.preparation import TIMM
 from tpp.models.settings import ModelSection
 from train.downloads import check_hash, fetch, place_of
-from train.public_weights import is_public, load_public, missing_here, outline
+from train.public_weights import (
+    load_public,
+    missing_here,
+    named,
+    outline,
+    wanted_preparation,
+)
 from train.tasks.class_names import few
 
 KEY = "model.checkpoint"
@@ -35,7 +42,7 @@ def starting_weights_exist(model: ModelSection) -> None:
     checkpoint = model.checkpoint
     if checkpoint is None:
         return
-    source = _public(model)
+    source = named(model)
     if source is not None:
         network = outline(source, KEY)
         published = architecture_of(network) if network is not None else None
@@ -53,7 +60,7 @@ def weights_missing_here(model: ModelSection) -> str | None:
     """What of the starting weights has yet to be fetched; None where they can be loaded."""
     if model.checkpoint is None:
         return None
-    source = _public(model)
+    source = named(model)
     if source is not None:
         return missing_here(source, KEY)
     if _is_url(model.checkpoint):
@@ -82,7 +89,7 @@ def load_starting_weights(
     if model.checkpoint is None:
         torch.manual_seed(seed)
         return build_model(architecture.name, architecture.num_classes, **architecture.args)
-    source = _public(model)
+    source = named(model)
     if source is not None:
         found = load_public(source, key=KEY, say=say, args=dict(architecture.args))
         of_source = architecture_of(found)
@@ -144,6 +151,22 @@ def note_on_classes(model: ModelSection, folders: list[str]) -> str | None:
     )
 
 
+def notes_on_images(model: ModelSection, images: ImagesSection) -> list[str]:
+    """Where images are prepared in another way than the starting weights were trained with.
+
+    Raises:
+        UserError: there are no such weights.
+    """
+    wanted, notes = wanted_preparation(model, KEY), []
+    for name, value in (wanted or {}).items():
+        own = getattr(images, name, None)
+        if name in images.model_fields_set and own != value:
+            notes.append(
+                f"{KEY}: {model.checkpoint} wants {name} {value}, and data.{name} is {own}"
+            )
+    return notes
+
+
 def _with_classes(
     tensors: dict[str, Tensor],
     given: Architecture,
@@ -188,17 +211,6 @@ def _in_words(architecture: Architecture) -> str:
 def _plain_name(name: str) -> str:
     """Without the tag that tells timm's weights of one network apart."""
     return name.partition(".")[0] if name.startswith(TIMM) else name
-
-
-def _public(model: ModelSection) -> str | None:
-    """The checkpoint as a name of public weights, with that of their network; None of others."""
-    checkpoint = model.checkpoint
-    if checkpoint is None or not is_public(checkpoint):
-        return None
-    weights = checkpoint.removeprefix(TORCHVISION)
-    if checkpoint.startswith(TORCHVISION) and "." not in weights:
-        return f"{TORCHVISION}{model.name}.{weights}"
-    return checkpoint
 
 
 def _local_file(model: ModelSection) -> Path:

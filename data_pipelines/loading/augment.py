@@ -160,15 +160,20 @@ def check_augment(augment: AugmentSection, images: DataSection | ImageTransform,
         raise ValueError(f"{key}: with augmentation: {name} there is no augmentation to add to")
     if images.channels == 1 and (augment.color_jitter or augment.rand_augment):
         raise ValueError(f"{key}: color_jitter and rand_augment need 3 channels")
+    side = images.image_size
+    if isinstance(images, DataSection):
+        side = images.training_side
+        if images.train_size is not None and not recipe.any_side:
+            raise ValueError(f"data.train_size: does not go with augmentation: {name}")
     if augment.progressive is None:
         return
     if not recipe.any_side:
         fitting = " or ".join(name for name, recipe in RECIPES.items() if recipe.any_side)
         raise ValueError(f"{key}.progressive: goes with augmentation: {fitting} only")
-    if augment.progressive.start_size > images.image_size:
+    if augment.progressive.start_size > side:
         raise ValueError(
             f"{key}.progressive.start_size ({augment.progressive.start_size}) must not be "
-            f"larger than image_size ({images.image_size})"
+            f"larger than image_size ({side})"
         )
 
 

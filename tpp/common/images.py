@@ -1,8 +1,9 @@
 """What is said of how images become what a network takes."""
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from tpp.common.settings import PositiveFloat, PositiveInt, Section
 
@@ -18,6 +19,9 @@ class ImagesSection(Section):
     Attributes:
         image_size: side of the square that the network sees, in pixels.
         resize: shorter side before the centre crop of evaluation; null for no resize.
+        crop_share: ``image_size / resize``, from which ``resize`` follows, rounded down as in timm;
+            null where ``resize`` says it.
+        interpolation: of all scaling, antialiased.
         mean, std: per channel, of values in 0..1.
         channels: 3 for RGB, 1 for grey.
     """
@@ -27,6 +31,31 @@ class ImagesSection(Section):
     mean: list[float] = [0.485, 0.456, 0.406]
     std: list[PositiveFloat] = [0.229, 0.224, 0.225]
     channels: Literal[1, 3] = 3
+    crop_share: Annotated[float, Field(gt=0, le=1)] | None = None
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _resize_follows(cls, values: Any) -> Any:
+        """From ``crop_share``, where ``resize`` is null or not there."""
+        if not isinstance(values, dict) or values.get("resize") is not None:
+            return values
+        share, side = values.get("crop_share"), values.get("image_size", 224)
+        if isinstance(share, int | float) and 0 < share <= 1 and isinstance(side, int):
+            return {**values, "resize": int(side / share)}
+        return values
+
+    @model_validator(mode="after")
+    def _resize_agrees(self) -> "ImagesSection":
+        if self.crop_share is not None:
+            resize = int(self.image_size / self.crop_share)
+            if resize != self.resize:
+                raise ValueError(
+                    f"resize ({self.resize}) is another than crop_share {self.crop_share} of "
+                    f"image_size {self.image_size} asks for, {resize}: say one of them, and null "
+                    "of the other"
+                )
+        return self
 
     @model_validator(mode="after")
     def _one_value_per_channel(self) -> "ImagesSection":
@@ -38,6 +67,27 @@ class ImagesSection(Section):
             )
         return self
 
+    def completed(self, wanted: Mapping[str, Any]) -> Self:
+        """These settings, and where nothing was said, those that ``wanted`` has.
+
+        Args:
+            wanted: the preprocessing of a network, see :mod:`tpp.models.preparation`. Where another
+                ``image_size`` was said, its ``resize`` changes along.
+        """
+        said, values = self.model_fields_set, dict(wanted)
+        if self.channels != values["channels"]:
+            return self
+        if "image_size" in said and values["resize"] is not None:
+            values["resize"] = round(self.image_size * values["resize"] / values["image_size"])
+        taken = {"image_size", "mean", "std", "interpolation"}
+        if "resize" not in said:
+            taken |= {"resize"}
+        update = {key: values[key] for key in taken if key in values and key not in said}
+        return type(self)(**{**dict(self), **update}) if update else self
+
     def preprocessing(self) -> dict[str, Any]:
         """What a user of the trained network must do to an image; kept in every checkpoint."""
-        return self.model_dump(include={"image_size", "resize", "mean", "std", "channels"})
+        said = self.model_dump(include={"image_size", "resize", "mean", "std", "channels"})
+        if self.interpolation != INTERPOLATIONS[0]:
+            said["interpolation"] = self.interpolation
+        return said

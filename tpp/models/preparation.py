@@ -28,7 +28,7 @@ from tpp.models.architecture import (
 )
 
 _NEEDED = {"image_size", "resize", "mean", "std", "channels"}
-# How public weights are named: of torchvision, of timm, and of a repository on the Hugging Face Hub.
+# How public weights are named: torchvision's, timm's, those of a repository on the Hub.
 TORCHVISION, TIMM, HUB = "torchvision:", "timm:", "hf-hub:"
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)

@@ -45,6 +45,7 @@ from train.config.sections import (
 )
 from train.config.stage_kinds import KINDS
 from train.distillation.settings import LOGITS
+from train.public_weights import wanted_preparation
 from train.tasks import make_task
 from train.tasks.base import Task
 
@@ -154,6 +155,17 @@ class Config(Section):
             self.stage_task(name)
             if stage.augment is not None:
                 task.check_data(self.data, stage.augment, f"stages.{name}.augment")
+        return self
+
+    @model_validator(mode="after")
+    def _images_are_as_the_weights_want_them(self) -> "Config":
+        """What the configuration does not say of them, public starting weights do."""
+        try:
+            wanted = wanted_preparation(self.model, "model.checkpoint")
+        except UserError as error:
+            raise ValueError(str(error)) from None
+        if wanted is not None:
+            self.data = self.data.completed(wanted)
         return self
 
     @model_validator(mode="after")

@@ -21,7 +21,7 @@ from train.run_folder.same_run import take_up_done
 from train.stages.evaluate import evaluate_stage
 from train.stages.prune import prune_stage
 from train.stages.training import TrainingStage, clean_up
-from train.weights import note_on_classes
+from train.weights import note_on_classes, notes_on_images
 
 # What a stage of a kind does, where it does not train; a new kind is a line here.
 _DO: dict[str, Callable[[Run, str], dict[str, Any]]] = {
@@ -86,8 +86,9 @@ def run_stages(run: Run, until: str | None = None) -> None:
         write_results(run, "running")
         if run.images is not None and not run.done:
             note = note_on_classes(config.model, run.images.train.index.classes)
-            if note is not None:
-                say(note)
+            for line in (note, *notes_on_images(config.model, config.data)):
+                if line is not None:
+                    say(line)
     for name in stages_until(config, until):
         stage = config.stages[name]
         trains = stage.does.trains

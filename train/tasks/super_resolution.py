@@ -46,10 +46,11 @@ class SuperResolution(Task):
                 f"data.mean and data.std: super_resolution takes pixels in 0..1 as they are: mean "
                 f"{[0] * data.channels} and std {[1] * data.channels}"
             )
-        if data.image_size % scale:
-            raise ValueError(
-                f"data.image_size ({data.image_size}) must be a multiple of task.scale ({scale})"
-            )
+        for size_key, size in (("image_size", data.image_size), ("train_size", data.train_size)):
+            if size is not None and size % scale:
+                raise ValueError(
+                    f"data.{size_key} ({size}) must be a multiple of task.scale ({scale})"
+                )
         for name in ("mixup", "cutmix"):
             if getattr(augment, name):
                 raise ValueError(f"{key}.{name}: mixes labels, and super_resolution has none")
