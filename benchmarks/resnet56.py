@@ -31,7 +31,7 @@ from tpp.regularization.regularizer import Regularizer
 from tpp.regularization.schedule import GrowthSchedule
 from tpp.selection.selection import select_filters
 from train.config.config import Config, load_config
-from train.config.sections import OptimizerSection
+from train.config.optimizer import OptimizerSection
 from train.loop.optim import learning_rate, make_optimizer
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "cifar10"

@@ -126,7 +126,7 @@ def check(config: "Config", request: Request, *, data_on_nodes: bool = False) ->
     Raises:
         UserError: names what to change.
     """
-    from train.preflight import check_plans
+    from train.preflight import check_optimizers, check_plans
     from train.teachers import check_teachers, teachers_exist
     from train.weights import starting_weights_exist
 
@@ -139,6 +139,7 @@ def check(config: "Config", request: Request, *, data_on_nodes: bool = False) ->
     architecture = config.make_task().architecture(config.model)
     if architecture is not None:
         check_plans(config, architecture)
+        check_optimizers(config, architecture)
         check_teachers(config, architecture)
     if not data_on_nodes and config.data.demo is None:
         check_data(config)

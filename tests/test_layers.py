@@ -26,7 +26,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("train.distillation",),
     ("train.config",),
     ("train.distributed",),
-    ("train.data", "train.weights"),
+    ("train.data", "train.weights", "train.loop.optim"),
     ("train.public_weights",),
     ("train.teachers",),
     ("train.loop", "train.run", "train.preflight"),

@@ -19,7 +19,7 @@ from tpp.plan import PruningPlan
 from train.config.batch_rule import describe
 from train.config.config import Config
 from train.data import image_place, look_at_images
-from train.preflight import check_plans, only_prunes
+from train.preflight import check_optimizers, check_plans, only_prunes
 from train.teachers import check_teachers, open_teachers
 from train.weights import load_starting_weights, weights_missing_here
 
@@ -47,6 +47,7 @@ def dry_run(config: Config, *, ranks: int | None = None) -> None:
     console = Console(width=None if sys.stdout.isatty() else 100, highlight=False)
     architecture = _architecture(config)
     plan = check_plans(config, architecture)
+    check_optimizers(config, architecture)
     check_teachers(config, architecture)
     missing = _open_what_is_there(config, architecture)
     console.print(yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True))

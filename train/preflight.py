@@ -18,6 +18,7 @@ from train.config.batch_rule import describe_method
 from train.config.config import Config
 from train.data import RunData
 from train.distributed.collectives import from_main_rank
+from train.loop.optim import check_optimizer, parameter_groups
 from train.teachers import check_teachers, open_teachers, teachers_exist
 from train.weights import starting_weights_exist
 
@@ -51,15 +52,17 @@ def preflight(config: Config, accelerator: "Accelerator", stages: Iterable[str])
             layer or one whose filters cannot be removed, a budget out of reach, a schedule too
             short to zero every layer out, a missing checkpoint or loader.
     """
-    from train.distributed.accelerator import check_batch_size
+    from train.distributed.accelerator import check_batch_size, zero_stage
 
     check_batch_size(config.training, accelerator.num_processes)
+    splits = zero_stage(accelerator) > 0
     starting_weights_exist(config.model)
     teachers_exist(config)
     task = config.make_task()
     known = task.architecture(config.model)
     if known is not None and from_main_rank(accelerator, lambda: only_prunes(config, stages)):
         check_plans(config, known)
+        check_optimizers(config, known, splits=splits)
         check_teachers(config, known)
         return Preflight(None, known)
     if config.data.demo:
@@ -72,6 +75,7 @@ def preflight(config: Config, accelerator: "Accelerator", stages: Iterable[str])
     architecture = task.architecture(config.model, len(index.classes), str(index.root))
     assert architecture is not None
     check_plans(config, architecture)
+    check_optimizers(config, architecture, splits=splits)
     check_teachers(config, architecture)
     # What is needed in days should not be found damaged then.
     from_main_rank(accelerator, lambda: open_teachers(config, architecture, download=True))
@@ -108,6 +112,29 @@ def check_plans(config: Config, architecture: Architecture) -> PruningPlan | Non
         if config.stages[name].does.regularizes:
             _check_method(config, name, model, known[pruning][1])
     return next(iter(known.values()))[0]
+
+
+def check_optimizers(config: Config, architecture: Architecture, *, splits: bool = False) -> None:
+    """Check that each training stage's optimiser suits the network, and can be resumed.
+
+    Args:
+        config: what to run.
+        architecture: the dense network.
+        splits: whether ZeRO splits the optimiser's tensors over the ranks.
+
+    Raises:
+        UserError: it does not; names the key.
+    """
+    model = build_on_meta(architecture)
+    for name, stage in config.stages.items():
+        if not stage.does.trains:
+            continue
+        settings, key = config.stage_optimizer(name), f"stages.{name}.optimizer"
+        check_optimizer(settings, key, split=splits)
+        try:
+            parameter_groups(model, settings)
+        except UserError as error:
+            raise UserError(f"{key}.{error}") from None
 
 
 def _check_method(config: Config, name: str, model: nn.Module, plan: PruningPlan) -> None:

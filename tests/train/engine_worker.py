@@ -22,7 +22,8 @@ from tpp.methods import method_class
 from tpp.methods.base import Method, TrainingContext
 from tpp.models.architecture import build_model
 from tpp.selection.selection import Selection
-from train.config.sections import OptimizerSection, TrainingSection
+from train.config.optimizer import OptimizerSection
+from train.config.sections import TrainingSection
 from train.distributed.accelerator import make_accelerator, make_engine
 from train.distributed.collectives import broadcast_buffers
 from train.distributed.deepspeed_engine import deepspeed_plugin
@@ -43,6 +44,18 @@ CASES: dict[str, dict[str, Any]] = {
     "clipping": {"clip_gradient_norm": 0.5},
     "bf16": {"precision": "bf16"},
 }
+# With counts of steps beside the tensors, and parameters in groups that are in no order of theirs.
+# An epsilon this large keeps rounding from deciding which way small gradients go.
+ADAMW: dict[str, Any] = {
+    "name": "adamw",
+    "lr": LR,
+    "betas": [0.8, 0.95],
+    "eps": 1e-3,
+    "weight_decay": 0.1,
+    "decay_norms_and_biases": False,
+    "head_lr_factor": 2.0,
+}
+RESUMED_ADAMW = [("zero1", "zero1"), ("zero2", "zero2"), ("zero2", "ddp"), ("ddp", "zero1")]
 # On four ranks all at once, on two each by itself.
 ALL = {key: value for case in CASES.values() for key, value in case.items()}
 # Broken off after half of the steps under the one and taken up under the other.
@@ -77,7 +90,11 @@ def batches(accumulation: int, first: int) -> Any:
 
 
 def run(
-    engine_name: str, case: dict[str, Any], until: int, taken_up: dict[str, Any] | None = None
+    engine_name: str,
+    case: dict[str, Any],
+    until: int,
+    taken_up: dict[str, Any] | None = None,
+    optim: OptimizerSection = OptimizerSection(lr=LR),  # noqa: B008 (frozen in effect)
 ) -> dict[str, Any]:
     """Train up to ``until`` steps; returns what a checkpoint keeps, and the norms."""
     training = TrainingSection(batch_size=BATCH, deepspeed=ENGINES[engine_name], **case)
@@ -101,7 +118,7 @@ def run(
     if taken_up is not None:
         network.load_state_dict(taken_up["model"])
     tpp.prepare(network, context)
-    optimizer = make_optimizer(network, OptimizerSection(lr=LR))
+    optimizer = make_optimizer(network, optim)
     engine = make_engine(accelerator, network, optimizer, clip=training.clip_gradient_norm)
     if taken_up is not None:
         tpp.load_state_dict(taken_up["method"])
@@ -147,7 +164,7 @@ def main() -> None:
     def keep(name: str, found: dict[str, Any]) -> None:
         if dist.get_rank() == 0:
             momentum = {
-                f"momentum/{number}": entries["momentum_buffer"]
+                f"momentum/{number}": entries.get("momentum_buffer", entries.get("exp_avg"))
                 for number, entries in found["optimizer"]["state"].items()
             }
             tensors: dict[str, Tensor] = {**found["model"], **momentum}
@@ -164,6 +181,13 @@ def main() -> None:
     for first, second in RESUMED if on_two else RESUMED_ON_FOUR:
         settings = {} if on_two else ALL
         keep(f"{first}-{second}-resumed", run(second, settings, STEPS, run(first, settings, HALF)))
+    if on_two:
+        adamw = OptimizerSection(**ADAMW)
+        for engine in ENGINES:
+            keep(f"{engine}-adamw", run(engine, {}, STEPS, optim=adamw))
+        for first, second in RESUMED_ADAMW:
+            half = run(first, {}, HALF, optim=adamw)
+            keep(f"{first}-{second}-adamw-resumed", run(second, {}, STEPS, half, adamw))
     if dist.get_rank() == 0:
         (folder / "ranks.json").write_text(json.dumps(int(os.environ["WORLD_SIZE"])))
     dist.barrier()

@@ -22,7 +22,8 @@ from tpp.methods.base import Settings
 from tpp.regularization.schedule import GrowthSchedule
 from train.config.batch_rule import describe
 from train.config.config import Config, load_config, save_config
-from train.config.sections import OptimizerSection, TrainingSection
+from train.config.optimizer import OptimizerSection
+from train.config.sections import TrainingSection
 from train.distributed.accelerator import check_batch_size
 from train.loop.optim import learning_rate
 from train.main import main

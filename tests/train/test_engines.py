@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import yaml
-from engine_worker import CASES, CONFIGS, ENGINES, RESUMED, RESUMED_ON_FOUR
+from engine_worker import CASES, CONFIGS, ENGINES, RESUMED, RESUMED_ADAMW, RESUMED_ON_FOUR
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -71,7 +71,9 @@ def apart(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     return ((mine - its).norm() / its.norm()).item()
 
 
-@pytest.mark.parametrize(("ranks", "case"), [*((2, case) for case in CASES), (4, "all")])
+@pytest.mark.parametrize(
+    ("ranks", "case"), [*((2, case) for case in (*CASES, "adamw")), (4, "all")]
+)
 def test_the_engines_agree(trained, ranks, case):
     """After 24 steps, of which the last ones zero layers out, and in the momentum."""
     folder = trained(ranks)
@@ -92,18 +94,19 @@ def test_the_engines_agree(trained, ranks, case):
         assert apart(reference, plain) > 1e-7, "the case makes no difference"
 
 
-@pytest.mark.parametrize(("first", "second"), RESUMED)
-def test_a_run_broken_off_goes_on_under_any_engine(trained, first, second):
+@pytest.mark.parametrize(
+    ("first", "second", "case"),
+    [*((*pair, "plain") for pair in RESUMED), *((*pair, "adamw") for pair in RESUMED_ADAMW)],
+)
+def test_a_run_broken_off_goes_on_under_any_engine(trained, first, second, case):
     folder = trained(2)
-    found = weights(folder, f"{first}-{second}-resumed")
-    whole = weights(folder, f"{second}-plain")
+    resumed = f"{first}-{second}-{'adamw-' if case == 'adamw' else ''}resumed"
+    found, whole = weights(folder, resumed), weights(folder, f"{second}-{case}")
     del found["norms"], whole["norms"]  # of the second half only
     if first == second:
         assert all(found[key].equal(whole[key]) for key in whole)
     assert apart(found, whole) < 1e-4
-    mine, its = (
-        momentum(folder, name) for name in (f"{first}-{second}-resumed", f"{second}-plain")
-    )
+    mine, its = (momentum(folder, name) for name in (resumed, f"{second}-{case}"))
     assert (mine - its).norm() < 1e-2 * its.norm()
 
 

@@ -290,7 +290,8 @@ def _read_training_state(path: Path) -> Source:
     except OSError as error:
         raise UserError(f"{error.filename or path}: cannot be read: {error.strerror}") from None
     architecture = Architecture.from_dict(state.architecture, source=str(path))
-    return Source(path, state.model, None, architecture, optimizer=state.optimizer)
+    companions = {EMA: state.average} if state.average else {}
+    return Source(path, state.model, None, architecture, companions, optimizer=state.optimizer)
 
 
 def _read_torch(path: Path) -> Source:

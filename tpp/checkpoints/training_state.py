@@ -2,7 +2,8 @@
 
 ``checkpoints/step-00001000/`` holds
 
-- ``model.safetensors``: the network's weights and buffers,
+- ``model.safetensors``: the network's weights and buffers; as ``ema:NAME`` their moving averages,
+  where there are any,
 - ``optimizer.safetensors``: the optimiser's tensors, by ``INDEX.KEY`` (``12.momentum_buffer``),
 - ``state.json``: the rest of the optimiser, the architecture, and whatever the stage adds,
 - ``manifest.json``: size and sha256 of these three, and a sha256 of itself.
@@ -21,7 +22,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ FORMAT = "tpp-training-state"
 VERSION = 2
 _MODEL, _OPTIMIZER, _STATE = _FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 _MANIFEST = "manifest.json"
+_AVERAGE = "ema:"  # as a companion of a model file is called
 _NOT_OURS = f"whole, but not as version {VERSION} writes it"
 _STEP = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,})")
 # Beside the tensors: what a header says of each, and the part of a block that a file leaves empty.
@@ -58,6 +60,7 @@ class TrainingState:
         number: how many checkpoints the stage has written, this one included.
         score: what the best checkpoint has most of, such as top-1 in per cent; None if it was
             not measured.
+        average: the moving averages of ``model``; empty where none are kept.
     """
 
     step: int
@@ -67,6 +70,7 @@ class TrainingState:
     architecture: dict[str, Any] | None = None
     number: int = 0
     score: float | None = None
+    average: dict[str, Tensor] = field(default_factory=dict)
 
 
 class DamagedState(Exception):  # noqa: N818 (what it is, as a reader of the code meets it)
@@ -140,7 +144,8 @@ def write_state(target: Path, state: TrainingState) -> int:
     """
     aside = aside_of(target)
     numbered, rest = _flatten_optimizer(state.optimizer)
-    tensors = {_MODEL: storable(state.model), _OPTIMIZER: storable(numbered)}
+    averages = {f"{_AVERAGE}{name}": tensor for name, tensor in state.average.items()}
+    tensors = {_MODEL: storable({**state.model, **averages}), _OPTIMIZER: storable(numbered)}
     text = _encode(
         {
             "step": state.step,
@@ -182,19 +187,21 @@ def read_state(path: Path) -> TrainingState:
     parts = _read_manifest(path).files
     rest = _read_rest(path, parts)
     try:
-        model = load(_read(path / _MODEL, parts[_MODEL]))
+        tensors = load(_read(path / _MODEL, parts[_MODEL]))
         numbered = load(_read(path / _OPTIMIZER, parts[_OPTIMIZER]))
         optimizer = _unflatten_optimizer(numbered, rest.optimizer)
     except (SafetensorError, ValueError, KeyError) as error:
         raise DamagedState(f"{path}: {_NOT_OURS} ({reason_of(error)})") from None
+    averaged = [name for name in tensors if name.startswith(_AVERAGE)]
     return TrainingState(
         step=rest.step,
-        model=model,
+        model={name: tensor for name, tensor in tensors.items() if not name.startswith(_AVERAGE)},
         optimizer=optimizer,
         extra=rest.extra,
         architecture=rest.architecture,
         number=rest.number,
         score=rest.score,
+        average={name.removeprefix(_AVERAGE): tensors[name] for name in averaged},
     )
 
 

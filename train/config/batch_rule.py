@@ -3,11 +3,14 @@
 With k = ``training.batch_size`` / ``training.reference_batch_size`` and ``training.batch:
 reference``:
 
-- the learning rate of every stage is multiplied by k; for k > 1 it climbs there linearly from that
-  of the reference batch (Goyal et al. 2017, arXiv:1706.02677, sections 2.1 and 2.2), unless the
-  stage has a warm-up of its own, which then leads to the multiplied learning rate;
+- the learning rate of every stage is multiplied by k, that of optimisers which divide the gradient
+  by its size by the square root of k; for k > 1 it climbs there linearly from that of the reference
+  batch (Goyal et al. 2017, arXiv:1706.02677, sections 2.1 and 2.2), unless the stage has a warm-up
+  of its own, which then leads to the multiplied learning rate;
 - what a method counts in steps is divided by k, so that it is the same in images seen
   (``for_batch`` of its settings);
+- the decay of a moving average of weights is raised to the power k: the average reaches back over
+  as many images (Busbridge et al. 2023, arXiv:2307.13813);
 - what is counted in epochs stays.
 
 The settings are read so wherever a stage uses them, and never written back: a saved configuration
@@ -32,6 +35,9 @@ def describe(config: "Config", name: str, epochs: float | None = None) -> str | 
     changes = [_learning_rate(config, name, epochs)]
     if stage.does.regularizes:  # in no other stage does a method count steps
         changes += _method_changes(config, name)
+    old, new = stage.ema, config.stage_ema(name)
+    if old is not None and new is not None:
+        changes.append(f"EMA decay {old.decay:g} -> {new.decay:g}")
     return _line(config, changes)
 
 

@@ -34,10 +34,11 @@ from tpp.methods.base import Method
 from tpp.models.settings import MODEL_REPLACED, ModelSection
 from tpp.selection.selection import Selection
 from tpp.selection.settings import PRUNING_REPLACED, PruningSection, another_budget
+from train.config.ema import EmaSection
+from train.config.optimizer import OptimizerSection
 from train.config.sections import (
     OF_THE_RUN,
     CheckpointsSection,
-    OptimizerSection,
     PublishedSection,
     StageSection,
     TrainingSection,
@@ -184,6 +185,7 @@ class Config(Section):
             method = self.stage_method(name)
             if stage.does.trains:
                 self.stage_optimizer(name)
+                self.stage_ema(name)
             if stage.does.regularizes:
                 try:
                     steps = method.steps()
@@ -266,6 +268,20 @@ class Config(Section):
         except ValidationError as error:
             key = f"stages.{name}.optimizer"
             raise ValueError(self._beyond(error, OptimizerSection, key)) from None
+
+    def stage_ema(self, name: str) -> EmaSection | None:
+        """The moving average of training stage ``name``, for the batch there is; None for none.
+
+        Raises:
+            ValueError: the batch makes something out of bounds of it; names the key.
+        """
+        ema = self.stages[name].ema
+        if ema is None:
+            return None
+        try:
+            return ema.for_batch(self.training.batch_factor)
+        except ValidationError as error:
+            raise ValueError(self._beyond(error, EmaSection, f"stages.{name}.ema")) from None
 
     def stage_method(self, name: str, *, as_given: bool = False) -> Method:
         """A fresh instance of the method of stage ``name``, with its settings.

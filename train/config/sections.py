@@ -1,7 +1,7 @@
 """The sections of a configuration that belong to the run."""
 
 from fractions import Fraction
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -17,16 +17,13 @@ from tpp.common.settings import (
     UserPath,
 )
 from tpp.selection.settings import PruningSection
+from train.config.ema import EmaSection
 from train.config.intervals import Interval
+from train.config.optimizer import OptimizerSection
 from train.config.stage_kinds import KINDS, StageKind, stage_kind
 from train.distillation.settings import DistillSection
 from train.tasks.base import Metric
 from train.tasks.classification import TOP1
-
-# Longer, a warm-up would reach into what comes after a step schedule's first milestone, and a
-# short stage would hardly see the learning rate that it is warming up to.
-LONGEST_WARMUP = Fraction(1, 3)
-
 
 # Files and folders that a run keeps beside those of its stages.
 OF_THE_RUN = {
@@ -34,67 +31,6 @@ OF_THE_RUN = {
     *("report.html", "report.png"),
 }
 MODEL_FILE = "model.safetensors"  # in the folder of each stage that makes a network
-
-
-class OptimizerSection(Section):
-    """SGD and its learning rate over a stage.
-
-    Attributes:
-        lr: learning rate, for the batch that the configuration is for: ``training.batch`` says
-            which that is.
-        schedule: ``constant``, ``step`` (times ``gamma`` at each milestone) or ``cosine`` (to 0).
-        milestones: in epochs.
-        warmup_epochs: linear warm-up.
-        warmup_from: share of the learning rate that the warm-up begins with.
-    """
-
-    lr: PositiveFloat
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    nesterov: bool = False
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
-    schedule: Literal["constant", "step", "cosine"] = "constant"
-    milestones: list[PositiveFloat] = []
-    gamma: PositiveFloat = 0.1
-    warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
-    warmup_from: Annotated[float, Field(ge=0, le=1)] = 0.0
-
-    @model_validator(mode="after")
-    def _warmup_has_a_length(self) -> "OptimizerSection":
-        if self.warmup_from and not self.warmup_epochs:
-            raise ValueError("warmup_from goes with warmup_epochs")
-        return self
-
-    @model_validator(mode="after")
-    def _milestones_belong_to_steps(self) -> "OptimizerSection":
-        if (self.schedule == "step") != bool(self.milestones):
-            raise ValueError("milestones (in epochs) and schedule: step go together")
-        if self.milestones != sorted(set(self.milestones)):
-            raise ValueError("milestones must be in rising order")
-        return self
-
-    def for_batch(
-        self, factor: Fraction, *, warmup_epochs: float, stage_epochs: float | None
-    ) -> Self:
-        """These settings for a global batch of ``factor`` times the one that they are written for.
-
-        Args:
-            factor: k; at 1 they are returned as they are.
-            warmup_epochs: to a learning rate above the written one.
-            stage_epochs: length of the stage, a third of which is the most that the warm-up takes;
-                None where it is not known.
-
-        Raises:
-            ValidationError: of pydantic; the learning rate is out of bounds.
-        """
-        if factor == 1:
-            return self
-        changes = {"lr": self.lr * float(factor)}
-        if factor > 1 and not self.warmup_epochs:
-            if stage_epochs is not None:
-                warmup_epochs = min(warmup_epochs, float(LONGEST_WARMUP) * stage_epochs)
-            if warmup_epochs:
-                changes |= {"warmup_epochs": warmup_epochs, "warmup_from": float(1 / factor)}
-        return type(self)(**{**dict(self), **changes})
 
 
 class TrainingSection(Section):
@@ -222,6 +158,7 @@ class StageSection(Section):
         optimizer: of the training stages.
         loss: of training: ``cross_entropy``, or ``bce``, binary cross entropy of each class.
         label_smoothing: of the training loss.
+        ema: a moving average of the weights, beside those that are trained; null for none.
         bce_threshold: of ``bce``: shares of a class above it count as 1, others as 0; null for
             targets as they are.
         distill: a teacher's part in the training loss; null for none.
@@ -236,6 +173,7 @@ class StageSection(Section):
     optimizer: OptimizerSection | None = None
     loss: Literal["cross_entropy", "bce"] = "cross_entropy"
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    ema: EmaSection | None = None
     bce_threshold: Annotated[float, Field(ge=0, lt=1)] | None = None
     distill: DistillSection | None = None
     method: dict[str, Any] | None = None
@@ -264,6 +202,23 @@ class StageSection(Section):
             raise ValueError(f"a {self.kind} stage needs epochs")
         if self.pruning is not None and not self.does.needs_plan:
             raise ValueError(f"stages of kind {self.kind} take no pruning")
+        return self
+
+    @model_validator(mode="after")
+    def _average_fits_its_kind(self) -> "StageSection":
+        if self.ema is None:
+            return self
+        if not self.does.trains:
+            raise ValueError(f"stages of kind {self.kind} take no ema: they train no weights")
+        if self.does.regularizes and self.ema.evaluate == "ema":
+            raise ValueError(
+                "ema.evaluate: ema is not possible in a stage that regularises: the average lags "
+                "behind the filters on their way to zero, and is another network without them; "
+                "use raw (the average is pruned along)"
+            )
+        if self.ema.evaluate is None:
+            chosen = "raw" if self.does.regularizes else "ema"
+            self.ema = self.ema.model_copy(update={"evaluate": chosen})
         return self
 
 

@@ -162,8 +162,15 @@ def make_engine(
     return (DeepSpeedEngine if deepspeed else Engine)(accelerator, network, optimizer, clip=clip)
 
 
+def zero_stage(accelerator: Accelerator) -> int:
+    """DeepSpeed's, or 0 without DeepSpeed."""
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        return 0
+    return int(accelerator.deepspeed_plugin.zero_stage)
+
+
 def engine_name(accelerator: Accelerator) -> str:
     """What shares the training among the ranks, for a person."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        return f"DeepSpeed, ZeRO stage {accelerator.deepspeed_plugin.zero_stage}"
+        return f"DeepSpeed, ZeRO stage {zero_stage(accelerator)}"
     return "DistributedDataParallel" if accelerator.num_processes > 1 else "one process"

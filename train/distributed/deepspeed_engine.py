@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 from collections.abc import Mapping
+from copy import copy
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.optim import Optimizer
 from tpp.common.errors import UserError
 from tpp.common.reading import read_json
 from train.config.sections import TrainingSection
-from train.distributed.engine import Engine
+from train.distributed.engine import Engine, numbers_of, plain, portable
 
 # What the run's configuration says, and so DeepSpeed's must not.
 _OURS = {
@@ -30,7 +31,6 @@ _OURS = {
     "optimizer": "the stage's optimizer section",
     "scheduler": "the stage's optimizer section",
 }
-_BUFFER = "momentum_buffer"
 
 
 class DeepSpeedEngine(Engine):
@@ -48,8 +48,9 @@ class DeepSpeedEngine(Engine):
         clip: float | None = None,
     ) -> None:
         self._numbered = list(network.parameters())
-        self._groups = optimizer.state_dict()["param_groups"]
-        self._has_momentum = any(group["momentum"] for group in self._groups)
+        self._groups = portable(optimizer.state_dict(), numbers_of(network, optimizer))[
+            "param_groups"
+        ]
         for parameter in network.parameters():
             # It looks at their bytes in one row, which channels last are not (findings/).
             parameter.data = parameter.data.contiguous()
@@ -90,7 +91,7 @@ class DeepSpeedEngine(Engine):
         if not self._is_zero:
             return super().state_dict()
         groups = [
-            {**mine, **{key: value for key, value in now.items() if key != "params"}}
+            {**mine, **{key: plain(value) for key, value in now.items() if key != "params"}}
             for mine, now in zip(self._groups, self._optimizer.param_groups, strict=True)
         ]
         return {"state": self._gathered(), "param_groups": groups}
@@ -100,31 +101,77 @@ class DeepSpeedEngine(Engine):
         if not self._is_zero:
             super().load_state_dict(state)
             return
-        if not self._has_momentum:
-            return
         from deepspeed.utils import safe_set_full_optimizer_state
 
-        zero = self.model.optimizer
-        for flat in zero.single_partition_of_fp32_groups:
-            zero.optimizer.state[flat][_BUFFER] = torch.zeros_like(flat)
-        # DeepSpeed does so after its first step, when these are there.
-        zero._lazy_init_hp_params_optimizer_state()
-        for number, entries in state["state"].items():
-            value = entries[_BUFFER].to(self.accelerator.device)
-            safe_set_full_optimizer_state(self._numbered[int(number)], value, _BUFFER)
+        entries = {int(number): own for number, own in state["state"].items()}
+        zero, split = self.model.optimizer, list[tuple[int, str]]()
+        for flat, numbers in self._flat_groups():
+            mine = [(number, entries[number]) for number in numbers if number in entries]
+            for key in mine[0][1] if mine else ():
+                values = [(number, own[key]) for number, own in mine]
+                if all(self._is_of_shape(number, value) for number, value in values):
+                    zero.optimizer.state[flat][key] = torch.zeros_like(flat)
+                    split += [(number, key) for number, _ in values]
+                elif values[0][1] is not None:
+                    zero.optimizer.state[flat][key] = copy(values[0][1])
+        if not entries:
+            return
+        # As torch.optim does it, where some make tensors again of the counts in their groups.
+        base = zero.optimizer
+        for group, saved in zip(base.param_groups, state["param_groups"], strict=True):
+            group |= {key: value for key, value in saved.items() if key != "params"}
+        base.__setstate__({"state": base.state, "param_groups": base.param_groups})
+        if not split:
+            return
+        self._link()
+        for number, key in split:
+            value = entries[number][key].to(self.accelerator.device)
+            safe_set_full_optimizer_state(self._numbered[number], value, key)
 
-    def _gathered(self) -> dict[int, dict[str, Tensor]]:
-        """The momentum of every parameter, whole on every rank; none before the first step."""
+    def _link(self) -> None:
+        """Let DeepSpeed find the parameters' parts of the states that there are.
+
+        It does so itself once, after the first step of the first group, when the other groups have
+        none yet (findings/deepspeed_states_of_later_groups.sh).
+        """
+        zero = self.model.optimizer
+        zero._hp_optimizer_states_linked = False
+        zero._lazy_init_hp_params_optimizer_state()
+
+    def _flat_groups(self) -> list[tuple[Tensor, list[int]]]:
+        """This rank's part of each group, flat, and the numbers of the group's parameters."""
+        numbers = [
+            [n for n in group["params"] if self._numbered[n].requires_grad]
+            for group in self._groups
+        ]
+        flats = self.model.optimizer.single_partition_of_fp32_groups
+        return list(zip(flats, numbers, strict=True))
+
+    def _is_of_shape(self, number: int, value: Any) -> bool:
+        """Whether it is a tensor like the parameter, and not a count of steps."""
+        return isinstance(value, Tensor) and value.shape == self._numbered[number].shape
+
+    def _gathered(self) -> dict[int, dict[str, Any]]:
+        """What the optimiser keeps of every parameter, whole on every rank, in their order.
+
+        None before the first step. What has the size of this rank's part of a group is split over
+        the ranks; the rest, such as a count of steps, is the same of all.
+        """
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        zero = self.model.optimizer
-        if not self._has_momentum or not zero._hp_optimizer_states_linked:
+        zero, gathered = self.model.optimizer, dict[int, dict[str, Any]]()
+        if not zero._hp_optimizer_states_linked:
             return {}
-        return {
-            number: {_BUFFER: safe_get_full_optimizer_state(parameter, _BUFFER)}
-            for number, parameter in enumerate(self._numbered)
-            if parameter.requires_grad
-        }
+        self._link()
+        for flat, numbers in self._flat_groups():
+            for key, value in zero.optimizer.state[flat].items():
+                split = isinstance(value, Tensor) and value.shape == flat.shape
+                for number in numbers:
+                    whole = value
+                    if split:
+                        whole = safe_get_full_optimizer_state(self._numbered[number], key)
+                    gathered.setdefault(number, {})[key] = copy(whole)
+        return dict(sorted(gathered.items()))
 
 
 def deepspeed_plugin(training: TrainingSection) -> DeepSpeedPlugin | None:

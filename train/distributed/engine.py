@@ -5,7 +5,7 @@ needs in the same form: a run may go on with another engine, or another number o
 """
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -58,6 +58,40 @@ def settle_buckets(model: DistributedDataParallel) -> None:
     network.zero_grad(set_to_none=True)
 
 
+def numbers_of(network: nn.Module, optimizer: Optimizer) -> list[int]:
+    """Places among the network's parameters of the optimiser's, in the order of its groups."""
+    places = {id(parameter): place for place, parameter in enumerate(network.parameters())}
+    return [places[id(p)] for group in optimizer.param_groups for p in group["params"]]
+
+
+def plain(value: Any) -> Any:
+    """A setting of a group of parameters; of a tensor its number."""
+    return value.item() if isinstance(value, Tensor) else value
+
+
+def portable(state: Mapping[str, Any], numbers: Sequence[int]) -> dict[str, Any]:
+    """An optimiser's state_dict in the one form of all engines and groups.
+
+    Args:
+        state: as ``torch.optim`` numbers it, through the groups.
+        numbers: see :func:`numbers_of`.
+
+    Returns:
+        the state with parameters numbered as the network has them, so that their groups may
+        differ, and numbers in place of the counts that some optimisers keep in their groups as
+        tensors (they make tensors of them again). ``torch.optim`` takes it as it is.
+    """
+    groups = [
+        {
+            **{key: plain(value) for key, value in g.items()},
+            "params": [numbers[number] for number in g["params"]],
+        }
+        for g in state["param_groups"]
+    ]
+    entries = {numbers[number]: own for number, own in state["state"].items()}
+    return {"state": entries, "param_groups": groups}
+
+
 class Engine:
     """A network and its optimiser, on one process or under DistributedDataParallel.
 
@@ -88,14 +122,15 @@ class Engine:
         self.accelerator, self._clip = accelerator, clip
         self._parameters = [p for p in network.parameters() if p.requires_grad]
         self._norm: Tensor | None = None
+        self._numbers = numbers_of(network, optimizer)
         self.model, self._optimizer = accelerator.prepare(network, optimizer)
         if isinstance(self.model, DistributedDataParallel):
             settle_buckets(self.model)
 
     def set_learning_rate(self, lr: float) -> None:
-        """The learning rate of the step to come."""
+        """The learning rate of the step to come, of which each group has its share."""
         for group in self._optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """For what is computed as forward passes are."""
@@ -137,8 +172,8 @@ class Engine:
             self.accelerator.scaler.update()
 
     def state_dict(self) -> dict[str, Any]:
-        """The optimiser's state, as ``torch.optim.SGD`` numbers it; see ``saves_together``."""
-        return cast(dict[str, Any], self._optimizer.state_dict())
+        """The optimiser's state, see :func:`portable` and ``saves_together``."""
+        return portable(self._optimizer.state_dict(), self._numbers)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up a :meth:`state_dict` of any engine and number of ranks."""

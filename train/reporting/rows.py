@@ -107,7 +107,8 @@ def summary_rows(results: Results | Mapping[str, Any]) -> list[SummaryRow]:
     for name, made_by in _branch_ends(results.stages):
         stage = results.stages[name]
         if made_by is not None and not _kind_of(results.stages[made_by]).is_dense:
-            rows.append(_row(results.stages, name, made_by))
+            row = _row(results.stages, name, made_by)
+            rows += [row, *_other_weights(row, results.stages[made_by])]
         elif dense is None or dense.score is None:
             dense = stage  # an evaluation of the dense network
     repeated = Counter(row.network for row in rows)
@@ -115,7 +116,11 @@ def summary_rows(results: Results | Mapping[str, Any]) -> list[SummaryRow]:
         replace(row, network=f"{row.network} ({row.stage})") if repeated[row.network] > 1 else row
         for row in rows
     ]
-    return rows if dense is None else [_dense_row(dense), *rows]
+    if dense is None:
+        return rows
+    row = _dense_row(dense)
+    trained = [stage for stage in results.stages.values() if _kind_of(stage).is_dense]
+    return [row, *(other for stage in trained for other in _other_weights(row, stage)), *rows]
 
 
 def task_of(runs: Sequence[RunRecord]) -> type[Task]:
@@ -210,6 +215,15 @@ def _dense_row(dense: NetworkResult) -> SummaryRow:
         macs=dense.macs,
         speedup=None if dense.macs is None else 1.0,
     )
+
+
+def _other_weights(row: SummaryRow, stage: StageResult) -> list[SummaryRow]:
+    """A row of the weights that a stage's own figures are not of, where it averaged any."""
+    if stage.other_weights is None:
+        return []
+    weights, found = stage.other_weights
+    network = f"{row.network}, {'averaged' if weights == 'ema' else 'raw'} weights"
+    return [replace(row, network=network, final=False, scores=found.scores)]
 
 
 def _row(stages: Mapping[str, StageResult], name: str, made_by: str) -> SummaryRow:

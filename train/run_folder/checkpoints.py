@@ -169,6 +169,7 @@ class CheckpointWriter:
         """The state in memory of its own, which the next copy uses again."""
         with _one_thread():
             model = self._copies("model", state.model)
+            average = self._copies("average", state.average)
             entries = {
                 index: self._copies(f"optimizer {index}", values)
                 for index, values in state.optimizer["state"].items()
@@ -179,6 +180,7 @@ class CheckpointWriter:
         return replace(
             state,
             model=model,
+            average=average,
             optimizer={"state": entries, "param_groups": groups},
             extra=deepcopy(state.extra),
             architecture=deepcopy(state.architecture),

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tpp.checkpoints.model_file import load_model, read_checkpoint, save_model
+from tpp.checkpoints.model_file import Companions, load_model, read_checkpoint, save_model
 from tpp.models.architecture import (
     Architecture,
     architecture_of,
@@ -105,7 +105,14 @@ def network_of_shapes(run: Run, architecture: Architecture, shapes: Shapes) -> n
     return network
 
 
-def save_network(run: Run, name: str, path: Path, model: nn.Module, scores: Scores | None) -> None:
+def save_network(
+    run: Run,
+    name: str,
+    path: Path,
+    model: nn.Module,
+    scores: Scores | None,
+    companions: Companions | None = None,
+) -> None:
     """Write a self-describing checkpoint of ``model``."""
     extra: dict[str, Any] = {
         "run": run.config.name,
@@ -114,4 +121,5 @@ def save_network(run: Run, name: str, path: Path, model: nn.Module, scores: Scor
     }
     if scores is not None:
         extra["accuracy"] = scores.to_dict()
-    save_model(path, model, preprocessing=run.config.data.preprocessing(), extra=extra)
+    preprocessing = run.config.data.preprocessing()
+    save_model(path, model, preprocessing=preprocessing, extra=extra, companions=companions)

@@ -16,6 +16,8 @@ from train.tasks.base import Metric, Task
 from train.tasks.classification import Classification
 
 _SCORES = "scores"
+# Evaluations of other networks in a stage's entry.
+_OTHERS = ("start", "raw", "ema")
 
 
 class Evaluation(BaseModel):
@@ -62,6 +64,8 @@ class StageResult(NetworkResult):
 
     Attributes:
         start: of the network that it started from.
+        raw, ema: of the trained weights or of their moving average, whichever its own figures are
+            not of; None where no average was kept.
         speedup: dense MACs over this network's.
         removed_magnitude: largest absolute weight of the filters that it removed.
     """
@@ -71,6 +75,8 @@ class StageResult(NetworkResult):
     title: str | None = None
     input: str | None = None
     start: Evaluation | None = None
+    raw: Evaluation | None = None
+    ema: Evaluation | None = None
     steps: int | None = None
     epochs: float | None = None
     speedup: float | None = None
@@ -80,13 +86,20 @@ class StageResult(NetworkResult):
     def to_dict(self) -> dict[str, Any]:
         """As it is in the file, without what was never said."""
         flat = super().to_dict()
-        if self.start is not None:
-            flat["start"] = self.start.to_dict()
-        names = ("kind", "method", "title", "input", "start", "steps", "epochs")
+        for key in _OTHERS:
+            if (other := getattr(self, key)) is not None:
+                flat[key] = other.to_dict()
+        names = ("kind", "method", "title", "input", *_OTHERS, "steps", "epochs")
         first = {name: flat.pop(name) for name in names if name in flat}
         if "images" in flat and not stage_kind(self.kind).needs_images:
             flat["images"] = flat.pop("images")  # the next stage looked at them: they come last
         return {**first, **flat}
+
+    @property
+    def other_weights(self) -> tuple[str, Evaluation] | None:
+        """``raw`` or ``ema``, the weights that its own figures are not of, and their figures."""
+        others = (("raw", self.raw), ("ema", self.ema))
+        return next(((name, found) for name, found in others if found is not None), None)
 
     def measured(self, found: Evaluation) -> Self:
         """This stage with what was found of its network later."""
@@ -176,8 +189,9 @@ def _gathered(flat: Any, metrics: Sequence[Metric]) -> Any:
     if not isinstance(flat, dict):
         return flat
     gathered = {**flat, _SCORES: {metric.name: flat.get(metric.name) for metric in metrics}}
-    if "start" in flat:
-        gathered["start"] = _gathered(flat["start"], metrics)
+    for key in _OTHERS:
+        if key in flat:
+            gathered[key] = _gathered(flat[key], metrics)
     return gathered
 
 

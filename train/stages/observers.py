@@ -7,6 +7,7 @@ from torch import nn
 
 from tpp.methods.base import Method
 from train.data import image_transform
+from train.loop.average import WeightAverage
 from train.monitor import Monitor
 from train.run import Run
 from train.run_folder.networks import evaluate_network
@@ -82,21 +83,30 @@ class JacobianObserver:
 
 
 class ScoreObserver:
-    """Evaluates over the validation images.
+    """Evaluates over the validation images; where weights are averaged, raw weights and averages.
 
     Attributes:
-        scores: what the newest evaluation found.
+        scores: what the newest evaluation found, of the weights that the stage's figures are of.
+        others: by ``raw`` or ``ema``, what it found of the other ones.
         at: the step that it was at.
     """
 
     takes_time = True
 
     def __init__(
-        self, run: Run, stage: str, every: int, epochs_per_step: float, monitor: Monitor
+        self,
+        run: Run,
+        stage: str,
+        every: int,
+        epochs_per_step: float,
+        monitor: Monitor,
+        average: Callable[[], WeightAverage | None],
     ) -> None:
         self._run, self._stage, self._monitor = run, stage, monitor
         self._every, self._epochs_per_step = every, epochs_per_step
+        self._average = average
         self.scores: Scores | None = None
+        self.others: dict[str, Scores] = {}
         self.at = 0
 
     def due(self, step: int, *, last: bool) -> bool:
@@ -105,13 +115,23 @@ class ScoreObserver:
 
     def look(self, step: int, network: nn.Module) -> None:
         """Evaluate, log and tell."""
-        self.scores, self.at = evaluate_network(self._run, network), step
-        found = self.scores.to_dict()
-        self._monitor.scalars("evaluate", step, found, prefix="val/")
+        task, average = self._run.task, self._average()
+        self.scores, self.others = evaluate_network(self._run, network), {}
+        if average is not None:
+            found = {"raw": self.scores}
+            with average.in_place():
+                found["ema"] = evaluate_network(self._run, network)
+            self.scores = found.pop(average.settings.chosen)
+            self.others = found
+        self.at = step
+        self._monitor.scalars("evaluate", step, self.scores.to_dict(), prefix="val/")
+        told = task.say(self.scores.values)
+        for weights, scores in self.others.items():
+            values = scores.to_dict()
+            self._monitor.scalars(f"evaluate_{weights}", step, values, prefix=f"val_{weights}/")
+            told += f" ({weights}: {task.say(values)})"
         epoch = step * self._epochs_per_step
-        self._monitor.say(
-            f"{self._stage}: step {step}, epoch {epoch:.2f}: {self._run.task.say(found)}"
-        )
+        self._monitor.say(f"{self._stage}: step {step}, epoch {epoch:.2f}: {told}")
 
 
 def look(observers: Iterable[Observer], step: int, network: nn.Module, *, last: bool) -> bool:

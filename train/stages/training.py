@@ -33,6 +33,7 @@ from train.distributed.collectives import EveryRankError, from_main_rank, led_by
 from train.distributed.engine import Engine
 from train.distributed.stopping import Stopped, message_of
 from train.distributed.sync_batchnorm import convert_sync_batchnorm
+from train.loop.average import WeightAverage
 from train.loop.bad_steps import StepCheck
 from train.loop.loop import LoopSettings, train
 from train.loop.meter import Report
@@ -200,7 +201,11 @@ class TrainingStage:
             make_optimizer(network, self._optim),
             clip=self._training.clip_gradient_norm,
         )
+        ema = run.config.stage_ema(name)
+        self._average = WeightAverage(network, ema) if ema is not None else None
         if state is not None:
+            if self._average is not None:
+                self._average.load_state_dict(state.average)
             method.load_state_dict(progress.method)
             self._engine.load_state_dict(state.optimizer)
             if run.accelerator.scaler is not None and progress.scaler is not None:
@@ -287,7 +292,12 @@ class TrainingStage:
         images = len(run.data.train.index)
         evaluate_steps = steps_for(training.evaluate_every, images, training.batch_size)
         self._scores = ScoreObserver(
-            run, self._name, evaluate_steps, self._epochs_per_step, monitor
+            run,
+            self._name,
+            evaluate_steps,
+            self._epochs_per_step,
+            monitor,
+            lambda: self._average,
         )
         self._observers = (
             LayerObserver(training.statistics_every, lambda: self._method, monitor),
@@ -333,19 +343,36 @@ class TrainingStage:
         """Write the network down; the stage's results."""
         run, scores = self._run, self._scores.scores
         assert scores is not None  # the last step is always evaluated
+        networks, chosen = {"raw": self._network}, "raw"
+        if self._average is not None:
+            networks["ema"] = self._averaged_network(self._average)
+            chosen = self._average.settings.chosen
         self._method.restore(self._network)
         if self._method.plan is not None:
             save_plan(run, self._name, self._method.plan)
         if run.is_main:
-            save_network(run, self._name, self._folder / MODEL_FILE, self._network, scores)
+            network = networks.pop(chosen)
+            companions = {weights: other.state_dict() for weights, other in networks.items()}
+            path = self._folder / MODEL_FILE
+            save_network(run, self._name, path, network, scores, companions)
         return {
             **scores.to_dict(),
+            **{weights: found.to_dict() for weights, found in self._scores.others.items()},
             **run.count_fields(count(network_of_shapes(run, run.architecture, self._shapes))),
             "start": self._start,
             "steps": steps,
             "epochs": steps * self._epochs_per_step,
             "wall_seconds": self._elapsed(),
         }
+
+    def _averaged_network(self, average: WeightAverage) -> nn.Module:
+        """An ordinary network of the averages; what the method added is taken off as at the end."""
+        network = network_of_shapes(self._run, self._run.architecture, self._shapes)
+        method = self._fresh_method()
+        method.modify(network, self._stage.kind)
+        network.load_state_dict(average.state_dict())
+        method.restore(network)
+        return network
 
     # ---- for the loop ------------------------------------------------------------------------
 
@@ -402,6 +429,8 @@ class TrainingStage:
 
     def _on_step(self, step: int) -> bool:
         """Do what is due after ``step`` steps; whether that took time."""
+        if self._average is not None:
+            self._average.update(step)
         plan = self._method.shrink(step)
         if plan is not None:
             raise _Shrink(step, plan)
@@ -549,6 +578,7 @@ class TrainingStage:
             self._engine.state_dict(),
             progress.to_dict(),
             architecture.to_dict() if architecture else None,
+            average=self._average.state_dict() if self._average is not None else {},
         )
 
     def _save(self, step: int, score: float | None = None, *, looked: bool = True) -> None:

@@ -1,0 +1,179 @@
+"""The settings of an optimiser, and of its learning rate over a stage."""
+
+import difflib
+import math
+from fractions import Fraction
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from tpp.common.settings import PositiveFloat, Section
+
+# Longer, a warm-up would reach into what comes after a step schedule's first milestone, and a
+# short stage would hardly see the learning rate that it is warming up to.
+LONGEST_WARMUP = Fraction(1, 3)
+
+SGD = "sgd"
+# How the learning rate follows the batch, for those of which it is known (docs/batch.md).
+_LINEAR = {SGD, "momentum", "nesterov", "sgdw", "nesterovw", "lars", "nlars", "larc", "nlarc"}
+_SQUARE_ROOT = {
+    *("adam", "adamw", "adamwlegacy", "nadam", "nadamw", "nadamlegacy", "adamax"),
+    *("radam", "radamw", "radamlegacy", "rmsprop", "rmsproptf", "lamb", "lambw", "lambc", "lambcw"),
+}
+
+
+class OptimizerSection(Section):
+    """An optimiser and its learning rate over a stage.
+
+    Attributes:
+        name: ``sgd``, or one of timm's: ``adamw``, ``lamb``, ``lars``, ...
+        lr: learning rate, for the batch that the configuration is for: ``training.batch`` says
+            which that is.
+        momentum: of those that have one; nothing to the others.
+        nesterov: of ``sgd``; of the others the name says it.
+        betas, eps: of those that have them; null for the optimiser's own.
+        args: further arguments of the optimiser's constructor.
+        weight_decay: as the optimiser understands it.
+        decay_norms_and_biases: whether weight decay holds for biases, and for all other parameters
+            of one dimension, as in the paper; if not, neither does it for those that the network
+            itself excepts (timm's ``no_weight_decay``).
+        layer_decay: of networks of timm: the learning rate of each layer as a share of that of the
+            layer above it; null for the same of all.
+        head_lr_factor: what the learning rate of the classifier is multiplied with.
+        schedule: ``constant``, ``step`` (times ``gamma`` at each milestone) or ``cosine`` (to
+            ``min_lr``).
+        milestones: in epochs.
+        min_lr: the schedule goes no lower.
+        warmup_epochs: linear warm-up.
+        warmup_from: share of the learning rate that the warm-up begins with.
+        warmup_prefix: whether the schedule begins only when the warm-up ends; if not, the warm-up
+            scales what the schedule says.
+    """
+
+    name: str = SGD
+    lr: PositiveFloat
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    nesterov: bool = False
+    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=1)] | None = None
+    eps: PositiveFloat | None = None
+    args: dict[str, Any] = {}
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    decay_norms_and_biases: bool = True
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
+    head_lr_factor: PositiveFloat = 1.0
+    schedule: Literal["constant", "step", "cosine"] = "constant"
+    milestones: list[PositiveFloat] = []
+    gamma: PositiveFloat = 0.1
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
+    warmup_from: Annotated[float, Field(ge=0, le=1)] = 0.0
+    warmup_prefix: bool = False
+
+    @model_validator(mode="after")
+    def _is_known(self) -> "OptimizerSection":
+        if self.name == SGD:
+            for key in ("betas", "eps"):
+                if getattr(self, key) is not None:
+                    raise ValueError(f"{key} go with adamw and the like, not with sgd")
+            if self.args:
+                raise ValueError("args go with optimisers of timm; sgd has its keys here")
+            return self
+        from timm.optim import get_optimizer_info, list_optimizers  # a second or two
+
+        known = [name for name in list_optimizers() if not _needs_more(name)]
+        if self.name not in known:
+            near = difflib.get_close_matches(self.name.lower(), known, n=3, cutoff=0.4)
+            raise ValueError(
+                f"name: {self.name!r} is no optimiser that can be used here; "
+                + (
+                    f"did you mean {' or '.join(near)}?"
+                    if near
+                    else f"there are {', '.join(known)}"
+                )
+            )
+        info = get_optimizer_info(self.name)
+        if self.nesterov:
+            raise ValueError(f"nesterov goes with sgd; {self.name} says by its name what it does")
+        if not info.has_momentum and "momentum" in self.model_fields_set and self.momentum != 0.9:
+            raise ValueError(f"momentum: {self.name} has none" + _instead(info.has_betas))
+        if self.betas is not None and not info.has_betas:
+            raise ValueError(
+                f"betas: {self.name} has none" + ("; it has momentum" * info.has_momentum)
+            )
+        if self.betas is not None and len(self.betas) != info.num_betas:
+            raise ValueError(f"betas: {self.name} has {info.num_betas} of them")
+        if self.eps is not None and not info.has_eps:
+            raise ValueError(f"eps: {self.name} has none")
+        reserved = {*type(self).model_fields, "params", "foreach", "fused"} & self.args.keys()
+        if reserved:
+            raise ValueError(f"args.{min(reserved)}: not possible there")
+        return self
+
+    @model_validator(mode="after")
+    def _warmup_has_a_length(self) -> "OptimizerSection":
+        for key in ("warmup_from", "warmup_prefix"):
+            if getattr(self, key) and not self.warmup_epochs:
+                raise ValueError(f"{key} goes with warmup_epochs")
+        return self
+
+    @model_validator(mode="after")
+    def _floor_is_below(self) -> "OptimizerSection":
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr ({self.min_lr}) must not be above lr ({self.lr})")
+        return self
+
+    @model_validator(mode="after")
+    def _milestones_belong_to_steps(self) -> "OptimizerSection":
+        if (self.schedule == "step") != bool(self.milestones):
+            raise ValueError("milestones (in epochs) and schedule: step go together")
+        if self.milestones != sorted(set(self.milestones)):
+            raise ValueError("milestones must be in rising order")
+        return self
+
+    def for_batch(
+        self, factor: Fraction, *, warmup_epochs: float, stage_epochs: float | None
+    ) -> Self:
+        """These settings for a global batch of ``factor`` times the one that they are written for.
+
+        Learning rates are multiplied by ``factor``, or by its square root for optimisers that
+        divide the gradient by its size.
+
+        Args:
+            factor: k; at 1 they are returned as they are.
+            warmup_epochs: to a learning rate above the written one.
+            stage_epochs: length of the stage, a third of which is the most that the warm-up takes;
+                None where it is not known.
+
+        Raises:
+            ValidationError: of pydantic; the learning rate is out of bounds.
+            ValueError: nothing is known of how this optimiser's follows the batch.
+        """
+        if factor == 1:
+            return self
+        times, start = float(factor), float(1 / factor)
+        if self.name in _SQUARE_ROOT:
+            times, start = math.sqrt(times), math.sqrt(start)
+        elif self.name not in _LINEAR:
+            raise ValueError(
+                f"name: how the learning rate of {self.name} follows the batch is not known; write "
+                "it for this batch, and training.batch=as_given"
+            )
+        changes: dict[str, Any] = {"lr": self.lr * times, "min_lr": self.min_lr * times}
+        if factor > 1 and not self.warmup_epochs:
+            if stage_epochs is not None:
+                warmup_epochs = min(warmup_epochs, float(LONGEST_WARMUP) * stage_epochs)
+            if warmup_epochs:
+                changes |= {"warmup_epochs": warmup_epochs, "warmup_from": start}
+        return type(self)(**{**dict(self), **changes})
+
+
+def _needs_more(name: str) -> bool:
+    """Whether an optimiser of timm needs what there is not: another package, second derivatives."""
+    from timm.optim import get_optimizer_info
+
+    info = get_optimizer_info(name)
+    return isinstance(info.opt_class, str) or info.second_order
+
+
+def _instead(has_betas: bool) -> str:
+    return "; it has betas" if has_betas else ""
