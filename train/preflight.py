@@ -132,10 +132,9 @@ def check_training_size(config: Config, architecture: Architecture) -> None:
         return
     model, reasons = build_on_meta(architecture).eval(), []
     for size in (config.data.image_size, side):
-        set_preprocessing(model, {**config.data.preprocessing(), "image_size": size})
         try:
             with torch.no_grad():
-                model(example_input_for(model, "meta"))
+                model(example_input_for(model, "meta", side=size))
         except Exception as error:  # whatever a network says to such images
             reasons.append(reason_of(error))
     if len(reasons) == 1:  # with both, it cannot be told without memory

@@ -18,7 +18,7 @@ from tpp.models.architecture import (
 )
 from train.config.config import Config
 from train.distillation.distillation import Distillation
-from train.distillation.settings import DENSE, DistillSection
+from train.distillation.settings import DENSE, LOGITS, DistillSection
 from train.public_weights import is_public, load_public, missing_here, outline
 from train.tasks.class_names import few
 
@@ -70,6 +70,11 @@ def _missing(config: Config, *, downloads: bool) -> Iterator[str]:
         dense = config.dense_stage(config.stages[name].input)
         if dense is None and config.model.checkpoint is None:
             yield f"{key}: no dense stage comes before this one, and model.checkpoint is null"
+        elif dense is None and config.model.head == "new" and settings.kind == LOGITS:
+            yield (
+                f"{key}: no dense stage comes before this one, and with model.head: new nobody has "
+                "trained the classifier of the starting weights; train it in a dense stage first"
+            )
 
 
 def _distilled(config: Config) -> Iterator[tuple[str, DistillSection]]:
@@ -106,7 +111,7 @@ def check_teachers(config: Config, architecture: Architecture) -> None:
             settings,
             student,
             teacher.eval().requires_grad_(False),
-            example=example_input_for(student, "meta"),
+            example=example_input_for(student, "meta", side=config.data.train_size),
             preprocessing=config.data.preprocessing(),
             key=key,
         )

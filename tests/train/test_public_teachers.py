@@ -1,5 +1,7 @@
 """Teachers with public weights, out of the caches in which torchvision and timm keep them."""
 
+import hashlib
+import io
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -8,6 +10,7 @@ import timm
 import torch
 from timm.models import save_for_hf
 from torch import nn
+from torchvision.models import ResNet18_Weights
 
 from tpp.common.errors import UserError
 from tpp.models.architecture import Architecture, build_model, example_input_for
@@ -37,12 +40,17 @@ def keep_on_hub(cache: Path, repository: str, revision: str, network: nn.Module)
     (place / "refs" / revision).write_text("0" * 40)
 
 
-def test_weights_of_torchvision(caches):
+def test_weights_of_torchvision(caches, monkeypatch):
     torch.manual_seed(3)
     network = build_model("resnet18", 1000)
+    stream = io.BytesIO()
+    torch.save(network.state_dict(), stream)
     folder = caches / "hub" / "checkpoints"
     folder.mkdir(parents=True)
-    torch.save(network.state_dict(), folder / "resnet18-f37072fd.pth")
+    name = f"resnet18-{hashlib.sha256(stream.getvalue()).hexdigest()[:8]}.pth"
+    (folder / name).write_bytes(stream.getvalue())
+    url = f"https://example.invalid/{name}"
+    monkeypatch.setattr(ResNet18_Weights.IMAGENET1K_V1.value, "url", url)
     for source in ("torchvision:resnet18", "torchvision:resnet18.IMAGENET1K_V1"):
         found = load_teacher(source, RUN, [], key=KEY)
         assert torch.equal(found.get_parameter("fc.weight"), network.fc.weight)

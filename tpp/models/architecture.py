@@ -383,7 +383,7 @@ def image_shape_for(model: nn.Module) -> tuple[int, int, int]:
     return (channels or shape[0], *shape[1:])
 
 
-def example_input_for(model: nn.Module, device: str = "cpu") -> Tensor:
+def example_input_for(model: nn.Module, device: str = "cpu", *, side: int | None = None) -> Tensor:
     """One blank image for ``model``, (1, channels, height, width), float32.
 
     Its shape is that of :func:`image_shape_for`.
@@ -391,8 +391,10 @@ def example_input_for(model: nn.Module, device: str = "cpu") -> Tensor:
     Args:
         model: the network.
         device: ``meta`` for one without memory.
+        side: height and width instead, in pixels.
     """
-    return torch.zeros(1, *image_shape_for(model), device=device)
+    channels, height, width = image_shape_for(model)
+    return torch.zeros(1, channels, side or height, side or width, device=device)
 
 
 def _build(architecture: Architecture) -> nn.Module:

@@ -214,7 +214,8 @@ def hub_config(source: str, key: str) -> tuple[dict[str, Any], str, dict[str, An
 
     try:
         config, name, args = load_model_config_from_hf(source.removeprefix(HUB))
-        return dict(config), str(name), dict(args or {})
+        given = {key: value for key, value in (args or {}).items() if key != "num_classes"}
+        return dict(config), str(name), given
     except Exception as error:  # of whatever library fetches it
         raise UserError(f"{key}: cannot load {source} ({reason_of(error)})") from None
 

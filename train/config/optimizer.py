@@ -80,7 +80,7 @@ class OptimizerSection(Section):
             return self
         from timm.optim import get_optimizer_info, list_optimizers  # a second or two
 
-        known = [name for name in list_optimizers() if not _needs_more(name)]
+        known = [name for name in map(str, list_optimizers()) if not _needs_more(name)]
         if self.name not in known:
             near = difflib.get_close_matches(self.name.lower(), known, n=3, cutoff=0.4)
             raise ValueError(

@@ -129,7 +129,7 @@ def _make(groups: list[dict[str, Any]], settings: OptimizerSection) -> Optimizer
         )
     from timm.optim import create_optimizer_v2  # a second or two
 
-    given = {
+    given: dict[str, Any] = {
         "betas": None if settings.betas is None else tuple(settings.betas),
         "eps": settings.eps,
     }
@@ -147,7 +147,8 @@ def _make(groups: list[dict[str, Any]], settings: OptimizerSection) -> Optimizer
 
 def _spared(model: nn.Module, named: Mapping[str, Tensor]) -> set[str]:
     """The parameters without weight decay: biases, norms, and what the network itself names."""
-    excepted = getattr(model, "no_weight_decay", set)()
+    # A method of timm's networks; those of others have none.
+    excepted: set[str] = getattr(model, "no_weight_decay", lambda: set())()
     return {
         name
         for name, parameter in named.items()
@@ -159,14 +160,15 @@ def _spared(model: nn.Module, named: Mapping[str, Tensor]) -> set[str]:
 
 def _layer_scales(model: nn.Module, decay: float) -> dict[str, float]:
     """Of each parameter decay^(number of layers above it), layers being timm's (BEiT, 2022)."""
-    if not hasattr(model, "group_matcher"):
+    matcher: Any = getattr(model, "group_matcher", None)
+    if matcher is None:
         raise UserError(
             f"layer_decay: {type(model).__name__} does not say what its layers are, as timm's "
             "networks do (model.name: timm:NAME)"
         )
     from timm.models import group_parameters
 
-    layers = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
+    layers = group_parameters(model, matcher(coarse=False), reverse=True)
     top = max(layers.values())
     # What a method has put on the network is of no layer, and learns as fast as the uppermost.
     return {name: decay ** (top - layers.get(name, top)) for name, _ in model.named_parameters()}

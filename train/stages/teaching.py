@@ -69,7 +69,7 @@ class Teaching:
                 settings,
                 network,
                 teacher,
-                example=example_input_for(network),
+                example=example_input_for(network, side=run.config.data.train_size),
                 preprocessing=run.config.data.preprocessing(),
                 key=key,
             ),
