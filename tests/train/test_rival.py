@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from rich.console import Console
 
 from tpp.checkpoints.model_file import load_model
 from tpp.common.errors import UserError
@@ -16,7 +15,7 @@ from tpp.measure.counts import count
 from train.config.config import Config, load_config
 from train.data import preprocessing_at
 from train.report import main as report
-from train.reporting.grids import rivals, to_rich
+from train.reporting.grids import rivals
 from train.reporting.picture import draw
 from train.reporting.rival import Between, Latency, Measured, interpolated, verdicts
 from train.reporting.rows import load_run, summary_rows
@@ -140,7 +139,7 @@ def test_a_report_compares_at_equal_time(tmp_path, monkeypatch, capsys):
     assert "6.5 ms, batch 1" in capsys.readouterr().out
     assert "104 ms, batch 16" in (folder / "report.html").read_text()
     file.write_text('{"results": [{"batch": 1}]}')
-    with pytest.raises(UserError, match="not what python -m tpp.latency --json writes"):
+    with pytest.raises(UserError, match=r"not what python -m tpp\.latency --json writes"):
         Latency.read(file)
 
 
