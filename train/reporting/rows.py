@@ -31,6 +31,7 @@ class SummaryRow:
         scores: by the names of the task's metrics; None where nobody measured.
         parameters, macs: counts; MACs are those of one image.
         speedup: dense MACs over this network's.
+        aside: whether it is of other weights of the network of the row above; headlines leave it out.
     """
 
     network: str
@@ -40,6 +41,7 @@ class SummaryRow:
     parameters: int | None
     macs: int | None
     speedup: float | None
+    aside: bool = False
 
     @property
     def score(self) -> float | None:
@@ -223,7 +225,7 @@ def _other_weights(row: SummaryRow, stage: StageResult) -> list[SummaryRow]:
         return []
     weights, found = stage.other_weights
     network = f"{row.network}, {'averaged' if weights == 'ema' else 'raw'} weights"
-    return [replace(row, network=network, final=False, scores=found.scores)]
+    return [replace(row, network=network, final=False, scores=found.scores, aside=True)]
 
 
 def _row(stages: Mapping[str, StageResult], name: str, made_by: str) -> SummaryRow:
@@ -265,7 +267,7 @@ def headline_of(run: RunRecord) -> str:
     score, published = results.task_type.metrics[0], results.published_score.pruned
     parts = []
     for row in rows:
-        if row.score is not None:
+        if row.score is not None and not row.aside:
             speedup = f" at {row.speedup:.2f}x fewer MACs" if row.speedup not in (None, 1) else ""
             parts.append(f"{row.network} {score.number(row.score)}{score.unit}{speedup}")
     line = f"{score.word}: {', '.join(parts)}" if parts else f"no {score.noun or score.word} yet"
