@@ -31,7 +31,7 @@ class SummaryRow:
         scores: by the names of the task's metrics; None where nobody measured.
         parameters, macs: counts; MACs are those of one image.
         speedup: dense MACs over this network's.
-        aside: whether it is of other weights of the network of the row above; headlines leave it out.
+        aside: whether it is of other weights of the network above; headlines leave it out.
     """
 
     network: str
