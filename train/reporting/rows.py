@@ -31,7 +31,8 @@ class SummaryRow:
         scores: by the names of the task's metrics; None where nobody measured.
         parameters, macs: counts; MACs are those of one image.
         speedup: dense MACs over this network's.
-        pixels: side of the images, where it is another than the run's.
+        aside: whether it is of other weights, or other sizes of the images, of a network above;
+            headlines leave it out.
     """
 
     network: str
@@ -41,7 +42,7 @@ class SummaryRow:
     parameters: int | None
     macs: int | None
     speedup: float | None
-    pixels: int | None = None
+    aside: bool = False
 
     @property
     def score(self) -> float | None:
@@ -104,11 +105,9 @@ def summary_rows(results: Results | Mapping[str, Any]) -> list[SummaryRow]:
     of_dense = next((of for of in results.stages.values() if _is_dense(results, of)), None)
     rows: list[SummaryRow] = []
     for row in network_rows(results):
-        # Rows of a stage's other weights come after its own, and are of one size.
-        repeated = any(other.stage == row.stage for other in rows)
         rows.append(row)
         stage = results.stages[row.stage] if row.stage else of_dense
-        if stage is not None and not repeated:
+        if stage is not None and not row.aside:
             rows += _other_sizes(row, stage, results)
     return rows
 
@@ -130,7 +129,7 @@ def _other_sizes(row: SummaryRow, stage: StageResult, results: Results) -> Itera
             scores=size.scores,
             macs=size.macs,
             speedup=dense / size.macs if dense and size.macs else None,
-            pixels=size.image_size,
+            aside=True,
         )
 
 
@@ -265,7 +264,7 @@ def _other_weights(row: SummaryRow, stage: StageResult) -> list[SummaryRow]:
         return []
     weights, found = stage.other_weights
     network = f"{row.network}, {'averaged' if weights == 'ema' else 'raw'} weights"
-    return [replace(row, network=network, final=False, scores=found.scores)]
+    return [replace(row, network=network, final=False, scores=found.scores, aside=True)]
 
 
 def _row(stages: Mapping[str, StageResult], name: str, made_by: str) -> SummaryRow:
@@ -307,7 +306,7 @@ def headline_of(run: RunRecord) -> str:
     score, published = results.task_type.metrics[0], results.published_score.pruned
     parts = []
     for row in rows:
-        if row.score is not None and row.pixels is None:
+        if row.score is not None and not row.aside:
             speedup = f" at {row.speedup:.2f}x fewer MACs" if row.speedup not in (None, 1) else ""
             parts.append(f"{row.network} {score.number(row.score)}{score.unit}{speedup}")
     line = f"{score.word}: {', '.join(parts)}" if parts else f"no {score.noun or score.word} yet"
