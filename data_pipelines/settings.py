@@ -106,6 +106,9 @@ class AugmentSection(Section):
 
     Attributes:
         color_jitter, rand_augment: of the cut and scaled image, ``rand_augment`` before the other.
+        trivial_augment: in the place of ``rand_augment`` one of the same operations, of random
+            strength (Müller & Hutter, "TrivialAugment", ICCV 2021; its wide ranges, as
+            torchvision's TrivialAugmentWide has them).
         random_erasing: probability that a box of the image is erased, filled with 0 after
             normalisation, which is the mean (Zhong et al., "Random Erasing Data Augmentation",
             AAAI 2020).
@@ -122,11 +125,18 @@ class AugmentSection(Section):
 
     color_jitter: ColorJitter | None = None
     rand_augment: RandAugment | None = None
+    trivial_augment: bool = False
     random_erasing: Annotated[float, Field(ge=0, le=1)] = 0.0
     mixup: Annotated[float, Field(ge=0)] = 0.0
     cutmix: Annotated[float, Field(ge=0)] = 0.0
     repeats: PositiveInt = 1
     progressive: ProgressiveResizing | None = None
+
+    @model_validator(mode="after")
+    def _one_draws_operations(self) -> "AugmentSection":
+        if self.rand_augment is not None and self.trivial_augment:
+            raise ValueError("rand_augment and trivial_augment: one takes the place of the other")
+        return self
 
 
 class DataSection(ImagesSection):

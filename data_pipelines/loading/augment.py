@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from data_pipelines.images.order import Float64s, Int64s
 from data_pipelines.loading.draws import (
@@ -21,6 +22,7 @@ from data_pipelines.loading.draws import (
     ERASED_TOP,
     OPERATIONS,
     SIGNS,
+    STRENGTH,
     between,
     first_fitting,
     log_between,
@@ -44,12 +46,32 @@ _ERASED_RATIO = (1 / 3.3, 1 / 0.3)
 # The sides that progressive resizing goes through are multiples of this, in pixels.
 _SIDES = 32
 
-RAND_AUGMENT_OPERATIONS = (
+AUGMENT_OPERATIONS = (
     *("translate_x", "translate_y", "shear_x", "shear_y", "rotate"),
     *("brightness", "contrast", "color", "sharpness", "posterize", "solarize"),
     *("equalize", "auto_contrast", "identity"),
 )
-"""RandAugment's operations by their numbers, with the names of DALI's suite."""
+"""RandAugment's and TrivialAugment's operations by their numbers, with DALI's names."""
+
+# Müller & Hutter, "TrivialAugment", ICCV 2021, table 1 (wide), as torchvision's TrivialAugmentWide.
+TRIVIAL_BINS = 31
+_STEPS = np.arange(TRIVIAL_BINS)
+_EVENLY = (_STEPS / (TRIVIAL_BINS - 1)).astype(np.float32)
+TRIVIAL_STRENGTHS: dict[str, NDArray[np.float32]] = {
+    **dict.fromkeys(
+        ("translate_x", "translate_y"), (32 * _STEPS // (TRIVIAL_BINS - 1)).astype(np.float32)
+    ),
+    **dict.fromkeys(
+        ("shear_x", "shear_y", "brightness", "contrast", "color", "sharpness"),
+        np.float32(0.99) * _EVENLY,
+    ),
+    "rotate": 135 * _EVENLY,
+    "posterize": np.rint(8 - 6 * _EVENLY),
+    # The lowest whole level that is no lower than the threshold, which divides 255 evenly.
+    "solarize": np.ceil(255 * (TRIVIAL_BINS - 1 - _STEPS) / (TRIVIAL_BINS - 1)).astype(np.float32),
+}
+"""TrivialAugment's operations that have a strength, each of shape (TRIVIAL_BINS,): whole pixels,
+slopes and changes of a factor, degrees, bits kept, the lowest level that is inverted."""
 
 
 @dataclass(frozen=True)
@@ -158,8 +180,9 @@ def check_augment(augment: AugmentSection, images: DataSection | ImageTransform,
     name, recipe = images.augmentation, RECIPES[images.augmentation]
     if not recipe.random and augment != AugmentSection(repeats=augment.repeats):
         raise ValueError(f"{key}: with augmentation: {name} there is no augmentation to add to")
-    if images.channels == 1 and (augment.color_jitter or augment.rand_augment):
-        raise ValueError(f"{key}: color_jitter and rand_augment need 3 channels")
+    colors = augment.color_jitter or augment.rand_augment or augment.trivial_augment
+    if images.channels == 1 and colors:
+        raise ValueError(f"{key}: color_jitter, rand_augment, trivial_augment need 3 channels")
     side = images.image_size
     if isinstance(images, DataSection):
         side = images.training_side
@@ -198,13 +221,29 @@ def rand_augment_choices(uniforms: Float64s, rand: RandAugment) -> tuple[Int64s,
         rand: how many operations.
 
     Returns:
-        numbers of operations (places in :data:`RAND_AUGMENT_OPERATIONS`) in the order of their
+        numbers of operations (places in :data:`AUGMENT_OPERATIONS`) in the order of their
         application; and 1 where the operation's direction is turned (left for right, darker for
         brighter), else 0. Both of shape (n, rand.operations).
     """
-    numbers = np.floor(uniforms[:, OPERATIONS] * len(RAND_AUGMENT_OPERATIONS)).astype(np.int64)
+    numbers = np.floor(uniforms[:, OPERATIONS] * len(AUGMENT_OPERATIONS)).astype(np.int64)
     turned = (uniforms[:, SIGNS] < 0.5).astype(np.int64)
     return numbers[:, : rand.operations], turned[:, : rand.operations]
+
+
+def trivial_augment_choices(uniforms: Float64s) -> Int64s:
+    """Which operation each image goes through, in which direction, and how strong it is.
+
+    Args:
+        uniforms: shape (n, UNIFORMS).
+
+    Returns:
+        for each image the operation (a place in :data:`AUGMENT_OPERATIONS`), 1 where its direction
+        is turned and else 0, and the place of its strength in :data:`TRIVIAL_STRENGTHS`; shape
+        (n, 3).
+    """
+    operations, turned = rand_augment_choices(uniforms, RandAugment(operations=1))
+    places = np.floor(uniforms[:, [STRENGTH]] * TRIVIAL_BINS).astype(np.int64)
+    return np.concatenate([operations, turned, places], axis=1)
 
 
 def erasing_boxes(uniforms: Float64s, side: int, probability: float) -> Int64s:

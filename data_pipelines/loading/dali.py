@@ -37,8 +37,14 @@ from data_pipelines.loading.augment import (
     color_jitter_factors,
     erasing_boxes,
     rand_augment_choices,
+    trivial_augment_choices,
 )
-from data_pipelines.loading.dali_augment import color_jitter, erase, rand_augment
+from data_pipelines.loading.dali_augment import (
+    color_jitter,
+    erase,
+    rand_augment,
+    trivial_augment,
+)
 from data_pipelines.loading.draws import UNIFORMS
 from data_pipelines.loading.scaling import scale
 
@@ -136,8 +142,10 @@ def _pipeline(
     batch_size: int,
     settings: LoaderSettings,
 ) -> Pipeline:
-    # With conditionals DALI rewrites the function; only RandAugment needs them.
-    define = pipeline_def(enable_conditionals=transform.augment.rand_augment is not None)
+    # With conditionals DALI rewrites the function; only these need them.
+    augment = transform.augment
+    chosen = augment.rand_augment is not None or augment.trivial_augment
+    define = pipeline_def(enable_conditionals=chosen)
     return define(_graph)(
         feed,
         scaler,
@@ -183,6 +191,8 @@ def _graph(
         images = rand_augment(
             images, given["operations"], given["turned"], transform.augment.rand_augment
         )
+    if transform.augment.trivial_augment:
+        images = trivial_augment(images, given["choice"])
     if transform.augment.color_jitter is not None:
         images = color_jitter(images, given["factors"])
     images = fn.crop_mirror_normalize(
@@ -238,6 +248,7 @@ _TYPES = {
     "mirror": (DALIDataType.INT32, 0),
     "operations": (DALIDataType.INT32, 1),
     "turned": (DALIDataType.INT32, 1),
+    "choice": (DALIDataType.INT32, 1),
     "factors": (DALIDataType.FLOAT, 1),
     "boxes": (DALIDataType.FLOAT, 1),
 }
@@ -265,6 +276,8 @@ def _numbers(
         numbers["operations"], numbers["turned"] = rand_augment_choices(
             uniforms, transform.augment.rand_augment
         )
+    if transform.augment.trivial_augment:
+        numbers["choice"] = trivial_augment_choices(uniforms)
     if transform.augment.color_jitter:
         numbers["factors"] = color_jitter_factors(uniforms, transform.augment.color_jitter)
     if transform.augment.random_erasing:

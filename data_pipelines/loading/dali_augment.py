@@ -8,13 +8,19 @@ from nvidia.dali import fn
 from nvidia.dali.auto_aug.augmentations import sharpness_kernel
 from nvidia.dali.auto_aug.core import augmentation, select, signed_bin
 from nvidia.dali.auto_aug.rand_augment import get_rand_augment_suite
+from nvidia.dali.auto_aug.trivial_augment import get_trivial_augment_wide_suite
 from nvidia.dali.data_node import DataNode
 
-from data_pipelines.loading.augment import RAND_AUGMENT_OPERATIONS
+from data_pipelines.loading.augment import (
+    AUGMENT_OPERATIONS,
+    TRIVIAL_BINS,
+    TRIVIAL_STRENGTHS,
+)
 from data_pipelines.settings import RandAugment
 
-# What shows where an operation moves an image's edge into view: DALI's own choice.
-_FILL = 128
+# What shows where an operation moves an image's edge into view: DALI's own choice for RandAugment,
+# black for TrivialAugment as in its paper and torchvision.
+_FILL, _TRIVIAL_FILL = 128, 0
 
 
 def color_jitter(images: DataNode, factors: DataNode) -> DataNode:
@@ -57,7 +63,7 @@ def rand_augment(
     """
     suite = {part.name: part for part in get_rand_augment_suite(use_shape=True)}
     suite |= {"sharpness": _sharpness, "equalize": _equalize}
-    parts = [suite[name] for name in RAND_AUGMENT_OPERATIONS]
+    parts = [suite[name] for name in AUGMENT_OPERATIONS]
     bins = signed_bin(rand.magnitude, turned)
     for place in range(rand.operations):
         images = select(
@@ -70,6 +76,36 @@ def rand_augment(
             fill_value=_FILL,
         )
     return images
+
+
+def trivial_augment(images: DataNode, choice: DataNode) -> DataNode:
+    """Put each image through one operation; in a pipeline as :func:`rand_augment` needs it.
+
+    DALI's own suite of that name has other strengths: an enhancement of 0.01 at least, moves by
+    fractions of a pixel, and levels from 256 down, of which the first inverts nothing.
+
+    Args:
+        images: uint8, HWC, RGB.
+        choice: a row of :func:`data_pipelines.loading.augment.trivial_augment_choices`, int32,
+            shape (3,).
+
+    Returns:
+        uint8 images of the same size.
+    """
+    suite = {part.name: part for part in get_trivial_augment_wide_suite()}
+    suite |= {"sharpness": _sharpness, "equalize": _equalize}
+    suite |= {
+        name: suite[name].augmentation(mag_range=strengths)
+        for name, strengths in TRIVIAL_STRENGTHS.items()
+    }
+    return select(
+        [suite[name] for name in AUGMENT_OPERATIONS],
+        choice[0],
+        data=images,
+        magnitude_bin=signed_bin(choice[2], choice[1]),
+        num_magnitude_bins=TRIVIAL_BINS,
+        fill_value=_TRIVIAL_FILL,
+    )
 
 
 def erase(images: DataNode, boxes: DataNode) -> DataNode:

@@ -21,7 +21,9 @@ SIGNS = slice(31, 35)
 ERASED, ERASED_TOP, ERASED_LEFT = 35, 36, 37
 ERASED_AREAS = slice(38, 48)
 ERASED_RATIOS = slice(48, 58)
-UNIFORMS = 58
+# TrivialAugment's; its operation and direction are RandAugment's first, since only one is there.
+STRENGTH = 58
+UNIFORMS = 59
 
 
 def first_fitting(

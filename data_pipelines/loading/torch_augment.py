@@ -13,18 +13,20 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from data_pipelines.images.order import Float64s, Int64s
-from data_pipelines.loading.augment import RAND_AUGMENT_OPERATIONS
+from data_pipelines.loading.augment import AUGMENT_OPERATIONS, TRIVIAL_STRENGTHS
 from data_pipelines.settings import RandAugment
 
 # The colour space YIQ, in which saturation is a distance from the grey axis and hue an angle
 # around it. Y is the luminance of ITU-R BT.601.
 _YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.321], [0.211, -0.523, 0.311]])
 _RGB = np.linalg.inv(_YIQ)
-# What contrast draws away from, and what fills in behind moved images.
+# What contrast draws away from.
 _GREY = 128
+# What comes in behind moved images, as in dali_augment.
+_FILL, _TRIVIAL_FILL = 128, 0
 
-# Each operation's mildest and strongest form, as in DALI's suite: shares of the side, slopes,
-# degrees, changes of a factor, bits kept, the lowest level that is inverted.
+# RandAugment: each operation's mildest and strongest form, as in DALI's suite: shares of the side,
+# slopes, degrees, changes of a factor, bits kept, the lowest level that is inverted.
 _RANGES = {
     "translate_x": (0, 100 / 224),
     "translate_y": (0, 100 / 224),
@@ -38,6 +40,8 @@ _RANGES = {
     "posterize": (8, 4),
     "solarize": (256, 0),
 }
+# Which of an image's sides, (3, h, w), they are shares of.
+_SIDES = {"translate_x": 2, "translate_y": 1}
 
 
 def color_jitter(images: Tensor, factors: Float64s) -> Tensor:
@@ -92,7 +96,33 @@ def rand_augment(images: Tensor, operations: Int64s, turned: Int64s, rand: RandA
     changed = images.clone()
     for image, numbers, turns in zip(changed, operations.tolist(), turned.tolist(), strict=True):
         for number, turn in zip(numbers, turns, strict=True):
-            image.copy_(_operation(image, RAND_AUGMENT_OPERATIONS[number], bool(turn), rand))
+            name = AUGMENT_OPERATIONS[number]
+            low, high = _RANGES.get(name, (0, 0))
+            strength = float(np.linspace(low, high, rand.bins, dtype=np.float32)[rand.magnitude])
+            if name in _SIDES:
+                strength *= image.shape[_SIDES[name]]
+            image.copy_(_operation(image, name, strength, bool(turn), _FILL))
+    return changed
+
+
+def trivial_augment(images: Tensor, choices: Int64s) -> Tensor:
+    """Put each image through one operation, within the same bounds of DALI as :func:`rand_augment`.
+
+    Black comes in from outside. torchvision's own has its ranges, but other formulas where
+    :func:`rand_augment` has: equalising, sharpness at the border, rounding.
+
+    Args:
+        images: uint8, shape (b, 3, h, w).
+        choices: of :func:`data_pipelines.loading.augment.trivial_augment_choices`, shape (b, 3).
+
+    Returns:
+        new images, uint8, shape (b, 3, h, w).
+    """
+    changed = torch.empty_like(images)
+    for image, new, (number, turn, place) in zip(images, changed, choices.tolist(), strict=True):
+        name = AUGMENT_OPERATIONS[number]
+        strength = float(TRIVIAL_STRENGTHS[name][place]) if name in TRIVIAL_STRENGTHS else 0.0
+        new.copy_(_operation(image, name, strength, bool(turn), _TRIVIAL_FILL))
     return changed
 
 
@@ -119,23 +149,21 @@ def _covered(length: int, starts: Tensor, extents: Tensor) -> Tensor:
     return (places >= starts[:, None]) & (places < (starts + extents)[:, None])
 
 
-def _operation(image: Tensor, name: str, turned: bool, rand: RandAugment) -> Tensor:
-    """One of RandAugment's operations on one image, uint8 (3, h, w)."""
-    low, high = _RANGES.get(name, (0, 0))
-    strength = float(np.linspace(low, high, rand.bins, dtype=np.float32)[rand.magnitude])
+def _operation(image: Tensor, name: str, strength: float, turned: bool, fill: int) -> Tensor:
+    """One operation on one image, uint8 (3, h, w); moves by so many pixels."""
     signed = -strength if turned else strength
     factor = 1 + signed
     match name:
         case "translate_x":
-            return _moved(image, translate=(signed * image.shape[2], 0.0))
+            return _moved(image, fill, translate=(signed, 0.0))
         case "translate_y":
-            return _moved(image, translate=(0.0, signed * image.shape[1]))
+            return _moved(image, fill, translate=(0.0, signed))
         case "shear_x":
-            return _moved(image, shear=(-math.degrees(math.atan(signed)), 0.0))
+            return _moved(image, fill, shear=(-math.degrees(math.atan(signed)), 0.0))
         case "shear_y":
-            return _moved(image, shear=(0.0, -math.degrees(math.atan(signed))))
+            return _moved(image, fill, shear=(0.0, -math.degrees(math.atan(signed))))
         case "rotate":
-            return _moved(image, angle=-signed)
+            return _moved(image, fill, angle=-signed)
         case "brightness":
             return color_jitter(image[None], np.array([[factor, 1, 1, 0]]))[0]
         case "color":
@@ -159,6 +187,7 @@ def _operation(image: Tensor, name: str, turned: bool, rand: RandAugment) -> Ten
 
 def _moved(
     image: Tensor,
+    fill: int,
     angle: float = 0.0,
     translate: tuple[float, float] = (0.0, 0.0),
     shear: tuple[float, float] = (0.0, 0.0),
@@ -166,7 +195,7 @@ def _moved(
     """The image rotated about its middle, or else moved and sheared from its corner; degrees."""
     # torchvision's own fill weighs the border twice; zeros come in from outside as they should.
     moved = F.affine(
-        image.float() - _GREY,
+        image.float() - fill,
         angle=angle,
         translate=list(translate),
         scale=1.0,
@@ -174,7 +203,7 @@ def _moved(
         interpolation=InterpolationMode.BILINEAR,
         center=None if angle else [0.0, 0.0],
     )
-    return _levels(moved + _GREY)
+    return _levels(moved + fill)
 
 
 def _blurred(image: Tensor) -> Tensor:

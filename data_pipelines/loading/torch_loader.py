@@ -32,9 +32,15 @@ from data_pipelines.loading.augment import (
     color_jitter_factors,
     erasing_boxes,
     rand_augment_choices,
+    trivial_augment_choices,
 )
 from data_pipelines.loading.recipes import Cuts
-from data_pipelines.loading.torch_augment import color_jitter, erase, rand_augment
+from data_pipelines.loading.torch_augment import (
+    color_jitter,
+    erase,
+    rand_augment,
+    trivial_augment,
+)
 from tpp.common.errors import UserError
 
 # What SLURM and torchrun send to every process of a rank: the rank ends at its next step.
@@ -143,6 +149,8 @@ class _Images(Dataset[_Made | UserError]):
         if transform.augment.rand_augment is not None:
             choices = rand_augment_choices(uniforms, transform.augment.rand_augment)
             batch = rand_augment(batch, *choices, transform.augment.rand_augment)
+        if transform.augment.trivial_augment:
+            batch = trivial_augment(batch, trivial_augment_choices(uniforms))
         if transform.augment.color_jitter is not None:
             batch = color_jitter(
                 batch, color_jitter_factors(uniforms, transform.augment.color_jitter)

@@ -1,9 +1,9 @@
 import math
 import pickle
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -17,12 +17,14 @@ from torchvision.transforms.v2 import functional as F
 
 from data_pipelines.images.order import uniforms
 from data_pipelines.loading.augment import (
-    RAND_AUGMENT_OPERATIONS,
+    AUGMENT_OPERATIONS,
+    TRIVIAL_STRENGTHS,
     ImageTransform,
     color_jitter_factors,
     erasing_boxes,
     rand_augment_choices,
     training_size,
+    trivial_augment_choices,
 )
 from data_pipelines.loading.draws import UNIFORMS
 from data_pipelines.loading.recipes import RECIPES, flips, random_resized_windows
@@ -216,7 +218,7 @@ def test_colours_stay_without_jitter() -> None:
 
 
 def test_every_operation_is_drawn_equally_often_in_every_place() -> None:
-    count, kinds = 10**5, len(RAND_AUGMENT_OPERATIONS)
+    count, kinds = 10**5, len(AUGMENT_OPERATIONS)
     assert kinds == 14
     draws = uniforms(3, np.arange(count), UNIFORMS)
     numbers, turned = rand_augment_choices(draws, RandAugment(operations=4))
@@ -232,6 +234,36 @@ def test_every_operation_is_drawn_equally_often_in_every_place() -> None:
         assert abs(np.corrcoef(numbers[:, place], turned[:, place])[0, 1]) < 0.02
     fewer = rand_augment_choices(draws, RandAugment(operations=2))
     assert (fewer[0] == numbers[:, :2]).all() and (fewer[1] == turned[:, :2]).all()
+
+
+def test_every_strength_is_drawn_equally_often() -> None:
+    count = 10**5
+    draws = uniforms(3, np.arange(count), UNIFORMS)
+    choices = trivial_augment_choices(draws)
+    numbers, turned = rand_augment_choices(draws, RandAugment())
+    assert (choices[:, :2] == np.stack([numbers[:, 0], turned[:, 0]], axis=1)).all()
+    pairs = np.bincount(choices[:, 0] * 31 + choices[:, 2], minlength=14 * 31)
+    assert len(pairs) == 14 * 31
+    assert np.abs(pairs - count / len(pairs)).max() < 6 * math.sqrt(count / len(pairs))
+    assert abs(np.corrcoef(choices[:, 1], choices[:, 2])[0, 1]) < 0.02
+
+
+def test_strengths_are_torchvision_s() -> None:
+    for name, (magnitudes, _) in v2.TrivialAugmentWide._AUGMENTATION_SPACE.items():
+        ours = TRIVIAL_STRENGTHS.get(re.sub("(?<!^)(?=[A-Z])", "_", name).lower())
+        theirs = magnitudes(31, 224, 224)
+        assert (ours is None) == (theirs is None), name
+        if ours is None:
+            continue
+        assert len(ours) == 31
+        if name.startswith("Translate"):
+            theirs = (theirs + 1e-4).int()  # as it is applied; its 16.0 is a little less
+        if name == "Solarize":
+            levels = np.arange(256)
+            inverted = levels >= 255 * theirs.double().numpy()[:, None] - 1e-4
+            assert ((levels >= ours[:, None]) == inverted).all()
+        else:
+            np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-6, err_msg=name)
 
 
 def _reference_box(side: int, u: list[float], probability: float) -> list[int]:
@@ -292,15 +324,16 @@ def test_every_random_number_decides_one_thing() -> None:
     base = uniforms(9, np.arange(2000), UNIFORMS)
     sizes, rand = np.full((2000, 2), 500), RandAugment(operations=4)
     jitter = ColorJitter(brightness=1, contrast=1, saturation=1, hue=0.5)
-    decisions: list[tuple[range, Callable[[np.ndarray], np.ndarray]]] = [
+    decisions: list[tuple[Sequence[int], Callable[[np.ndarray], np.ndarray]]] = [
         (range(0, 1), flips),
         (range(1, 23), lambda draws: random_resized_windows(sizes, draws)),
         (range(23, 27), lambda draws: color_jitter_factors(draws, jitter)),
         (range(27, 31), lambda draws: rand_augment_choices(draws, rand)[0]),
         (range(31, 35), lambda draws: rand_augment_choices(draws, rand)[1]),
         (range(35, 58), lambda draws: erasing_boxes(draws, 64, 0.5)),
+        ((27, 31, 58), trivial_augment_choices),
     ]
-    assert UNIFORMS == 58
+    assert UNIFORMS == 59
     for column in range(UNIFORMS):
         draws = base.copy()
         draws[:, column] = (draws[:, column] + 0.5) % 1
@@ -375,6 +408,7 @@ GROWING = ProgressiveResizing(start_size=33, end_epoch=1)
                 "random_erasing": 0.1,
                 "color_jitter": {},
                 "rand_augment": {},
+                "trivial_augment": True,
                 "mixup": 0.1,
                 "cutmix": 0.1,
                 "progressive": {"start_size": 8, "end_epoch": 1},
@@ -383,14 +417,18 @@ GROWING = ProgressiveResizing(start_size=33, end_epoch=1)
         *(
             (
                 {
-                    "augment": AugmentSection.model_validate({name: {}}),
+                    "augment": AugmentSection.model_validate({name: value}),
                     "channels": 1,
                     "mean": (0.5,),
                     "std": (0.5,),
                 },
-                "augment: color_jitter and rand_augment need 3 channels",
+                "augment: color_jitter, rand_augment, trivial_augment need 3 channels",
             )
-            for name in ("color_jitter", "rand_augment")
+            for name, value in {
+                "color_jitter": {},
+                "rand_augment": {},
+                "trivial_augment": True,
+            }.items()
         ),
         (
             {"augment": AugmentSection(progressive=GROWING)},
@@ -454,6 +492,11 @@ def test_grey_images_may_be_erased() -> None:
             {"start_size": 8, "start_epoch": -1, "end_epoch": 5},
             "start_epoch: input should be greater than or equal to 0, not -1",
         ),
+        (
+            AugmentSection,
+            {"rand_augment": RandAugment(), "trivial_augment": True},
+            "rand_augment and trivial_augment: one takes the place of the other",
+        ),
         (AugmentSection, {"random_erasing": 1.1}, "random_erasing: input should be less than or"),
         (AugmentSection, {"random_erasing": math.nan}, "random_erasing: input should be a finite"),
         (AugmentSection, {"mixup": -0.1}, "mixup: input should be greater than or equal to 0"),
@@ -463,7 +506,7 @@ def test_grey_images_may_be_erased() -> None:
     ],
 )
 def test_mistakes_in_an_augmentation_are_named(
-    section: type[Section], values: dict[str, float], said: str
+    section: type[Section], values: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(ValidationError) as caught:
         section(**values)

@@ -14,12 +14,14 @@ from nvidia import dali
 from nvidia.dali import fn
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode, TrivialAugmentWide
 from torchvision.transforms.v2 import functional as F
 
 from data_pipelines.images.order import uniforms
 from data_pipelines.loading import dali_augment, torch_augment
 from data_pipelines.loading.augment import (
-    RAND_AUGMENT_OPERATIONS,
+    AUGMENT_OPERATIONS,
+    TRIVIAL_STRENGTHS,
     color_jitter_factors,
     erasing_boxes,
     rand_augment_choices,
@@ -134,7 +136,7 @@ def test_hue_turns_the_way_torchvision_s_does() -> None:
 
 @pytest.mark.parametrize("magnitude", [0, 9, 30])
 def test_operations_of_both_loaders_are_the_same(photos: Tensor, magnitude: int) -> None:
-    kinds = [(number, turn) for number in range(len(RAND_AUGMENT_OPERATIONS)) for turn in (0, 1)]
+    kinds = [(number, turn) for number in range(len(AUGMENT_OPERATIONS)) for turn in (0, 1)]
     choices = np.repeat(np.array(kinds), PHOTOS, axis=0)
     images, rand = (
         photos.repeat(len(kinds), 1, 1, 1),
@@ -142,8 +144,8 @@ def test_operations_of_both_loaders_are_the_same(photos: Tensor, magnitude: int)
     )
     theirs = _rand_in_dali(images, choices[:, :1], choices[:, 1:], rand)
     ours = torch_augment.rand_augment(images, choices[:, :1], choices[:, 1:], rand)
-    difference = _difference(theirs, ours).reshape(len(RAND_AUGMENT_OPERATIONS), -1)
-    for name, found in zip(RAND_AUGMENT_OPERATIONS, difference, strict=True):
+    difference = _difference(theirs, ours).reshape(len(AUGMENT_OPERATIONS), -1)
+    for name, found in zip(AUGMENT_OPERATIONS, difference, strict=True):
         # Measured: no value differs by more than one level, and at most 3.5% do, after a shear.
         assert found.max() <= 1, name
         assert found.float().mean() < 0.04, name
@@ -164,8 +166,57 @@ def test_operations_one_after_the_other_are_the_same_in_both_loaders(photos: Ten
     assert torch.equal(backwards.flip(0), theirs)
 
 
+def _trivial_in_dali(photos: Tensor, choices: NDArray[np.int64]) -> Tensor:
+    images = [*photos.permute(0, 2, 3, 1).contiguous().numpy()]
+    made = _in_dali(dali_augment.trivial_augment, images, _rows(choices, np.int32))
+    return torch.from_numpy(made).permute(0, 3, 1, 2)
+
+
+# 8: a move by a part of a pixel, if it were not cut off.
+@pytest.mark.parametrize("place", [0, 8, 30])
+def test_trivial_operations_of_both_loaders_are_the_same(photos: Tensor, place: int) -> None:
+    few, kinds = photos[::2], len(AUGMENT_OPERATIONS)
+    choices = np.array([(number, turn, place) for number in range(kinds) for turn in (0, 1)])
+    choices = np.repeat(choices, len(few), axis=0)
+    images = few.repeat(2 * kinds, 1, 1, 1)
+    theirs = _trivial_in_dali(images, choices)
+    ours = torch_augment.trivial_augment(images, choices)
+    difference = _difference(theirs, ours).reshape(kinds, -1)
+    for name, found in zip(AUGMENT_OPERATIONS, difference, strict=True):
+        assert found.max() <= 1, name
+        assert found.float().mean() < 0.04, name
+    assert place == 0 or (_difference(ours, images).reshape(2 * kinds, -1).max(1)[0] > 0).sum() > 22
+
+
+# torchvision equalises by PIL's formula, leaves the border unsharpened and rounds its grey down.
+@pytest.mark.parametrize(("turned", "place"), [(0, 8), (1, 8), (0, 30), (1, 30)])
+def test_trivial_operations_are_torchvision_s(photos: Tensor, turned: int, place: int) -> None:
+    wide, few = TrivialAugmentWide(interpolation=InterpolationMode.BILINEAR), photos[::4]
+    for number, name in enumerate(AUGMENT_OPERATIONS):
+        if name == "equalize":
+            continue
+        choices = np.tile([number, turned, place], (len(few), 1))
+        ours = torch_augment.trivial_augment(few, choices)
+        strength = float(TRIVIAL_STRENGTHS[name][place]) if name in TRIVIAL_STRENGTHS else 0.0
+        if name == "solarize":
+            strength = 1 - place / 30
+        elif name != "posterize":
+            # It turns its shears the other way round, which half of the images are anyway.
+            strength *= -1 if bool(turned) != name.startswith("shear") else 1
+        theirs = torch.stack(
+            [
+                wide._apply_image_or_video_transform(
+                    photo, name.title().replace("_", ""), strength, wide.interpolation, {}
+                )
+                for photo in few
+            ]
+        )
+        apart = _difference(ours, theirs)
+        assert apart[..., 1:-1, 1:-1].max() <= (3 if name in ("color", "sharpness") else 2), name
+
+
 def _operated(photos: Tensor, name: str, rand: RandAugment, *, turned: bool = False) -> Tensor:
-    choice = np.full((len(photos), 1), RAND_AUGMENT_OPERATIONS.index(name))
+    choice = np.full((len(photos), 1), AUGMENT_OPERATIONS.index(name))
     turns = np.full_like(choice, turned)
     return torch_augment.rand_augment(photos, choice, turns, rand)
 
@@ -218,7 +269,7 @@ def test_an_image_of_one_level_stays_as_it_is() -> None:
     flat = torch.full((1, 3, 8, 8), 70, dtype=torch.uint8)
     for name in ("contrast", "color", "sharpness", "equalize", "auto_contrast"):
         assert torch.equal(_operated(flat, name, RandAugment(operations=1)), flat), name
-        number = np.array([[RAND_AUGMENT_OPERATIONS.index(name)]])
+        number = np.array([[AUGMENT_OPERATIONS.index(name)]])
         theirs = _rand_in_dali(flat, number, np.zeros_like(number), RandAugment(operations=1))
         assert torch.equal(theirs, flat), name
 

@@ -414,6 +414,7 @@ RAND = RandAugment(operations=2, magnitude=9)
 AUGMENTED = {
     "color_jitter": AugmentSection(color_jitter=JITTER),
     "rand_augment": AugmentSection(rand_augment=RAND),
+    "trivial_augment": AugmentSection(trivial_augment=True),
     "random_erasing": AugmentSection(random_erasing=0.7),
     "all": AugmentSection(color_jitter=JITTER, rand_augment=RAND, random_erasing=0.7),
 }

@@ -63,7 +63,7 @@ def error_of(path: Path, *overrides: str) -> str:
         ),
         (
             ["data.channels=1", "data.mean=[0]", "data.std=[1]", "data.augment={color_jitter: {}}"],
-            "data.augment: color_jitter and rand_augment need 3 channels",
+            "data.augment: color_jitter, rand_augment, trivial_augment need 3 channels",
         ),
         (
             [
