@@ -1,7 +1,8 @@
 """How fast networks run: ``python -m tpp.latency CHECKPOINT [CHECKPOINT ...]``.
 
 Counted multiply-accumulates say how much less there is to do; this says how much less time it
-takes. Every pruned network is measured beside the dense one that it came from.
+takes. Every pruned network is measured beside the dense one that it came from, and if asked beside
+that one fed smaller images, which needs no pruning.
 """
 
 import argparse
@@ -9,6 +10,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,17 +43,28 @@ def arriving_share(counted: float, real: float) -> float | None:
 
 @dataclass(frozen=True)
 class _Network:
-    """A network to measure, and the name of the dense one that it came from."""
+    """A network to measure, and the name of the dense one that it came from.
+
+    Attributes:
+        smaller: whether it is the dense one with other images than the checkpoints are for.
+    """
 
     model: "nn.Module"
     counts: "Counts"
     dense: str
+    smaller: bool = False
 
 
-def _read_networks(paths: list[str], image_size: int | None = None) -> dict[str, _Network]:
+def _read_networks(
+    paths: list[str], image_size: int | None = None, dense_sizes: Sequence[int] = ()
+) -> dict[str, _Network]:
     """The networks of the checkpoints by row name, the dense ones that they came from before them.
 
-    There is a dense one for each architecture and size of the images.
+    There is a dense one for each architecture and size of the images, and for each of
+    ``dense_sizes``, sides in pixels.
+
+    Raises:
+        UserError: a dense network does not take images of such a size.
     """
     from tpp.checkpoints.model_file import load_model
     from tpp.measure.counts import count
@@ -85,6 +98,18 @@ def _read_networks(paths: list[str], image_size: int | None = None) -> dict[str,
         model = build_model(architecture.name, architecture.num_classes, **architecture.args)
         set_preprocessing(model, getattr(first, "preprocessing", None))
         networks[dense] = _Network(model, count(model), dense)
+        for size in dense_sizes:
+            if size == image_shape_for(first)[-1]:
+                continue
+            smaller = build_model(architecture.name, architecture.num_classes, **architecture.args)
+            smaller.load_state_dict(model.state_dict())
+            set_preprocessing(smaller, getattr(first, "preprocessing", None))
+            try:
+                take_image_size(smaller, size)
+                counts = count(smaller)
+            except UserError as error:
+                raise UserError(f"--dense-sizes {size}: {dense}: {error}") from None
+            networks[f"{dense} at {size} px"] = _Network(smaller, counts, dense, smaller=True)
         for path in of_path[key]:
             networks[_row_name(path, paths)] = _Network(models[path], count(models[path]), dense)
     return networks
@@ -104,17 +129,26 @@ def _measure_rows(
     from tpp.measure.timing import measure
 
     timings = measure({name: network.model for name, network in networks.items()}, settings)
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for name, network in networks.items():
+        if network.smaller or name == network.dense:
+            point = network.counts.image[-1], timings[name].median
+            curves.setdefault(network.dense, []).append(point)
     rows = []
     for name, network in networks.items():
         timing, dense = timings[name], networks[network.dense].counts
         counted = dense.macs / network.counts.macs
         real = timings[network.dense].median / timing.median
+        curve = curves[network.dense]
+        pruned = not network.smaller and name != network.dense
+        equal = size_at_time(curve, timing.median) if pruned else None
         rows.append(
             {
                 "network": name,
                 "dense": network.dense,
                 "batch": settings.batch,
                 "image": list(network.counts.image),
+                **({"smaller": True} if network.smaller else {}),
                 "parameters": network.counts.parameters,
                 "macs": network.counts.macs,
                 "counted_speedup": counted,
@@ -124,10 +158,28 @@ def _measure_rows(
                 "images_per_second": settings.batch / timing.median,
                 "real_speedup": real,
                 "arrives": arriving_share(counted, real),
+                **({"dense_size": equal} if len(curve) > 1 else {}),
                 "seconds": timing.seconds,
             }
         )
     return rows
+
+
+def size_at_time(curve: Sequence[tuple[int, float]], seconds: float) -> float | None:
+    """The side of the images at which the dense network takes a time, in pixels.
+
+    Interpolated linearly between the two nearest sizes that were measured; None beyond them. Where
+    times are not in the order of the sizes, the two largest that the time lies between count.
+
+    Args:
+        curve: sides in pixels, and seconds.
+        seconds: the time.
+    """
+    for (size, time), (smaller, shorter) in pairwise(sorted(curve, reverse=True)):
+        if min(time, shorter) <= seconds <= max(time, shorter):
+            share = (seconds - shorter) / (time - shorter) if time != shorter else 1.0
+            return smaller + share * (size - smaller)
+    return None
 
 
 _HEADINGS = (
@@ -140,25 +192,32 @@ _HEADINGS = (
     "real",
     "arrives",
 )
+_DENSE_AT = "as dense at"  # the side of the images at which the dense network takes as long
 _GAP = 2
 
 
 def _table(rows: list[dict[str, Any]], settings: "LatencySettings", width: int) -> RenderableType:
     """A row for each network; on a narrow screen numbers stand for names, which come before."""
-    shapes = ["x".join(map(str, row["image"])) for row in rows]
+    shapes = ["x".join(map(str, row["image"])) for row in rows if not row.get("smaller")]
     images = f", images {shapes[0]}" if len({*shapes}) == 1 else ""
     conditions = f"{_conditions(settings)}, median of {settings.repeats}"
     title = Text(f"batch {settings.batch}{images}, {conditions}", style="bold")
     figures = [_figures(row) for row in rows]
     names = [printable(row["network"]) for row in rows]
-    styles = ["" if row["network"] == row["dense"] else "cyan" for row in rows]
-    columns = zip(_HEADINGS, *figures, strict=True)
+    of_dense = [row["network"] == row["dense"] or row.get("smaller", False) for row in rows]
+    styles = ["" if dense else "cyan" for dense in of_dense]
+    sizes = any("dense_size" in row for row in rows)
+    headings = (*_HEADINGS, _DENSE_AT) if sizes else _HEADINGS
+    if sizes:
+        for cells, row, dense in zip(figures, rows, of_dense, strict=True):
+            cells.append("" if dense else _size(row.get("dense_size")))
+    columns = zip(headings, *figures, strict=True)
     room = width - sum(_GAP + max(map(len, column)) for column in columns)
     # A name is broken up into no pieces that nobody can read.
     narrow = room < min(24, max(map(len, names)))
     table = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0))
     table.add_column("" if narrow else "network", overflow="fold")
-    for heading in _HEADINGS[2:] if narrow else _HEADINGS:
+    for heading in headings[2:] if narrow else headings:
         table.add_column(heading, justify="right", no_wrap=True)
     legend = []
     for number, (name, cells, style) in enumerate(zip(names, figures, styles, strict=True), 1):
@@ -180,6 +239,10 @@ def _figures(row: dict[str, Any]) -> list[str]:
         f"{row['real_speedup']:.2f}x",
         "" if row["arrives"] is None else f"{row['arrives']:.0%}",
     ]
+
+
+def _size(pixels: float | None) -> str:
+    return "not measured" if pixels is None else f"{pixels:.0f} px"
 
 
 def _short(number: float) -> str:
@@ -204,6 +267,15 @@ def _batches(text: str) -> list[int]:
         raise UserError(f"--batch {text}: must be numbers of images, such as 1 or 1,16") from None
 
 
+def _dense_sizes(text: str) -> list[int]:
+    try:
+        return [*dict.fromkeys(int(part) for part in text.split(",") if text)]
+    except ValueError:
+        raise UserError(
+            f"--dense-sizes {text}: must be sides in pixels, such as 160,176,192"
+        ) from None
+
+
 def _parse_arguments(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
     # What is not given is not in the result: LatencySettings knows the defaults.
     parser = argparse.ArgumentParser(
@@ -226,6 +298,14 @@ def _parse_arguments(arguments: Sequence[str] | None, prog: str) -> argparse.Nam
         default=None,
         metavar="N",
         help="side of the images, in pixels (default: what each checkpoint says)",
+    )
+    parser.add_argument(
+        "--dense-sizes",
+        default="",
+        metavar="N,N",
+        help="time the dense networks with images of these sides in pixels too, such as "
+        "160,176,192, and say at which one the dense network takes as long as a pruned one "
+        "('as dense at', interpolated)",
     )
     parser.add_argument("--batch", default="1", metavar="N[,N]", help="images per pass (default 1)")
     parser.add_argument(
@@ -271,10 +351,11 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m tpp.late
 
     paths, file, batches = options.pop("checkpoints"), options.pop("json"), options.pop("batch")
     image_size, overwrite = options.pop("image_size"), options.pop("overwrite")
+    dense_sizes = _dense_sizes(options.pop("dense_sizes"))
     each = [LatencySettings(**options, batch=batch) for batch in _batches(batches)]
     if file:
         check_output("--json", file, kind="JSON", ending=".json", overwrite=overwrite, inputs=paths)
-    networks = _read_networks([str(path) for path in paths], image_size)
+    networks = _read_networks([str(path) for path in paths], image_size, dense_sizes)
     console = make_console()
     rows = []
     for settings in each:

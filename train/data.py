@@ -3,7 +3,7 @@
 from collections.abc import Generator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from data_pipelines.loaders import (
 )
 from data_pipelines.loading.augment import ImageTransform
 from tpp.common.errors import UserError, printable
+from tpp.models.preparation import changed
 from train.config.config import Config
 from train.distributed.collectives import led_by_main_rank
 
@@ -109,11 +110,13 @@ class RunData:
             window=config.data.shuffle_window,
         )
 
-    def eval_batches(self, batch_size: int) -> Generator[Batch, None, None]:
-        """This rank's share of the validation images."""
+    def eval_batches(
+        self, batch_size: int, image_size: int | None = None
+    ) -> Generator[Batch, None, None]:
+        """This rank's share of the validation images, at the run's size or at another one."""
         return eval_batches(
             self.val.index,
-            image_transform(self._config),
+            image_transform(self._config, image_size),
             batch_size,
             self._settings(),
             bad=self.val.bad,
@@ -179,10 +182,30 @@ def _check_same_classes(config: Config, train: ImageIndex, val: ImageIndex) -> N
         )
 
 
-def image_transform(config: Config) -> ImageTransform:
-    """How images are prepared for the network."""
-    data = config.data
-    return ImageTransform.prepared(data.preprocessing(), augmentation=data.augmentation)
+def image_transform(config: Config, image_size: int | None = None) -> ImageTransform:
+    """How images are prepared for the network, at the run's size or at another one."""
+    values = preprocessing_at(config, image_size)
+    return ImageTransform.prepared(values, augmentation=config.data.augmentation)
+
+
+def preprocessing_at(config: Config, image_size: int | None) -> dict[str, Any]:
+    """How images are prepared at another size: as much of each is seen as at the run's own.
+
+    Where images are not scaled, they are taken to be of the run's size, and are seen whole.
+
+    Args:
+        config: of the run.
+        image_size: side of the square that the network sees, in pixels; None: the run's own.
+
+    Raises:
+        UserError: there are no such images.
+    """
+    values = config.data.preprocessing()
+    if image_size is None or image_size == values["image_size"]:
+        return values
+    if values["resize"] is None:
+        values["resize"] = values["image_size"]
+    return changed(values, image_size=image_size)
 
 
 def stage_transform(config: Config, stage: str) -> ImageTransform:

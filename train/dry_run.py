@@ -19,7 +19,13 @@ from tpp.plan import PruningPlan
 from train.config.batch_rule import describe
 from train.config.config import Config
 from train.data import image_place, look_at_images
-from train.preflight import check_optimizers, check_plans, check_training_size, only_prunes
+from train.preflight import (
+    check_image_sizes,
+    check_optimizers,
+    check_plans,
+    check_training_size,
+    only_prunes,
+)
 from train.teachers import check_teachers, open_teachers
 from train.weights import load_starting_weights, notes_on_images, weights_missing_here
 
@@ -49,6 +55,7 @@ def dry_run(config: Config, *, ranks: int | None = None) -> None:
     plan = check_plans(config, architecture)
     check_optimizers(config, architecture)
     check_training_size(config, architecture)
+    check_image_sizes(config, architecture)
     check_teachers(config, architecture)
     missing = _open_what_is_there(config, architecture)
     for note in notes_on_images(config.model, config.data):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from data_pipelines.demo import generate_demo
 from tpp.common.errors import UserError, reason_of
+from tpp.measure.counts import count
 from tpp.models.architecture import (
     Architecture,
     build_on_meta,
@@ -21,7 +22,7 @@ from tpp.plan import PruningPlan
 from tpp.selection.selection import Selection
 from train.config.batch_rule import describe_method
 from train.config.config import Config
-from train.data import RunData
+from train.data import RunData, preprocessing_at
 from train.distributed.collectives import from_main_rank
 from train.loop.optim import check_optimizer, parameter_groups
 from train.teachers import check_teachers, open_teachers, teachers_exist
@@ -69,6 +70,7 @@ def preflight(config: Config, accelerator: "Accelerator", stages: Iterable[str])
         check_plans(config, known)
         check_optimizers(config, known, splits=splits)
         check_training_size(config, known)
+        check_image_sizes(config, known)
         check_teachers(config, known)
         return Preflight(None, known)
     if config.data.demo:
@@ -83,6 +85,7 @@ def preflight(config: Config, accelerator: "Accelerator", stages: Iterable[str])
     check_plans(config, architecture)
     check_optimizers(config, architecture, splits=splits)
     check_training_size(config, architecture)
+    check_image_sizes(config, architecture)
     check_teachers(config, architecture)
     # What is needed in days should not be found damaged then.
     from_main_rank(accelerator, lambda: open_teachers(config, architecture, download=True))
@@ -141,6 +144,25 @@ def check_training_size(config: Config, architecture: Architecture) -> None:
         raise UserError(
             f"data.train_size: {architecture.name} takes no images of {side}x{side} ({reasons[0]})"
         )
+
+
+def check_image_sizes(config: Config, architecture: Architecture) -> None:
+    """Check that the network takes images of the sizes at which it is to be evaluated.
+
+    Raises:
+        UserError: it does not; names the key.
+    """
+    model = build_on_meta(architecture)
+    for name, stage in config.stages.items():
+        for size in stage.image_sizes or ():
+            try:
+                set_preprocessing(model, preprocessing_at(config, size))
+                count(model)
+            except UserError as error:
+                raise UserError(
+                    f"stages.{name}.image_sizes: {architecture.name} is not evaluated at {size} "
+                    f"pixels: {error}"
+                ) from None
 
 
 def check_optimizers(config: Config, architecture: Architecture, *, splits: bool = False) -> None:

@@ -19,6 +19,7 @@ from tpp.common.files import write_whole
 from tpp.common.paths import user_path
 
 if TYPE_CHECKING:
+    from train.reporting.rival import Latency
     from train.reporting.rows import RunRecord
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,7 +30,7 @@ def show_end(folder: Path) -> None:
     """Print what a run came to, and write its report into the run folder."""
     from rich.text import Text
 
-    from train.reporting.grids import comparison, console_for, summary_table, to_rich
+    from train.reporting.grids import comparison, console_for, rivals, summary_table, to_rich
     from train.reporting.rows import load_run
 
     run = load_run(folder)
@@ -37,6 +38,8 @@ def show_end(folder: Path) -> None:
     console.print(summary_table(run.results))
     if run.results.published is not None:
         console.print(to_rich(comparison([run]), console.width))
+    if (beside := rivals([run])).rows:
+        console.print(to_rich(beside, console.width))
     page, _ = write_report([run], folder)
     # Whole paths: the lines are pasted into another terminal, or read in a job's log.
     place, python = shlex.quote(str(folder.absolute())), Path(sys.executable)
@@ -52,7 +55,9 @@ def show_end(folder: Path) -> None:
         console.print(text, soft_wrap=True)
 
 
-def write_report(runs: "Sequence[RunRecord]", output: Path) -> tuple[Path, Path]:
+def write_report(
+    runs: "Sequence[RunRecord]", output: Path, latency: "Latency | None" = None
+) -> tuple[Path, Path]:
     """Write report.html and report.png into the folder ``output``; returns both paths.
 
     Raises:
@@ -64,7 +69,7 @@ def write_report(runs: "Sequence[RunRecord]", output: Path) -> tuple[Path, Path]
     pictures = [to_png(draw(runs))]
     if len(runs) > 1:
         pictures += [to_png(draw([run])) for run in runs]
-    page = page_of(runs, pictures).encode()
+    page = page_of(runs, pictures, latency).encode()
     try:
         output.mkdir(parents=True, exist_ok=True)
         paths = output / "report.html", output / "report.png"
@@ -98,11 +103,20 @@ def main() -> None:
     parser.add_argument(
         "--config", type=user_path, metavar="FILE", help="with --table: another sweep of its kind"
     )
+    parser.add_argument(
+        "--latency",
+        type=user_path,
+        metavar="FILE",
+        help="what tpp.latency --json FILE measured of these networks: the dense one at fewer "
+        "pixels is compared at equal time, too",
+    )
     arguments = parser.parse_args()
     if bool(arguments.runs) == bool(arguments.table):
         parser.error("name run folders, or a table with --table")
     if arguments.config and not arguments.table:
         parser.error("--config goes with --table")
+    if arguments.latency and arguments.table:
+        parser.error("--latency goes with run folders")
     if arguments.table:
         from rich.console import Console
 
@@ -115,13 +129,15 @@ def main() -> None:
         )
         return
     from train.reporting.grids import console_for, grids_of, to_rich
+    from train.reporting.rival import Latency
     from train.reporting.rows import load_run
 
+    latency = Latency.read(Path(arguments.latency)) if arguments.latency else None
     runs = [load_run(folder) for folder in arguments.runs]
     console = console_for()
-    for grid in grids_of(runs):
+    for grid in grids_of(runs, latency):
         console.print(to_rich(grid, console.width))
-    page, picture = write_report(runs, arguments.output or arguments.runs[0])
+    page, picture = write_report(runs, arguments.output or arguments.runs[0], latency)
     console.print(f"written: {page} and {picture}", soft_wrap=True)
 
 

@@ -16,7 +16,7 @@ from torch._dynamo.comptime import comptime
 from tpp.channels.removal import prune_model
 from tpp.checkpoints.model_file import save_model
 from tpp.common.errors import UserError
-from tpp.latency import _table, arriving_share, main
+from tpp.latency import _table, arriving_share, main, size_at_time
 from tpp.measure.counts import count
 from tpp.measure.timing import LatencySettings, Timing, measure
 from tpp.models.architecture import build_model
@@ -338,3 +338,51 @@ def test_names_and_figures_are_whole_on_a_screen_of_any_width(width):
         assert text.count(figure) == 2
     # A name that does not fit beside the figures stands before them, in one piece.
     assert text.count("resnet50_tpp_2.31x.safetensors") == 1
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [(4.0, 224.0), (1.0, 128.0), (3.0, 200.0), (1.5, 152.0), (0.9, None), (4.1, None)],
+)
+def test_the_size_at_equal_time_is_interpolated(seconds, expected):
+    assert size_at_time([(224, 4.0), (128, 1.0), (176, 2.0)], seconds) == expected
+    noisy = [(128, 3.0), (176, 2.0), (224, 4.0)]
+    assert size_at_time(noisy, 2.5) == 188.0  # of two places, that of the larger sizes
+
+
+def test_dense_networks_at_other_sizes(saved, tmp_path, monkeypatch, capsys):
+    file = tmp_path / "results.json"
+    run(monkeypatch, *saved, "--dense-sizes", "16,24,32", "--repeats", 3, "--warmup", 0,
+        "--json", file)  # fmt: skip
+    text, rows = capsys.readouterr().out, json.loads(file.read_text())["results"]
+    dense = "dense cifar_resnet8"
+    names = [dense, f"{dense} at 16 px", f"{dense} at 24 px", *map(str, saved)]
+    assert [row["network"] for row in rows] == names
+    model = build_model("cifar_resnet8", 10)
+    for row, side in zip(rows[:3], (32, 16, 24), strict=True):
+        assert row["image"] == [3, side, side] and row["dense_size"] is None
+        assert row["macs"] == count(model, example_input=torch.empty(1, 3, side, side)).macs
+    curve = [(row["image"][-1], row["median_ms"]) for row in rows[:3]]
+    for row in rows[3:]:
+        assert row["dense_size"] == pytest.approx(size_at_time(curve, row["median_ms"]))
+    assert "as dense at" in text and "batch 1, images 3x32x32" in text
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ("16;24", "--dense-sizes 16;24: must be sides in pixels, such as 160,176,192"),
+        ("0", "--dense-sizes 0: dense cifar_resnet8: image_size must be between 1 and"),
+    ],
+)
+def test_sizes_that_make_no_sense(saved, sizes, message, monkeypatch):
+    with pytest.raises(UserError) as error:
+        run(monkeypatch, saved[0], "--dense-sizes", sizes)
+    assert str(error.value).startswith(message)
+
+
+def test_a_network_of_one_size_is_not_timed_at_another(tmp_path, monkeypatch):
+    path = tmp_path / "mlp.safetensors"
+    save_model(path, build_model("mlp7_linear", 7, image_size=32))
+    with pytest.raises(UserError, match=r"^--dense-sizes 16: dense mlp7_linear: .*does not run"):
+        run(monkeypatch, path, "--dense-sizes", "16")

@@ -229,7 +229,7 @@ class Config(Section):
             ValueError: the stage asks for what the task has not; names the key.
         """
         task, stage = self.make_task(), self.stages[name]
-        of_classes = ("loss", "label_smoothing", "bce_threshold", "distill")
+        of_classes = ("loss", "label_smoothing", "bce_threshold", "distill", "image_sizes")
         fields = StageSection.model_fields
         given = [key for key in of_classes if getattr(stage, key) != fields[key].default]
         if given and not task.has_classes:

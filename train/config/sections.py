@@ -165,6 +165,8 @@ class StageSection(Section):
         method: another method than the configuration's, for this stage.
         augment: another ``data.augment``, as a whole, for this stage.
         pruning: another ``pruning``, as a whole, for this stage.
+        image_sizes: of an ``evaluate`` stage, further sides of the images, in pixels, at which the
+            same network is evaluated (docs/rival.md); null for none.
     """
 
     kind: Annotated[str, AfterValidator(_known_kind)]
@@ -179,6 +181,7 @@ class StageSection(Section):
     method: dict[str, Any] | None = None
     augment: AugmentSection | None = None
     pruning: PruningSection | None = None
+    image_sizes: Annotated[list[PositiveInt], Field(min_length=1)] | None = None
 
     @property
     def does(self) -> StageKind:
@@ -200,6 +203,11 @@ class StageSection(Section):
             raise ValueError("bce_threshold goes with loss: bce")
         if self.does.needs_epochs and self.epochs is None:
             raise ValueError(f"a {self.kind} stage needs epochs")
+        if self.image_sizes is not None:
+            if trains or not self.does.needs_images:
+                raise ValueError(f"stages of kind {self.kind} take no image_sizes: evaluate does")
+            if len({*self.image_sizes}) < len(self.image_sizes):
+                raise ValueError("image_sizes: a size stands there twice")
         if self.pruning is not None and not self.does.needs_plan:
             raise ValueError(f"stages of kind {self.kind} take no pruning")
         return self

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tpp.common.errors import printable
+from train.reporting.rival import Latency, verdicts
 from train.reporting.rows import (
     IDENTITY,
     RunRecord,
@@ -110,6 +111,27 @@ def comparison(runs: Sequence[RunRecord]) -> Grid:
         if not rows:
             cells.append([label, "nothing is done yet", *["-"] * (len(columns) - 2)])
     return Grid("Runs beside the published results", columns, cells)
+
+
+def rivals(runs: Sequence[RunRecord], latency: Latency | None = None) -> Grid:
+    """Every pruned network beside the dense one at fewer pixels, at equal cost."""
+    metric = task_of(runs).metrics[0]
+    cells = []
+    for run, label in zip(runs, labels_of(runs), strict=True):
+        for verdict in verdicts(run, latency):
+            row, rival = verdict.row, verdict.rival
+            between = "not measured there"
+            if rival is not None:
+                low, high = rival.pixels
+                between = f"{low} px" if low == high else f"between {low} and {high} px"
+            scores = metric.number(row.score), metric.number(rival.score if rival else None)
+            equal = f"{_count(row.macs)} MACs"
+            if verdict.batch is not None:
+                equal = f"{verdict.cost:.4g} ms, batch {verdict.batch}"
+            difference = _number(verdict.gain, f"+.{metric.digits}f")
+            cells.append([label, row.network, equal, *scores, between, difference])
+    columns = ("Run", "Network", "At equal", metric.column, "Dense", "Dense at", "Difference")
+    return Grid("Beside the dense network at fewer pixels (interpolated)", columns, cells)
 
 
 def _sources(runs: Sequence[RunRecord]) -> Grid:
@@ -302,7 +324,13 @@ def _table(grid: Grid) -> Table:
     return table
 
 
-def grids_of(runs: Sequence[RunRecord]) -> list[Grid]:
-    """All that there is to say of these runs beside each other."""
-    grids = [comparison(runs), _sources(runs), _differences(runs), _circumstances(runs)]
+def grids_of(runs: Sequence[RunRecord], latency: Latency | None = None) -> list[Grid]:
+    """All that there is to say of these runs beside each other.
+
+    Args:
+        runs: the runs.
+        latency: measured times of their networks, if there are any.
+    """
+    beside = [comparison(runs), rivals(runs, latency), _sources(runs)]
+    grids = [*beside, _differences(runs), _circumstances(runs)]
     return [grid for grid in grids if grid.rows]

@@ -5,6 +5,7 @@ import html
 from collections.abc import Sequence
 
 from train.reporting.grids import Grid, grids_of, stage_grid
+from train.reporting.rival import Latency
 from train.reporting.rows import RunRecord, headline_of, labels_of, task_of
 
 
@@ -36,7 +37,9 @@ th { color: var(--pale); font-weight: 600; white-space: nowrap; }
 """
 
 
-def page_of(runs: Sequence[RunRecord], pictures: Sequence[bytes]) -> str:
+def page_of(
+    runs: Sequence[RunRecord], pictures: Sequence[bytes], latency: Latency | None = None
+) -> str:
     """The page: everything in one file, which asks nothing of the network."""
     labels = labels_of(runs)
     title = "Pruning report: " + ", ".join(labels)
@@ -48,7 +51,7 @@ def page_of(runs: Sequence[RunRecord], pictures: Sequence[bytes]) -> str:
         _image(
             pictures[0], f"{score.title} over all stages, filters that go and stay, training loss"
         ),
-        *(_to_html(grid) for grid in grids_of(runs)),
+        *(_to_html(grid) for grid in grids_of(runs, latency)),
     ]
     for number, (run, label) in enumerate(zip(runs, labels, strict=True)):
         grid = stage_grid(run)

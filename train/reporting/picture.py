@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from train.config.stage_kinds import stage_kind
+from train.reporting.rival import dense_curves
 from train.reporting.rows import (
     RunRecord,
     SummaryRow,
@@ -18,8 +19,8 @@ from train.reporting.rows import (
     headline_of,
     labels_of,
     method_title,
+    network_rows,
     published_score,
-    summary_rows,
     task_of,
 )
 from train.run_folder.log import LARGEST_LOG, LogEntry
@@ -71,8 +72,8 @@ def draw(runs: Sequence[RunRecord]) -> Figure:
     """The picture of one or several runs.
 
     Above, the score over the steps of all stages, and the results beside the published ones;
-    below, what the method does to the filters that go (of the first run that logged it), and the
-    loss.
+    below, what the method does to the filters that go (of the first run that logged it), the loss,
+    and the dense network at fewer pixels beside the pruned ones, where it was measured.
 
     Raises:
         UserError: the runs are not all for one task.
@@ -82,12 +83,16 @@ def draw(runs: Sequence[RunRecord]) -> Figure:
     branches = [b for run, label in zip(runs, labels, strict=True) for b in _branches(run, label)]
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(11, 7), dpi=150, layout="constrained")
+        curves = any(len(curve) > 1 for run in runs for curve in dense_curves(run.results).values())
         grid = figure.add_gridspec(2, 6, height_ratios=(1.25, 1))
+        width = 2 if curves else 3
         _draw_title(figure, runs)
         _draw_scores(figure.add_subplot(grid[0, :4]), task, runs, branches)
         _draw_results(figure.add_subplot(grid[0, 4:]), task.metrics[0], runs, labels, branches)
-        _draw_filters(figure.add_subplot(grid[1, :3]), runs)
-        _draw_loss(figure.add_subplot(grid[1, 3:]), branches)
+        _draw_filters(figure.add_subplot(grid[1, :width]), runs)
+        _draw_loss(figure.add_subplot(grid[1, width : 2 * width]), branches)
+        if curves:
+            _draw_rivals(figure.add_subplot(grid[1, 4:]), task.metrics[0], runs, branches)
     return figure
 
 
@@ -198,7 +203,7 @@ def _draw_results(
     axes.set_title(_with_unit(metric.title, metric))
     points: dict[tuple[str, float], tuple[float | None, str]] = {}
     for run, label in zip(runs, labels, strict=True):
-        rows = summary_rows(run.results)
+        rows = network_rows(run.results)
         for row in rows:
             if row.score is None:
                 continue
@@ -314,6 +319,30 @@ def _draw_loss(axes: Axes, branches: Sequence[_Branch]) -> None:
             shade = _PALE if _is_shared(stage, branch, branches) else colour
             axes.plot(steps, values, color=shade, linewidth=1.3, alpha=0.85)
     _finish(axes, "steps, all stages")
+
+
+def _draw_rivals(
+    axes: Axes, metric: Metric, runs: Sequence[RunRecord], branches: Sequence[_Branch]
+) -> None:
+    """The dense network's score over its multiply-accumulates, and where the pruned ones lie."""
+    axes.set_title("Dense at fewer pixels, and pruned")
+    curves = {tuple(c) for run in runs for c in dense_curves(run.results).values() if len(c) > 1}
+    for number, curve in enumerate(sorted(curves)):
+        macs, scores = [p.cost / 1e9 for p in curve], [p.score for p in curve]
+        label = None if number else "dense at fewer pixels"
+        axes.plot(macs, scores, "o-", color=_PALE, markersize=4, linewidth=1.5, label=label)
+        for x, y, point in zip(macs, scores, curve, strict=True):
+            place = {"xytext": (5, -10), "textcoords": "offset points"}
+            axes.annotate(f"{point.pixels}", (x, y), color=_PALE, fontsize=8, **place)
+    for run in runs:
+        for row in network_rows(run.results):
+            if row.stage and row.macs and row.score is not None:
+                colour = _colour_of(row, run, branches)
+                axes.plot(row.macs / 1e9, row.score, "D", color=colour, markersize=6, zorder=3)
+    _finish(axes, "GMAC", legend="lower right")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.margins(x=0.1, y=0.15)
+    axes.set_ylabel(_with_unit(metric.title, metric))
 
 
 def _finish(

@@ -31,6 +31,8 @@ class SummaryRow:
         scores: by the names of the task's metrics; None where nobody measured.
         parameters, macs: counts; MACs are those of one image.
         speedup: dense MACs over this network's.
+        aside: whether it is of other weights, or other sizes of the images, of a network above;
+            headlines leave it out.
     """
 
     network: str
@@ -40,6 +42,7 @@ class SummaryRow:
     parameters: int | None
     macs: int | None
     speedup: float | None
+    aside: bool = False
 
     @property
     def score(self) -> float | None:
@@ -93,6 +96,44 @@ def load_run(folder: Path) -> RunRecord:
 
 
 def summary_rows(results: Results | Mapping[str, Any]) -> list[SummaryRow]:
+    """The networks of :func:`network_rows`, each followed by itself at other sizes of the images.
+
+    Args:
+        results: the content of results.json.
+    """
+    results = Results.model_validate(results)
+    of_dense = next((of for of in results.stages.values() if _is_dense(results, of)), None)
+    rows: list[SummaryRow] = []
+    for row in network_rows(results):
+        rows.append(row)
+        stage = results.stages[row.stage] if row.stage else of_dense
+        if stage is not None and not row.aside:
+            rows += _other_sizes(row, stage, results)
+    return rows
+
+
+def _is_dense(results: Results, stage: StageResult) -> bool:
+    """Whether it is an evaluation of a dense network at other sizes too."""
+    made_by = results.stages.get(stage.input) if stage.input else None
+    of_dense = made_by is None or _kind_of(made_by).is_dense
+    return bool(stage.sizes) and of_dense
+
+
+def _other_sizes(row: SummaryRow, stage: StageResult, results: Results) -> Iterator[SummaryRow]:
+    for size in sorted(stage.sizes or (), key=lambda size: -size.image_size):
+        dense = results.dense.macs if results.dense else None
+        yield replace(
+            row,
+            network=f"{row.network} at {size.image_size} px",
+            final=False,
+            scores=size.scores,
+            macs=size.macs,
+            speedup=dense / size.macs if dense and size.macs else None,
+            aside=True,
+        )
+
+
+def network_rows(results: Results | Mapping[str, Any]) -> list[SummaryRow]:
     """The dense network, where it is known, and the network at the end of every branch.
 
     A branch ends in a stage that no other takes as its input: an ``evaluate`` stage, or the last
@@ -223,7 +264,7 @@ def _other_weights(row: SummaryRow, stage: StageResult) -> list[SummaryRow]:
         return []
     weights, found = stage.other_weights
     network = f"{row.network}, {'averaged' if weights == 'ema' else 'raw'} weights"
-    return [replace(row, network=network, final=False, scores=found.scores)]
+    return [replace(row, network=network, final=False, scores=found.scores, aside=True)]
 
 
 def _row(stages: Mapping[str, StageResult], name: str, made_by: str) -> SummaryRow:
@@ -265,7 +306,7 @@ def headline_of(run: RunRecord) -> str:
     score, published = results.task_type.metrics[0], results.published_score.pruned
     parts = []
     for row in rows:
-        if row.score is not None:
+        if row.score is not None and not row.aside:
             speedup = f" at {row.speedup:.2f}x fewer MACs" if row.speedup not in (None, 1) else ""
             parts.append(f"{row.network} {score.number(row.score)}{score.unit}{speedup}")
     line = f"{score.word}: {', '.join(parts)}" if parts else f"no {score.noun or score.word} yet"

@@ -49,8 +49,14 @@ def place(run: Run, model: nn.Module) -> nn.Module:
     return model
 
 
-def evaluate_network(run: Run, model: nn.Module) -> Scores:
-    """Evaluate over the validation images, shared over the ranks; left in evaluation mode."""
+def evaluate_network(run: Run, model: nn.Module, image_size: int | None = None) -> Scores:
+    """Evaluate over the validation images, shared over the ranks; left in evaluation mode.
+
+    Args:
+        run: the run.
+        model: the network.
+        image_size: another side of the images than the run's, in pixels.
+    """
     run.at("evaluation")
     # Each rank has normalised its own batches; what is measured must be what is saved.
     broadcast_buffers(model)
@@ -58,7 +64,7 @@ def evaluate_network(run: Run, model: nn.Module) -> Scores:
     local_batch = training.batch_size // (accelerator.num_processes * training.accumulation)
     return run.task.evaluate(
         forward_pass(model.eval(), accelerator),
-        run.data.eval_batches(training.evaluate_batch_size or local_batch),
+        run.data.eval_batches(training.evaluate_batch_size or local_batch, image_size),
         device=accelerator.device,
         over_ranks=sum_over_ranks,
     )

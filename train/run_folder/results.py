@@ -18,6 +18,7 @@ from train.tasks.classification import Classification
 _SCORES = "scores"
 # Evaluations of other networks in a stage's entry.
 _OTHERS = ("start", "raw", "ema")
+_SIZES = "sizes"
 
 
 class Evaluation(BaseModel):
@@ -59,6 +60,12 @@ class NetworkResult(Evaluation):
     macs: int | None = None
 
 
+class SizeResult(NetworkResult):
+    """A network with images of another side, in pixels; its scores and MACs are of these."""
+
+    image_size: int
+
+
 class StageResult(NetworkResult):
     """One stage, as results.json describes it; of a stage under way only what it is to do.
 
@@ -67,6 +74,7 @@ class StageResult(NetworkResult):
         raw, ema: of the trained weights or of their moving average, whichever its own figures are
             not of; None where no average was kept.
         speedup: dense MACs over this network's.
+        sizes: of the same network at other sizes of the images; None where nobody asked.
         removed_magnitude: largest absolute weight of the filters that it removed.
     """
 
@@ -80,6 +88,7 @@ class StageResult(NetworkResult):
     steps: int | None = None
     epochs: float | None = None
     speedup: float | None = None
+    sizes: list[SizeResult] | None = None
     removed_magnitude: float | None = None
     wall_seconds: float | None = None
 
@@ -89,6 +98,8 @@ class StageResult(NetworkResult):
         for key in _OTHERS:
             if (other := getattr(self, key)) is not None:
                 flat[key] = other.to_dict()
+        if self.sizes is not None:
+            flat[_SIZES] = [size.to_dict() for size in self.sizes]
         names = ("kind", "method", "title", "input", *_OTHERS, "steps", "epochs")
         first = {name: flat.pop(name) for name in names if name in flat}
         if "images" in flat and not stage_kind(self.kind).needs_images:
@@ -192,6 +203,8 @@ def _gathered(flat: Any, metrics: Sequence[Metric]) -> Any:
     for key in _OTHERS:
         if key in flat:
             gathered[key] = _gathered(flat[key], metrics)
+    if isinstance(flat.get(_SIZES), list):
+        gathered[_SIZES] = [_gathered(size, metrics) for size in flat[_SIZES]]
     return gathered
 
 
