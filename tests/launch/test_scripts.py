@@ -1,6 +1,7 @@
 """What the shell scripts say: their help, and what SLURM refuses, which is never passed over."""
 
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -196,3 +197,17 @@ def test_a_home_folder_in_quotes(stub: Path, tmp_path: Path) -> None:
     assert (home / "runs" / "logs").is_dir() and f"--output {home}/runs" in done.stdout
     done = bash(stub, ROOT / "launch" / "job.sh", "--config=~/c.yaml", HOME=str(home))
     assert done.returncode == 2 and f"error: {home}/c.yaml: " in done.stderr
+
+
+@pytest.mark.parametrize(
+    "script", [p for p in SCRIPTS if p.name[:6] == "resnet"], ids=lambda p: p.name
+)
+def test_each_row_names_itself_and_a_configuration(script: Path) -> None:
+    text = script.read_text()
+    (config,) = re.findall(r"--config (configs/\S+\.yaml) ", text)
+    (job,) = re.findall(r"^#SBATCH --job-name=(\S+)$", text, re.MULTILINE)
+    assert (ROOT / config).is_file() and Path(config).stem == job
+    assert f"sbatch --nodes=4 slurm/{script.name} " in text
+    assert f"bash slurm/{script.name} --nodes=4 " in text
+    assert f"| `slurm/{script.name}` |" in (ROOT / "docs" / "cluster.md").read_text()
+    assert os.access(script, os.X_OK)

@@ -7,13 +7,18 @@ import pytest
 
 from tpp.channels.removal import prune_model
 from tpp.common.errors import UserError
-from tpp.measure.counts import count
-from tpp.models.architecture import Architecture, build_model, build_on_meta
+from tpp.measure.counts import Counts, count
+from tpp.models.architecture import Architecture, build_model, build_on_meta, set_preprocessing
 from tpp.models.layers import prunable_layers
 from tpp.selection.criteria import pruned_count
 from tpp.selection.selection import select_filters
 from train.config.config import Config, load_config, steps_for
-from train.preflight import check_plans
+from train.preflight import (
+    check_image_sizes,
+    check_optimizers,
+    check_plans,
+    check_training_size,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 # A sweep is no configuration of a run; tests/train/test_sweep.py has it.
@@ -21,10 +26,23 @@ CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.ste
 BASES = [path for path in CONFIGS if path.stem.endswith("base")]
 COMPLETE = [path for path in CONFIGS if path not in BASES]
 SHORTENED = [path for path in COMPLETE if path.stem.endswith("_short")]
+# name: multiply-accumulates of the dense and the pruned network, the dense network's top-1 and the
+# pruned one's, where they are published. The settings are ours, not the paper's.
+RECIPES: dict[str, tuple[int, int | None, float | None, float | None]] = {
+    "resnet50_dense_v2": (4_089_184_256, None, 80.86, None),
+    "resnet50_tpp_2g_advanced": (4_089_184_256, 2_003_939_080, 80.86, 77.75),
+    "resnet50_tpp_1g_advanced": (4_089_184_256, 996_359_675, 80.86, 76.52),
+    "resnet50_tpp_1.6g_distilled": (4_089_184_256, 1_599_802_760, 80.86, None),
+    "convnext_tiny_tpp": (4_455_531_264, 2_788_508_928, 82.1, None),
+    "vit_small_tpp": (4_241_218_560, 2_846_874_624, None, None),
+}
 ROWS = [
     path
     for path in COMPLETE
-    if path.parent.name in ("imagenet", "cifar10") and path not in SHORTENED
+    if path.parent.name in ("imagenet", "cifar10")
+    and path not in SHORTENED
+    and path.stem not in RECIPES
+    and not path.stem.endswith("_recipe")
 ]
 
 # name: dense top-1, top-1, its deviation, published speedup, speedup by counted MACs
@@ -371,3 +389,117 @@ def test_resnet34_keeps_the_blocks_that_the_paper_keeps() -> None:
         if name.endswith(".conv1") and block not in kept and ratio:
             expected[name] = pruned_count(ratio, layer.weight.shape[0])
     assert {name: len(plan.pruned[name]) for name in plan.active_layers} == expected
+
+
+OURS = [path for path in COMPLETE if path.stem in RECIPES and path.parent.name == "imagenet"]
+TRANSFER = [path for path in COMPLETE if path.parent.name == "transfer"]
+# pruning ratio: speedup by counted MACs, and per cent of the parameters removed
+VGG19 = {
+    "0.1": (1.2260, 19.24),
+    "0.3": (1.9651, 51.01),
+    "0.5": (3.6093, 74.87),
+    "0.7": (8.8911, 90.98),
+    "0.9": (45.5286, 98.96),
+}
+
+
+def sizes(config: Config, classes: int) -> tuple[Counts, Counts | None]:
+    """The dense network's size and the pruned one's, after the checks that a run begins with."""
+    architecture = config.make_task().architecture(config.model, classes)
+    assert architecture is not None
+    plan = check_plans(config, architecture)
+    check_optimizers(config, architecture)
+    check_training_size(config, architecture)
+    check_image_sizes(config, architecture)
+    dense = build_on_meta(architecture)
+    set_preprocessing(dense, config.data.preprocessing())
+    return count(dense), count(prune_model(dense, plan)) if plan is not None else None
+
+
+@pytest.mark.parametrize("path", OURS, ids=by_name)
+def test_recipes_of_our_own(path: Path) -> None:
+    config, text = load_config(path), head(path)
+    macs, pruned_macs, dense_top1, top1 = RECIPES[path.stem]
+    dense, pruned = sizes(config, 1000)
+    assert dense.macs == macs and (pruned and pruned.macs) == pruned_macs
+    published = config.published
+    assert (published and published.dense_top1) == dense_top1
+    assert (published and published.top1) == top1
+    for part in ("Reproduces:", "Expect:", "Takes:", "Run"):
+        assert part in text
+    assert f"accelerate launch train/main.py --config {by_name(path)} " in text
+    if pruned is None:
+        return
+    assert f"peedup {dense.macs / pruned.macs:.4f}x" in text and "no figure of our own yet" in text
+    assert top1 is None or f"top-1 {top1:.2f}" in text
+    # The dense network is held against the pruned one, and teaches it.
+    first = next(iter(config.stages.values()))
+    assert (first.kind, first.input) == ("evaluate", None)
+    assert bool(first.image_sizes) == (path.stem != "vit_small_tpp")
+    distill = config.stages["finetune"].distill
+    assert distill is not None and distill.teacher == "dense"
+
+
+def test_advanced_rows_differ_in_their_ratios_alone() -> None:
+    one, *others = [load_config(path) for path in OURS if "resnet50_tpp" in path.stem]
+    for other in others:
+        assert other.stages == one.stages and other.method == one.method
+        assert (other.model, other.data, other.training) == (one.model, one.data, one.training)
+        assert other.pruning != one.pruning
+    assert one.stages["finetune"].epochs == 200
+    assert one.stage_method("regularize").steps() == 90_001
+
+
+def test_torchvisions_second_recipe() -> None:
+    (path,) = [path for path in OURS if path.stem == "resnet50_dense_v2"]
+    config = load_config(path)
+    stage, data = config.stages["dense"], config.data
+    optimizer, ema = stage.optimizer, stage.ema
+    assert optimizer is not None and ema is not None
+    assert (config.training.batch_size, stage.epochs, stage.label_smoothing) == (1024, 600, 0.1)
+    assert (optimizer.lr, optimizer.momentum, optimizer.weight_decay) == (0.5, 0.9, 2e-5)
+    assert (optimizer.schedule, optimizer.warmup_epochs, optimizer.warmup_from) == (
+        "cosine",
+        5,
+        0.01,
+    )
+    assert (data.train_size, data.resize, data.image_size) == (176, 232, 224)
+    augment = data.augment
+    assert augment.trivial_augment and (augment.random_erasing, augment.repeats) == (0.1, 4)
+    assert (augment.mixup, augment.cutmix) == (0.2, 1.0)
+    # 1 - decay, times GPUs * images of each * steps between updates / epochs
+    assert ema.decay == pytest.approx(1 - (1 - 0.99998) * 8 * 128 * 32 / 600, abs=1e-7)
+    assert (ema.every, ema.warmup) == (32, False)
+
+
+@pytest.mark.parametrize("ratio", VGG19)
+@pytest.mark.parametrize("method", ["tpp", "l1"])
+def test_vgg19(ratio: str, method: str) -> None:
+    (path,) = [path for path in COMPLETE if path.stem == f"vgg19_{method}_pr{ratio}"]
+    config, text = load_config(path), head(path)
+    dense, pruned = sizes(config, 100)
+    assert pruned is not None
+    speedup, removed = VGG19[ratio]
+    assert round(dense.macs / pruned.macs, 4) == speedup
+    assert round(100 * (1 - pruned.parameters / dense.parameters), 2) == removed
+    assert f"peedup {speedup:.4f}x" in text and f"{removed}%" in text
+    assert config.published is None and "not repeated here" in text
+    assert config.training.batch_size == 256 and config.model.num_classes == 100
+    check_finetuning(config, 5e-4, (120, [60, 90]))
+    if method == "tpp":
+        assert config.stage_method("regularize").steps() == 110_001
+        assert config.method == load("resnet56_tpp_pr0.9").method
+        assert steps_for(563, 50_000, 256) == pytest.approx(110_000, rel=2e-3)
+
+
+@pytest.mark.parametrize("path", TRANSFER, ids=by_name)
+def test_own_classes(path: Path) -> None:
+    config, text = load_config(path), head(path)
+    dense, pruned = sizes(config, 10)
+    assert pruned is not None and f"speedup {dense.macs / pruned.macs:.4f}x" in text
+    assert config.model.head == "new" and config.model.num_classes is None
+    assert [stage.kind for stage in config.stages.values()] == [
+        *("dense", "evaluate", "regularize", "prune", "finetune", "evaluate")
+    ]
+    assert f"{config.stage_method('regularize').steps():,} iterations" in text
+    assert f"--config {by_name(path)} data.root=/path/to/images" in text
