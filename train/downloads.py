@@ -62,6 +62,7 @@ def fetch(url: str, *, key: str, sha256: str | None = None) -> Path:
                 with aside.open("wb") as file:
                     shutil.copyfileobj(source, file, 1 << 20)
                 length = source.headers.get("Content-Length")
+            # torch.hub takes what there is (findings/torch_hub_keeps_half_a_download.sh).
             if length is not None and aside.stat().st_size != int(length):
                 raise OSError(
                     f"it broke off after {aside.stat().st_size:,} of {int(length):,} bytes"

@@ -183,9 +183,10 @@ def check_augment(augment: AugmentSection, images: DataSection | ImageTransform,
     colors = augment.color_jitter or augment.rand_augment or augment.trivial_augment
     if images.channels == 1 and colors:
         raise ValueError(f"{key}: color_jitter, rand_augment, trivial_augment need 3 channels")
-    side = images.image_size
+    side, side_key = images.image_size, "image_size"
     if isinstance(images, DataSection):
         side = images.training_side
+        side_key = "train_size" if images.train_size is not None else side_key
         if images.train_size is not None and not recipe.any_side:
             raise ValueError(f"data.train_size: does not go with augmentation: {name}")
     if augment.progressive is None:
@@ -196,7 +197,7 @@ def check_augment(augment: AugmentSection, images: DataSection | ImageTransform,
     if augment.progressive.start_size > side:
         raise ValueError(
             f"{key}.progressive.start_size ({augment.progressive.start_size}) must not be "
-            f"larger than image_size ({side})"
+            f"larger than {side_key} ({side})"
         )
 
 

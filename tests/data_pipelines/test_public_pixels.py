@@ -75,8 +75,8 @@ def test_evaluation_sees_timm_s_pixels(
     assert next(files, None) is None
     assert torch.cat(apart["torchvision"]).max() < 1e-3
     levels = torch.cat(apart["dali"])
-    # Measured: 99.71% of a1's values, 99.81% of tv's.
-    assert (levels < 0.01).double().mean() > 0.996 and levels.max() < 2.01
+    # Measured: 99.65% of a1's values, 99.81% of tv's; more than a level apart at most 4 in 10**7.
+    assert (levels < 0.01).double().mean() > 0.995 and levels.max() < 2.01
     assert (levels > 1.01).double().mean() < 3e-6
 
 

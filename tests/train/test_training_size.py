@@ -7,6 +7,7 @@ import pytest
 from accelerate import Accelerator
 
 from tpp.common.errors import UserError
+from tpp.common.images import ImagesSection
 from tpp.models.architecture import Architecture
 from train.config.config import Config, load_config, save_config
 from train.data import RunData, image_transform
@@ -66,6 +67,10 @@ def test_a_network_of_one_size_is_refused(tiny_config, tmp_path, name):
         ({"crop_share": 1.2}, "data.crop_share"),
         ({"interpolation": "lanczos"}, "data.interpolation"),
         ({"train_size": 0}, "data.train_size"),
+        (
+            {"train_size": 16, "augment": {"progressive": {"start_size": 24, "end_epoch": 2}}},
+            "must not be larger than train_size (16)",
+        ),
     ],
 )
 def test_what_makes_no_sense_is_refused(tiny_config, tmp_path, data, why):
@@ -84,3 +89,17 @@ def test_a_share_says_how_large_images_become(tiny_config, tmp_path):
     assert image_transform(config).interpolation == "bicubic"
     save_config(config, tmp_path / "saved.yaml")
     assert load_config(tmp_path / "saved.yaml") == config
+
+
+def test_a_share_is_of_the_side_that_the_weights_want():
+    images = ImagesSection.model_validate({"crop_share": 0.95}).completed(
+        {
+            "image_size": 288,
+            "resize": 288,
+            "mean": [0.5] * 3,
+            "std": [0.5] * 3,
+            "channels": 3,
+            "interpolation": "bicubic",
+        }
+    )
+    assert (images.image_size, images.resize, images.crop_share) == (288, 303, 0.95)

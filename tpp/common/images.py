@@ -83,7 +83,11 @@ class ImagesSection(Section):
         if "resize" not in said:
             taken |= {"resize"}
         update = {key: values[key] for key in taken if key in values and key not in said}
-        return type(self)(**{**dict(self), **update}) if update else self
+        if not update:
+            return self
+        if self.crop_share is not None:
+            update["resize"] = None  # follows from the side, which may be another now
+        return type(self)(**{**dict(self), **update})
 
     def preprocessing(self) -> dict[str, Any]:
         """What a user of the trained network must do to an image; kept in every checkpoint."""
