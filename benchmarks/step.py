@@ -180,7 +180,8 @@ def steps(setup: Setup, kinds: Mapping[str, Kind] = KINDS) -> Result:
     """Time steps of all kinds in turn."""
     torch.manual_seed(0)
     network = build_model(setup.network, setup.classes)
-    network = network.to(setup.device, memory_format=torch.channels_last)
+    network.to(setup.device)
+    network.to(memory_format=torch.channels_last)
     made = {
         name: make_step(kind, copy.deepcopy(network), copy.deepcopy(network), setup)
         for name, kind in kinds.items()
