@@ -312,7 +312,7 @@ def main() -> None:
         "small": lambda: steps(small),
         "large": lambda: steps(large),
         "loader": lambda: (
-            loader(8, 1, 1, 4) if tiny else loader(256, arguments.threads, rounds=5, batch=32)
+            loader(8, 1, 1, 4) if tiny else loader(256, arguments.threads, rounds=9, batch=32)
         ),
     }
     output = arguments.output
