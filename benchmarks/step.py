@@ -1,0 +1,332 @@
+"""What each part of the recipe costs: a training step with it, beside a plain one.
+
+    python -m benchmarks.step [--parts NAME,NAME] [--device cuda] [--precision fp32]
+                              [--batch N] [--threads N] [--output FILE]
+
+small   ResNet-20 on 32 x 32 images, batch 128, 10 classes
+large   ResNet-50 on 224 x 224 images, batch 16 (on a GPU: 128), 1000 classes
+loader  images per second, not steps: the ImageNet augmentation at 224 pixels with TrivialAugment,
+        with RandAugment, and at 176 pixels, beside the same without them, on photos made here
+
+A plain step is forward and backward of cross entropy, and SGD with momentum, on a batch that is
+there. The others have one thing more or another thing each: distillation (the teacher is the same
+network), the weights' moving average, BCE, AdamW, LAMB, no weight decay of norms and biases; and
+"recipe" has logits, average and groups at once.
+
+All take turns, step by step, each with a network of its own; a figure is the median time of a plain
+step over that of the other one, so that 0.8 is a fifth less throughput. Results go to
+benchmarks/results/step.json.
+"""
+
+import argparse
+import contextlib
+import copy
+import json
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from data_pipelines.images.batch import LoaderSettings
+from data_pipelines.images.image_index import scan_class_folders
+from data_pipelines.images.order import Steps
+from data_pipelines.loaders import resolve_loader, train_batches, training_order
+from data_pipelines.loading.augment import ImageTransform
+from data_pipelines.settings import AugmentSection, RandAugment
+from tpp.common.errors import UserError, run_command
+from tpp.common.paths import user_path
+from tpp.models.architecture import build_model, example_input_for
+from train.config.ema import EmaSection
+from train.config.optimizer import OptimizerSection
+from train.distillation.distillation import Distillation
+from train.distillation.settings import DistillSection
+from train.loop.average import WeightAverage
+from train.loop.optim import make_optimizer
+from train.tasks.classification import Classification
+
+RESULTS = Path(__file__).parent / "results" / "step.json"
+PARTS = ("small", "large", "loader")
+PLAIN = "plain"
+# That of public networks; how it is done costs the same whatever it is.
+PREPROCESSING = {"channels": 3, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of step.
+
+    Attributes:
+        loss: of the task.
+        optimizer: its settings.
+        distill, ema: as in a stage.
+    """
+
+    loss: str = "cross_entropy"
+    optimizer: OptimizerSection = field(default_factory=lambda: OptimizerSection(lr=1e-4))
+    distill: DistillSection | None = None
+    ema: EmaSection | None = None
+
+
+_UNDECAYED = OptimizerSection(lr=1e-4, decay_norms_and_biases=False)
+KINDS = {
+    PLAIN: Kind(),
+    "distillation, logits": Kind(distill=DistillSection()),
+    "distillation, features": Kind(distill=DistillSection(kind="features")),
+    "EMA": Kind(ema=EmaSection()),
+    "BCE": Kind(loss="bce"),
+    "AdamW": Kind(optimizer=OptimizerSection(name="adamw", lr=1e-4)),
+    "LAMB": Kind(optimizer=OptimizerSection(name="lamb", lr=1e-4)),
+    "no decay of norms": Kind(optimizer=_UNDECAYED),
+    "recipe": Kind(optimizer=_UNDECAYED, distill=DistillSection(), ema=EmaSection()),
+}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is measured and where.
+
+    Attributes:
+        network: its name.
+        classes: of it.
+        side: of the images, in pixels.
+        batch: images per step.
+        rounds: timed steps of each kind.
+        device: ``cpu`` or ``cuda``.
+        precision: ``fp32`` or ``bf16`` autocast.
+    """
+
+    network: str
+    classes: int
+    side: int
+    batch: int
+    rounds: int
+    device: str
+    precision: str
+
+
+def make_step(
+    kind: Kind, student: nn.Module, teacher: nn.Module, setup: Setup
+) -> Callable[[], Any]:
+    """What makes one step of a kind with a network; the teacher may get hooks."""
+    student.train()
+    task = Classification(Classification.settings_type()).with_loss(kind.loss)
+    optimizer = make_optimizer(student, kind.optimizer)
+    average = WeightAverage(student, kind.ema) if kind.ema is not None else None
+    distillation = None
+    if kind.distill is not None:
+        distillation = Distillation(
+            kind.distill,
+            student,
+            teacher.eval().requires_grad_(False),
+            example=example_input_for(student, side=setup.side),
+            preprocessing=PREPROCESSING,
+            key="distill",
+        )
+    shape = setup.batch, 3, setup.side, setup.side
+    images = torch.randn(shape).to(setup.device, memory_format=torch.channels_last)
+    labels = torch.randint(0, setup.classes, (setup.batch,)).to(setup.device)
+    steps = 0
+
+    def autocast() -> contextlib.AbstractContextManager[Any]:
+        lower = setup.precision == "bf16"
+        return torch.autocast(setup.device, torch.bfloat16) if lower else contextlib.nullcontext()
+
+    def forward(inputs: Tensor) -> Tensor:
+        with autocast():
+            outputs: Tensor = student(inputs)
+        return outputs.float()
+
+    def step() -> None:
+        nonlocal steps
+        loss, outputs = task.loss(forward, (images, labels))
+        if distillation is not None:
+            with autocast():
+                loss = distillation.task_share * loss + distillation.term(images, outputs)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        steps += 1
+        if average is not None:
+            average.update(steps)
+
+    return step
+
+
+def _seconds(step: Callable[[], Any], device: str) -> float:
+    """From an idle device to an idle device."""
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    wait()
+    started = time.perf_counter()
+    step()
+    wait()
+    return time.perf_counter() - started
+
+
+def steps(setup: Setup, kinds: Mapping[str, Kind] = KINDS) -> Result:
+    """Time steps of all kinds in turn."""
+    torch.manual_seed(0)
+    network = build_model(setup.network, setup.classes)
+    network = network.to(setup.device, memory_format=torch.channels_last)
+    made = {
+        name: make_step(kind, copy.deepcopy(network), copy.deepcopy(network), setup)
+        for name, kind in kinds.items()
+    }
+    taken: dict[str, list[float]] = {name: [] for name in made}
+    for turn in range(setup.rounds + 2):
+        for name, step in made.items():
+            seconds = _seconds(step, setup.device)
+            if turn > 1:  # the first ones make the optimiser's state and the first average
+                taken[name].append(seconds)
+    return _beside_plain({name: statistics.median(times) for name, times in taken.items()}, "step")
+
+
+def _beside_plain(medians: Mapping[str, float], what: str) -> Result:
+    return {
+        name: {f"{what}_ms": 1e3 * seconds, "throughput": medians[PLAIN] / seconds}
+        for name, seconds in medians.items()
+    }
+
+
+def loader(images: int, threads: int, rounds: int, batch: int) -> Result:
+    """Time batches of training images in turn, of each way to augment them."""
+    plain = AugmentSection()
+    ways = {
+        PLAIN: (224, plain),
+        "TrivialAugment": (224, AugmentSection(trivial_augment=True)),
+        "RandAugment": (224, AugmentSection(rand_augment=RandAugment())),
+        "176 pixels": (176, plain),
+    }
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as open_loaders:
+        make_photos(Path(folder), images)
+        index = scan_class_folders(Path(folder))
+        settings = LoaderSettings(resolve_loader("auto"), threads, torch.device("cpu"))
+        transform = ImageTransform(
+            image_size=224, resize=None, augmentation="imagenet", mean=(0.5,) * 3, std=(0.25,) * 3
+        )
+        per_round = max(1, images // batch)
+        streams = {
+            name: open_loaders.enter_context(
+                contextlib.closing(
+                    train_batches(
+                        index,
+                        replace(transform, image_size=side, augment=augment),
+                        training_order(index, 0),
+                        Steps(batch, 1, 0, 2 + (rounds + 1) * per_round),
+                        settings,
+                    )
+                )
+            )
+            for name, (side, augment) in ways.items()
+        }
+        taken: dict[str, list[float]] = {name: [] for name in ways}
+        for turn in range(rounds + 1):
+            for name, stream in streams.items():
+                next(stream)  # what was made ahead while others had their turn is not timed
+                started = time.perf_counter()
+                for _ in range(per_round):
+                    next(stream)
+                if turn:
+                    taken[name].append((time.perf_counter() - started) / per_round)
+    return _beside_plain({name: statistics.median(times) for name, times in taken.items()}, "batch")
+
+
+def make_photos(folder: Path, images: int) -> None:
+    """Class folders of JPEG files of 500 x 375 pixels, smooth noise."""
+    numbers = np.random.default_rng(0)
+    for number in range(images):
+        coarse = Image.fromarray(numbers.integers(0, 256, (94, 125, 3), dtype=np.uint8))
+        place = folder / f"class{number % 2}"
+        place.mkdir(exist_ok=True)
+        coarse.resize((500, 375), Image.Resampling.BICUBIC).save(
+            place / f"{number}.jpg", quality=90
+        )
+
+
+def _show(results: Mapping[str, Result]) -> None:
+    console = Console(width=None if sys.stdout.isatty() else 100, highlight=False)
+    for part, rows in results.items():
+        table = Table(title=part, title_justify="left", box=None, pad_edge=False)
+        table.add_column("")
+        for heading in ("ms", "throughput beside plain"):
+            table.add_column(heading, justify="right")
+        for name, row in rows.items():
+            milliseconds = next(value for key, value in row.items() if key.endswith("_ms"))
+            table.add_row(name, f"{milliseconds:,.1f}", f"{row['throughput']:.3f}")
+        console.print(table)
+        console.print()
+
+
+def main() -> None:
+    """Run the parts and write what they measured."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.step",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
+    parser.add_argument("--batch", type=int, help="images per step of the part 'large'")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of PyTorch")
+    parser.add_argument("--tiny", action="store_true", help="tiny sizes, to try the script")
+    parser.add_argument("--output", type=user_path, default=RESULTS)
+    arguments = parser.parse_args()
+    device, tiny = arguments.device, arguments.tiny
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch finds no CUDA GPU on this machine; use cpu")
+    if arguments.batch is not None and arguments.batch < 1:
+        raise UserError(f"--batch must be at least 1, not {arguments.batch}")
+    torch.set_num_threads(arguments.threads)
+    chosen = arguments.parts.split(",")
+    unknown = [part for part in chosen if part not in PARTS]
+    if unknown:
+        raise UserError(f"--parts: no part {unknown[0]!r}; there are: {', '.join(PARTS)}")
+    on_gpu = device == "cuda"
+    where = {"device": device, "precision": arguments.precision}
+    small = Setup("cifar_resnet20", 10, 32, 128, 50 if on_gpu else 15, **where)
+    large = Setup("resnet50", 1000, 224, 128 if on_gpu else 16, 30 if on_gpu else 5, **where)
+    large = replace(large, batch=arguments.batch or large.batch)
+    if tiny:
+        small = replace(small, network="cifar_resnet8", batch=2, rounds=1)
+        large = replace(large, network="resnet18", side=64, batch=2, rounds=1)
+    todo: dict[str, Callable[[], Result]] = {
+        "small": lambda: steps(small),
+        "large": lambda: steps(large),
+        "loader": lambda: (
+            loader(8, 1, 1, 4) if tiny else loader(256, arguments.threads, rounds=5, batch=32)
+        ),
+    }
+    output = arguments.output
+    results = json.loads(output.read_text()) if output.exists() else {}
+    for part in chosen:
+        print(f"measuring {part} ...", file=sys.stderr)
+        results[part] = todo[part]()
+        results["on"] = {
+            "machine": platform.machine(),
+            "gpu": torch.cuda.get_device_name() if on_gpu else None,
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "precision": arguments.precision,
+            "batch": {"small": small.batch, "large": large.batch},
+        }
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(results, indent=1) + "\n")
+    _show({part: results[part] for part in chosen})
+
+
+if __name__ == "__main__":
+    run_command(main)
