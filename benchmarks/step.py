@@ -180,7 +180,8 @@ def steps(setup: Setup, kinds: Mapping[str, Kind] = KINDS) -> Result:
     """Time steps of all kinds in turn."""
     torch.manual_seed(0)
     network = build_model(setup.network, setup.classes)
-    network = network.to(setup.device, memory_format=torch.channels_last)
+    network.to(setup.device)
+    network.to(memory_format=torch.channels_last)
     made = {
         name: make_step(kind, copy.deepcopy(network), copy.deepcopy(network), setup)
         for name, kind in kinds.items()
@@ -218,6 +219,9 @@ def loader(images: int, threads: int, rounds: int, batch: int) -> Result:
             image_size=224, resize=None, augmentation="imagenet", mean=(0.5,) * 3, std=(0.25,) * 3
         )
         per_round = max(1, images // batch)
+        # What was made while the others had their turn is not timed; torchvision's workers each
+        # make batches ahead.
+        ahead = settings.prefetch * threads + 1
         streams = {
             name: open_loaders.enter_context(
                 contextlib.closing(
@@ -225,7 +229,7 @@ def loader(images: int, threads: int, rounds: int, batch: int) -> Result:
                         index,
                         replace(transform, image_size=side, augment=augment),
                         training_order(index, 0),
-                        Steps(batch, 1, 0, 2 + (rounds + 1) * per_round),
+                        Steps(batch, 1, 0, (rounds + 1) * (per_round + ahead)),
                         settings,
                     )
                 )
@@ -235,7 +239,8 @@ def loader(images: int, threads: int, rounds: int, batch: int) -> Result:
         taken: dict[str, list[float]] = {name: [] for name in ways}
         for turn in range(rounds + 1):
             for name, stream in streams.items():
-                next(stream)  # what was made ahead while others had their turn is not timed
+                for _ in range(ahead):
+                    next(stream)
                 started = time.perf_counter()
                 for _ in range(per_round):
                     next(stream)

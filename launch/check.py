@@ -126,7 +126,12 @@ def check(config: "Config", request: Request, *, data_on_nodes: bool = False) ->
     Raises:
         UserError: names what to change.
     """
-    from train.preflight import check_optimizers, check_plans, check_training_size
+    from train.preflight import (
+        check_image_sizes,
+        check_optimizers,
+        check_plans,
+        check_training_size,
+    )
     from train.teachers import check_teachers, teachers_exist
     from train.weights import starting_weights_exist
 
@@ -141,6 +146,7 @@ def check(config: "Config", request: Request, *, data_on_nodes: bool = False) ->
         check_plans(config, architecture)
         check_optimizers(config, architecture)
         check_training_size(config, architecture)
+        check_image_sizes(config, architecture)
         check_teachers(config, architecture)
     if not data_on_nodes and config.data.demo is None:
         check_data(config)

@@ -336,8 +336,14 @@ def _draw_rivals(
         label = None if number else "dense at fewer pixels"
         axes.plot(macs, scores, "o-", color=_PALE, markersize=4, linewidth=1.5, label=label)
         for x, y, point in zip(macs, scores, curve, strict=True):
-            place = {"xytext": (5, -10), "textcoords": "offset points"}
-            axes.annotate(f"{point.pixels}", (x, y), color=_PALE, fontsize=8, **place)
+            axes.annotate(
+                f"{point.pixels}",
+                (x, y),
+                xytext=(5, -10),
+                textcoords="offset points",
+                color=_PALE,
+                fontsize=8,
+            )
     for run in runs:
         for row in network_rows(run.results):
             if row.stage and row.macs and row.score is not None:
