@@ -12,7 +12,7 @@ from tpp.checkpoints.model_file import find_metadata, load_model
 from tpp.checkpoints.prune_file import read_dense
 from tpp.checkpoints.sources import load_weights
 from tpp.common.errors import UserError
-from tpp.common.images import ImagesSection
+from tpp.common.images import CROP_MODES, ImagesSection
 from tpp.models.architecture import Architecture, architecture_of, as_published, build_model
 from tpp.models.classifier import classifier_tensors, with_new_classifier
 from tpp.models.preparation import TIMM
@@ -157,8 +157,13 @@ def notes_on_images(model: ModelSection, images: ImagesSection) -> list[str]:
     Raises:
         UserError: there are no such weights.
     """
-    wanted, notes = wanted_preparation(model, KEY), []
-    for name, value in (wanted or {}).items():
+    wanted, notes = wanted_preparation(model, KEY) or {}, []
+    if wanted.get("crop_mode", CROP_MODES[0]) != CROP_MODES[0]:
+        notes.append(
+            f"{KEY}: {model.checkpoint} wants crop_mode {wanted['crop_mode']}, and a run cuts "
+            f"images from the {CROP_MODES[0]}"
+        )
+    for name, value in wanted.items():
         own = getattr(images, name, None)
         if name in images.model_fields_set and own != value:
             notes.append(

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, MultiStepLR, SequentialLR
 
 from tpp.common.errors import UserError
-from train.config.config import steps_for
+from train.config.config import Config, steps_for
 from train.config.optimizer import OptimizerSection
 from train.loop.optim import check_optimizer, learning_rate, make_optimizer
 
@@ -180,7 +180,13 @@ def test_the_batch_rule_of_each_optimiser(name, factor, lr):
     assert larger.warmup_from * larger.lr == pytest.approx(0.1), "from the reference's"
 
 
-def test_the_batch_rule_refuses_what_nobody_knows():
+def test_the_batch_rule_refuses_what_nobody_knows(tiny_config):
+    tiny_config["stages"]["finetune"]["optimizer"] |= {"name": "lion"}
+    tiny_config["training"] |= {"batch": "reference", "reference_batch_size": 8}
+    with pytest.raises(
+        ValidationError, match=r"stages\.finetune\.optimizer\.name: how the learning"
+    ):
+        Config.model_validate(tiny_config)
     section = OptimizerSection(name="lion", lr=0.1)
     with pytest.raises(ValueError, match="rate of lion follows the batch is not known"):
         section.for_batch(Fraction(2), warmup_epochs=5.0, stage_epochs=90)

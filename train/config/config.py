@@ -280,6 +280,8 @@ class Config(Section):
         except ValidationError as error:
             key = f"stages.{name}.optimizer"
             raise ValueError(self._beyond(error, OptimizerSection, key)) from None
+        except ValueError as error:  # nothing is known of such a batch
+            raise ValueError(f"stages.{name}.optimizer.{error}") from None
 
     def stage_ema(self, name: str) -> EmaSection | None:
         """The moving average of training stage ``name``, for the batch there is; None for none.

@@ -2,6 +2,7 @@
 
 import io
 import itertools
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple, TypeGuard
 
@@ -114,7 +115,8 @@ def _branches(run: RunRecord, label: str) -> list[_Branch]:
         stages.setdefault(name, StageResult(kind="unknown", input=before))
     passed = {name for last in logged for name in chain_of(stages, last)[:-1]}
     ends = [name for name in logged if name not in passed]
-    found = []
+    titles = {end: method_title(stages, end) or end for end in ends}
+    times, found = Counter(titles.values()), []
     for end in ends:
         starts: dict[str, int] = {}
         position, pruned_at = 0, None
@@ -124,7 +126,9 @@ def _branches(run: RunRecord, label: str) -> list[_Branch]:
             if name in logged:
                 starts[name] = position
                 position += stages[name].steps or _last_step(run, name)
-        title = "" if label and len(ends) == 1 else method_title(stages, end) or end
+        title = "" if label and len(ends) == 1 else titles[end]
+        if times[titles[end]] > 1:  # one method, finetuned in several ways
+            title = f"{title} ({end})"
         found.append(_Branch(run, f"{label} {title}".strip(), starts, pruned_at, position))
     return found
 
