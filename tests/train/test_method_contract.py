@@ -33,8 +33,14 @@ def stages_of(name: str, grave: Path | None) -> dict[str, Any]:
     if grave is not None:
         dies_in = "finetune" if late else "regularize"
         method |= {"dies_at": 5, "grave": str(grave / name), "dies_in": dies_in}
-    regularize = {"optimizer": {"lr": 0.05}, "epochs": 1}
-    finetune = {"optimizer": {"lr": 0.02}, "epochs": 1 if late else 0.5}
+    # Averages go the same ways as weights: modified, cut, gathered, resumed.
+    averages = {"decay": 0.9, "warmup": False}
+    regularize = {"optimizer": {"lr": 0.05}, "epochs": 1, "ema": averages}
+    finetune = {
+        "optimizer": {"lr": 0.02},
+        "epochs": 1 if late else 0.5,
+        "ema": {"decay": 0.8, "every": 2},
+    }
     stages = {} if late else {"regularize": regularize}
     if name != "toy_melting":
         stages["prune"] = {}
@@ -83,6 +89,8 @@ def test_every_kind_of_method_is_killed_and_goes_on_to_the_bit(
             one, other = (load_file(run / stage / "model.safetensors") for run in (whole, broken))
             assert one.keys() == other.keys()
             assert all(one[key].equal(other[key]) for key in one), stage
+            if stage.endswith(("_regularize", "_finetune")):
+                assert any(key.startswith(("ema:", "raw:")) for key in one), stage
     check_what_they_made(whole)
 
 
