@@ -10,7 +10,6 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +22,7 @@ from tpp.common.files import write_whole
 from tpp.common.outputs import check_output
 from tpp.common.paths import user_path
 from tpp.describe import make_console
+from tpp.measure.curves import place_of_cost
 
 if TYPE_CHECKING:
     from torch import nn
@@ -168,18 +168,18 @@ def _measure_rows(
 def size_at_time(curve: Sequence[tuple[int, float]], seconds: float) -> float | None:
     """The side of the images at which the dense network takes a time, in pixels.
 
-    Interpolated linearly between the two nearest sizes that were measured; None beyond them. Where
-    times are not in the order of the sizes, the two largest that the time lies between count.
+    Interpolated linearly, see :func:`tpp.measure.curves.place_of_cost`; None beyond what was
+    measured.
 
     Args:
         curve: sides in pixels, and seconds.
         seconds: the time.
     """
-    for (size, time), (smaller, shorter) in pairwise(sorted(curve, reverse=True)):
-        if min(time, shorter) <= seconds <= max(time, shorter):
-            share = (seconds - shorter) / (time - shorter) if time != shorter else 1.0
-            return smaller + share * (size - smaller)
-    return None
+    place = place_of_cost(curve, seconds)
+    if place is None:
+        return None
+    smaller, larger, share = place
+    return smaller + share * (larger - smaller)
 
 
 _HEADINGS = (

@@ -6,12 +6,12 @@ linearly between the two nearest sizes that were measured; beyond them nothing i
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tpp.common.errors import UserError
 from tpp.common.reading import read_json
+from tpp.measure.curves import place_of_cost
 from train.config.stage_kinds import stage_kind
 from train.reporting.rows import RunRecord, SummaryRow, chain_of, network_rows
 from train.run_folder.results import NetworkResult, Results, StageResult
@@ -47,20 +47,19 @@ def interpolated(points: Sequence[Measured], cost: float) -> Between | None:
     """What the dense network scores at a cost; None beyond the sizes that were measured.
 
     Args:
-        points: of the curve, in any order. Where times are not in the order of the sizes, the
-            two largest sizes that the cost lies between count.
-        cost: see :class:`Measured`.
+        points: of the curve, in any order.
+        cost: see :class:`Measured`, and :func:`tpp.measure.curves.place_of_cost`.
     """
-    for larger, smaller in pairwise(sorted(points, key=lambda p: p.pixels, reverse=True)):
-        for point in (larger, smaller):
-            if cost == point.cost:
-                return Between(point.score, (point.pixels, point.pixels))
-        low, high = sorted((larger, smaller))
-        if low.cost < cost < high.cost:
-            share = (cost - low.cost) / (high.cost - low.cost)
-            score = low.score + share * (high.score - low.score)
-            return Between(score, (smaller.pixels, larger.pixels))
-    return None
+    place = place_of_cost([(point.pixels, point.cost) for point in points], cost)
+    if place is None:
+        return None
+    scores = {point.pixels: point.score for point in points}
+    smaller, larger, share = place
+    if share in (0, 1):  # at one of them
+        side = larger if share else smaller
+        return Between(scores[side], (side, side))
+    score = scores[smaller] + share * (scores[larger] - scores[smaller])
+    return Between(score, (smaller, larger))
 
 
 def dense_curves(results: Results) -> dict[str | None, list[Measured]]:
