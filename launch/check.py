@@ -126,13 +126,8 @@ def check(config: "Config", request: Request, *, data_on_nodes: bool = False) ->
     Raises:
         UserError: names what to change.
     """
-    from train.preflight import (
-        check_image_sizes,
-        check_optimizers,
-        check_plans,
-        check_training_size,
-    )
-    from train.teachers import check_teachers, teachers_exist
+    from train.preflight import check_network
+    from train.teachers import teachers_exist
     from train.weights import starting_weights_exist
 
     if request.ranks is not None:
@@ -143,11 +138,7 @@ def check(config: "Config", request: Request, *, data_on_nodes: bool = False) ->
     teachers_exist(config)
     architecture = config.make_task().architecture(config.model)
     if architecture is not None:
-        check_plans(config, architecture)
-        check_optimizers(config, architecture)
-        check_training_size(config, architecture)
-        check_image_sizes(config, architecture)
-        check_teachers(config, architecture)
+        check_network(config, architecture)
     if not data_on_nodes and config.data.demo is None:
         check_data(config)
     if not request.elsewhere:

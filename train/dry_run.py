@@ -20,13 +20,10 @@ from train.config.batch_rule import describe
 from train.config.config import Config
 from train.data import image_place, look_at_images
 from train.preflight import (
-    check_image_sizes,
-    check_optimizers,
-    check_plans,
-    check_training_size,
+    check_network,
     only_prunes,
 )
-from train.teachers import check_teachers, open_teachers
+from train.teachers import open_teachers
 from train.weights import load_starting_weights, notes_on_images, weights_missing_here
 
 _RANKS = 8  # that shares are shown for, where nobody says how many there are to be
@@ -52,11 +49,7 @@ def dry_run(config: Config, *, ranks: int | None = None) -> None:
     # A pipe has no width; 100 columns keep every row on one line there.
     console = Console(width=None if sys.stdout.isatty() else 100, highlight=False)
     architecture = _architecture(config)
-    plan = check_plans(config, architecture)
-    check_optimizers(config, architecture)
-    check_training_size(config, architecture)
-    check_image_sizes(config, architecture)
-    check_teachers(config, architecture)
+    plan = check_network(config, architecture)
     missing = _open_what_is_there(config, architecture)
     for note in notes_on_images(config.model, config.data):
         console.print(note, markup=False)

@@ -67,11 +67,7 @@ def preflight(config: Config, accelerator: "Accelerator", stages: Iterable[str])
     task = config.make_task()
     known = task.architecture(config.model)
     if known is not None and from_main_rank(accelerator, lambda: only_prunes(config, stages)):
-        check_plans(config, known)
-        check_optimizers(config, known, splits=splits)
-        check_training_size(config, known)
-        check_image_sizes(config, known)
-        check_teachers(config, known)
+        check_network(config, known, splits=splits)
         return Preflight(None, known)
     if config.data.demo:
         with accelerator.local_main_process_first():  # the others find it there
@@ -82,11 +78,7 @@ def preflight(config: Config, accelerator: "Accelerator", stages: Iterable[str])
     index = data.train.index
     architecture = task.architecture(config.model, len(index.classes), str(index.root))
     assert architecture is not None
-    check_plans(config, architecture)
-    check_optimizers(config, architecture, splits=splits)
-    check_training_size(config, architecture)
-    check_image_sizes(config, architecture)
-    check_teachers(config, architecture)
+    check_network(config, architecture, splits=splits)
     # What is needed in days should not be found damaged then.
     from_main_rank(accelerator, lambda: open_teachers(config, architecture, download=True))
     return Preflight(data, architecture)
@@ -97,6 +89,27 @@ def only_prunes(config: Config, stages: Iterable[str]) -> bool:
     folder = Path(config.output)
     left = [config.stages[name] for name in stages if not (folder / name / "done.json").exists()]
     return bool(left) and not any(stage.does.needs_images or stage.input is None for stage in left)
+
+
+def check_network(
+    config: Config, architecture: Architecture, *, splits: bool = False
+) -> PruningPlan | None:
+    """Check all that a configuration asks of its network; returns the plan's widths.
+
+    Args:
+        config: what to run.
+        architecture: the dense network.
+        splits: see :func:`check_optimizers`.
+
+    Raises:
+        UserError: of the checks that follow.
+    """
+    plan = check_plans(config, architecture)
+    check_optimizers(config, architecture, splits=splits)
+    check_training_size(config, architecture)
+    check_image_sizes(config, architecture)
+    check_teachers(config, architecture)
+    return plan
 
 
 def check_plans(config: Config, architecture: Architecture) -> PruningPlan | None:
@@ -152,6 +165,8 @@ def check_image_sizes(config: Config, architecture: Architecture) -> None:
     Raises:
         UserError: it does not; names the key.
     """
+    if not any(stage.image_sizes for stage in config.stages.values()):
+        return
     model = build_on_meta(architecture)
     for name, stage in config.stages.items():
         for size in stage.image_sizes or ():
@@ -176,14 +191,15 @@ def check_optimizers(config: Config, architecture: Architecture, *, splits: bool
     Raises:
         UserError: it does not; names the key.
     """
-    model = build_on_meta(architecture)
     for name, stage in config.stages.items():
         if not stage.does.trains:
             continue
         settings, key = config.stage_optimizer(name), f"stages.{name}.optimizer"
         check_optimizer(settings, key, split=splits)
+        if not settings.asks_network:
+            continue
         try:
-            parameter_groups(model, settings)
+            parameter_groups(build_on_meta(architecture), settings)
         except UserError as error:
             raise UserError(f"{key}.{error}") from None
 

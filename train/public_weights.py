@@ -8,13 +8,14 @@ from torch import nn
 from tpp.checkpoints.sources import load_weights
 from tpp.common.errors import UserError, reason_of
 from tpp.models.architecture import (
+    TIMM,
     Architecture,
     build_model,
     build_on_meta,
     set_architecture,
     set_preprocessing,
 )
-from tpp.models.preparation import HUB, TIMM, TORCHVISION, assumed_preparation, hub_config
+from tpp.models.preparation import HUB, TORCHVISION, assumed_preparation, hub_config
 from tpp.models.settings import ModelSection
 from train.downloads import fetch, place_of
 
@@ -52,8 +53,8 @@ def wanted_preparation(model: ModelSection, key: str) -> dict[str, Any] | None:
     return _prepared(source, _architecture(source, key, dict(model.args)), key)
 
 
-def outline(source: str, key: str) -> nn.Module | None:
-    """The network of public weights without them, on the meta device; None where no name tells.
+def published(source: str, key: str) -> Architecture | None:
+    """Which network public weights are of; None of the Hub's, where no name tells.
 
     Args:
         source: see :func:`is_public`.
@@ -65,7 +66,14 @@ def outline(source: str, key: str) -> nn.Module | None:
     if source.startswith(HUB):
         _check_revision(source, key)
         return None
-    architecture = _architecture(source, key)
+    return _architecture(source, key)
+
+
+def outline(source: str, key: str) -> nn.Module | None:
+    """That network without weights, on the meta device, with their preprocessing; or None."""
+    architecture = published(source, key)
+    if architecture is None:
+        return None
     network = build_on_meta(architecture)
     set_preprocessing(network, _prepared(source, architecture, key))
     return network

@@ -20,7 +20,7 @@ from train.config.config import Config
 from train.distillation.distillation import Distillation
 from train.distillation.settings import DENSE, LOGITS, DistillSection
 from train.public_weights import is_public, load_public, missing_here, outline
-from train.tasks.class_names import few
+from train.tasks.class_names import note_on_order
 
 
 def teachers_exist(config: Config) -> None:
@@ -168,10 +168,7 @@ def load_teacher(
         for note in load_weights(network, source):
             say(f"{key}: {source}: {note}")
         return network.float()
-    names = info.extra.get("classes")
-    if isinstance(names, list) and len(names) == len(folders) and names != folders:
-        say(
-            f"{key}: {source} is of the classes {few(names)}, the class folders are "
-            f"{few(folders)}: its outputs are taken for them in this order"
-        )
+    other_order = note_on_order(info.extra.get("classes"), folders, f"{key}: {source}")
+    if other_order is not None:
+        say(other_order)
     return load_model(source).float()

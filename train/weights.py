@@ -13,19 +13,24 @@ from tpp.checkpoints.prune_file import read_dense
 from tpp.checkpoints.sources import load_weights
 from tpp.common.errors import UserError
 from tpp.common.images import CROP_MODES, ImagesSection
-from tpp.models.architecture import Architecture, architecture_of, as_published, build_model
+from tpp.models.architecture import (
+    TIMM,
+    Architecture,
+    architecture_of,
+    as_published,
+    build_model,
+)
 from tpp.models.classifier import classifier_tensors, with_new_classifier
-from tpp.models.preparation import TIMM
 from tpp.models.settings import ModelSection
 from train.downloads import check_hash, fetch, place_of
 from train.public_weights import (
     load_public,
     missing_here,
     named,
-    outline,
+    published,
     wanted_preparation,
 )
-from train.tasks.class_names import few
+from train.tasks.class_names import few, note_on_order
 
 KEY = "model.checkpoint"
 # Names of a URL's parameters that grant access, those of signed links among them.
@@ -44,12 +49,9 @@ def starting_weights_exist(model: ModelSection) -> None:
         return
     source = named(model)
     if source is not None:
-        network = outline(source, KEY)
-        published = architecture_of(network) if network is not None else None
-        if published is not None and _plain_name(published.name) != _plain_name(model.name):
-            raise UserError(
-                f"{KEY}: {checkpoint} is of {published.name}, and model.name is {model.name!r}"
-            )
+        found = published(source, KEY)
+        if found is not None:
+            _check_name(source, found, model.name)
     elif _is_url(checkpoint):
         _holds_no_secret(checkpoint)
     elif not Path(checkpoint).exists():
@@ -94,10 +96,7 @@ def load_starting_weights(
         found = load_public(source, key=KEY, say=say, args=dict(architecture.args))
         of_source = architecture_of(found)
         assert of_source is not None
-        if _plain_name(of_source.name) != _plain_name(architecture.name):
-            raise UserError(
-                f"{KEY}: {source} is of {of_source.name}, and model.name is {model.name!r}"
-            )
+        _check_name(source, of_source, model.name)
         return _with_classes(found.state_dict(), of_source, architecture, model, seed, say)
     path = _local_file(model)
     if model.head == "new":
@@ -143,12 +142,7 @@ def note_on_classes(model: ModelSection, folders: list[str]) -> str | None:
         return None
     info = find_metadata(model.checkpoint)
     names = info.extra.get("classes") if info is not None else None
-    if not isinstance(names, list) or len(names) != len(folders) or names == folders:
-        return None
-    return (
-        f"{KEY}: {model.checkpoint} is of the classes {few(names)}, the class folders "
-        f"are {few(folders)}: its outputs are taken for them in this order"
-    )
+    return note_on_order(names, folders, f"{KEY}: {model.checkpoint}")
 
 
 def notes_on_images(model: ModelSection, images: ImagesSection) -> list[str]:
@@ -211,6 +205,11 @@ def _other_classes(path: Path, architecture: Architecture) -> bool:
 def _in_words(architecture: Architecture) -> str:
     arguments = f", {dict(architecture.args)}" if architecture.args else ""
     return f"{architecture.name} ({architecture.output}{arguments})"
+
+
+def _check_name(source: str, found: Architecture, name: str) -> None:
+    if _plain_name(found.name) != _plain_name(name):
+        raise UserError(f"{KEY}: {source} is of {found.name}, and model.name is {name!r}")
 
 
 def _plain_name(name: str) -> str:

@@ -59,7 +59,8 @@ _PUBLISHED_ARGS: dict[str, dict[str, Any]] = {
     "googlenet": {"transform_input": True},
     "inception_v3": {"transform_input": True},
 }
-_TIMM = "timm:"
+# Before the names of timm's networks.
+TIMM = "timm:"
 # With these a constructor fetches weights or opens a file.
 _LOADING_ARGS = ("weights", "pretrained", "checkpoint_path", "cache_dir")
 # Several times what any network has; building one with a depth of millions would never end.
@@ -335,11 +336,11 @@ def input_shape(name: str, **args: Any) -> tuple[int, int, int]:
 
 
 def _input_shape(name: str, args: Mapping[str, Any]) -> tuple[Any, ...]:
-    if name.startswith(_TIMM):
+    if name.startswith(TIMM):
         _builder(name)
         import timm
 
-        config = timm.get_pretrained_cfg(name.removeprefix(_TIMM))
+        config = timm.get_pretrained_cfg(name.removeprefix(TIMM))
         channels, height, width = config.input_size if config else (3, 224, 224)
         size = args.get("img_size", (height, width))
         sides = size if isinstance(size, list | tuple) else (size, size)
@@ -438,8 +439,8 @@ def _bounded() -> Iterator[None]:
 
 
 def _builder(name: str) -> Callable[..., nn.Module]:
-    if name.startswith(_TIMM):
-        return _timm_builder(name.removeprefix(_TIMM))
+    if name.startswith(TIMM):
+        return _timm_builder(name.removeprefix(TIMM))
     if name in _OWN_MODELS:
         return _OWN_MODELS[name]
     if name in _IMAGE_MODELS:
@@ -468,7 +469,7 @@ def _suggestion(name: str) -> str:
 
         # With the tag of its weights, as in resnet18.a1_in1k, or without.
         if timm.is_model(name) and timm.get_pretrained_cfg(name):
-            return f"timm has it: {_TIMM}{name}"
+            return f"timm has it: {TIMM}{name}"
     except (ImportError, RuntimeError, ValueError):  # not there, or no such tag
         pass
     return _nearest(name, model_names())

@@ -21,6 +21,7 @@ from tpp.common.errors import UserError, reason_of
 from tpp.common.images import CROP_MODES, INTERPOLATIONS
 from tpp.models.architecture import (
     LARGEST_IMAGE,
+    TIMM,
     Architecture,
     gives_images,
     input_shape,
@@ -28,8 +29,8 @@ from tpp.models.architecture import (
 )
 
 _NEEDED = {"image_size", "resize", "mean", "std", "channels"}
-# How public weights are named: torchvision's, timm's, those of a repository on the Hub.
-TORCHVISION, TIMM, HUB = "torchvision:", "timm:", "hf-hub:"
+# How public weights are named, beside timm's: torchvision's, those of a repository on the Hub.
+TORCHVISION, HUB = "torchvision:", "hf-hub:"
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
 

@@ -130,6 +130,11 @@ class OptimizerSection(Section):
             raise ValueError("milestones must be in rising order")
         return self
 
+    @property
+    def asks_network(self) -> bool:
+        """Whether a network may have no answer to it: which layers it has, which classifier."""
+        return self.layer_decay is not None or self.head_lr_factor != 1
+
     def for_batch(
         self, factor: Fraction, *, warmup_epochs: float, stage_epochs: float | None
     ) -> Self:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tpp.common.errors import UserError, printable
 
@@ -135,6 +135,22 @@ def _ranks(numbers: Sequence[int] | None) -> list[int]:
     assert numbers is not None
     place = {number: rank for rank, number in enumerate(sorted(numbers))}
     return [place[number] for number in numbers]
+
+
+def note_on_order(names: Any, folders: Sequence[str], file: str) -> str | None:
+    """What to know where as many outputs of a network have other names than the class folders.
+
+    Args:
+        names: what its file says; None or anything else where it does not.
+        folders: names of the class folders, sorted as text.
+        file: with the key that names it, for the note.
+    """
+    if not isinstance(names, list) or len(names) != len(folders) or names == folders:
+        return None
+    return (
+        f"{file} is of the classes {few(names)}, the class folders are {few(folders)}: its outputs "
+        "are taken for them in this order"
+    )
 
 
 def few(names: Sequence[str]) -> str:
