@@ -21,7 +21,9 @@ EXAMPLE = torch.rand(2, 3, 6, 6, dtype=torch.float64, generator=torch.Generator(
 
 def attended(x, **scale):
     tokens = x.flatten(2).transpose(1, 2)
-    places = torch.arange(36, device=x.device, dtype=x.dtype).view(1, 36, 1).expand(len(x), 36, 1)
+    count = tokens.shape[1]  # a window before it may leave fewer
+    places = torch.arange(count, device=x.device, dtype=x.dtype).view(1, count, 1)
+    places = places.expand(len(x), count, 1)
     found = F.scaled_dot_product_attention(tokens, tokens, places, **scale)
     return x * found.view(-1, 1, *x.shape[2:])
 
