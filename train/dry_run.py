@@ -22,6 +22,7 @@ from train.data import image_place, look_at_images
 from train.preflight import (
     check_network,
     only_prunes,
+    what_counts_zeros,
 )
 from train.teachers import open_teachers
 from train.weights import load_starting_weights, notes_on_images, weights_missing_here
@@ -89,7 +90,8 @@ def _say_plan(
         console.print(f"{name}: {before:,} -> {after:,} ({removed:.2f}% removed)")
     console.print(f"speedup: {counts.macs / pruned.macs:.4f}x fewer MACs\n")
     for name, stage in config.stages.items():
-        costs = config.stage_method(name).rank_costs(dense, plan, ranks)
+        method = config.stage_method(name)
+        costs = method.rank_costs(dense, plan, ranks)
         if stage.does.regularizes and costs is not None:
             average = mean(costs)
             console.print(
@@ -98,6 +100,27 @@ def _say_plan(
                 f"({100 * (max(costs) / average - 1) if average else 0:+.2f}%)",
                 soft_wrap=True,
             )
+        if stage.does.regularizes:
+            _say_removal(config, name, dense, plan, console)
+
+
+def _say_removal(
+    config: Config, name: str, dense: nn.Module, plan: PruningPlan, console: Console
+) -> None:
+    """When a stage removes its filters itself, or what keeps it from that."""
+    method, counts_zeros = config.stage_method(name), what_counts_zeros(config, name)
+    steps = method.removes_after(dense, plan, counts_zeros=counts_zeros)
+    total = method.steps()
+    if steps is not None and total is not None:
+        console.print(
+            f"{name}: after {steps:,} of {total:,} steps all filters that go are at zero, and are "
+            f"removed: {100 * (1 - steps / total):.0f}% of the stage train the smaller network",
+            soft_wrap=True,
+        )
+    elif counts_zeros is not None and method.removes_after(dense, plan) is not None:
+        console.print(
+            f"{name}: filters at zero stay to its end, because of {counts_zeros}", soft_wrap=True
+        )
 
 
 def _open_what_is_there(config: Config, architecture: Architecture) -> list[str]:

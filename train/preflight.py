@@ -24,7 +24,7 @@ from train.config.batch_rule import describe_method
 from train.config.config import Config
 from train.data import RunData, preprocessing_at
 from train.distributed.collectives import from_main_rank
-from train.loop.optim import check_optimizer, parameter_groups
+from train.loop.optim import check_optimizer, is_elementwise, parameter_groups
 from train.teachers import check_teachers, open_teachers, teachers_exist
 from train.weights import starting_weights_exist
 
@@ -202,6 +202,18 @@ def check_optimizers(config: Config, architecture: Architecture, *, splits: bool
             parameter_groups(build_on_meta(architecture), settings)
         except UserError as error:
             raise UserError(f"{key}.{error}") from None
+
+
+def what_counts_zeros(config: Config, name: str) -> str | None:
+    """See :attr:`tpp.methods.base.TrainingContext.counts_zeros`, of a training stage."""
+    training, optimizer = config.training, config.stage_optimizer(name)
+    # Shifts of normalisations behind a GELU or a sigmoid have a gradient while they are at zero.
+    for key in ("clip_gradient_norm", "max_gradient_norm"):
+        if getattr(training, key) is not None:
+            return f"training.{key}, as the gradient's norm takes in that of filters at zero"
+    if not is_elementwise(optimizer):
+        return f"stages.{name}.optimizer.name: {optimizer.name} looks at whole tensors"
+    return None
 
 
 def _check_method(config: Config, name: str, model: nn.Module, plan: PruningPlan) -> None:

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tpp
 from tpp.models.architecture import build_model
+from tpp.models.layers import prunable_layers
 from tpp.plan import PruningPlan
 from tpp.regularization.regularizer import Regularizer
 from tpp.regularization.schedule import GrowthSchedule
@@ -245,9 +246,11 @@ def test_a_compiled_step_takes_the_same_path():
 
 
 def test_no_penalty_before_the_first_update():
-    regularizer = Regularizer(network(), PLAN, example_input=EXAMPLE)
+    net = network()
+    regularizer = Regularizer(net, PLAN, example_input=EXAMPLE)
     assert regularizer.penalty(0).item() == 0
-    assert not regularizer.penalty(9).requires_grad
+    regularizer.penalty(9).backward()
+    assert all(parameter.grad is None for parameter in net.parameters())
     assert regularizer.penalty(10).item() > 0
 
 
@@ -274,6 +277,52 @@ def test_layers_are_held_at_zero_and_nothing_else_is_touched():
     assert net.fc1.bias[0] != 0
 
 
+@pytest.mark.parametrize("gram_weight", [1000.0, 0.0])
+def test_layers_at_zero_cost_nothing_and_the_ranks_share_the_rest(gram_weight):
+    growth = GrowthSchedule(0.5, 1.0, 1, stabilize_steps=40, zero_out_interval=3)
+    numbers = {name: number for number, name in enumerate(prunable_layers(network()))}
+    ranks = [
+        Regularizer(
+            copy.deepcopy(network()),
+            PLAN,
+            rank=rank,
+            world_size=3,
+            gram_weight=gram_weight,
+            growth=growth,
+            example_input=EXAMPLE,
+        )
+        for rank in range(3)
+    ]
+    changes = []
+    for step in range(growth.total_steps):
+        changed = [regularizer.before_step(step) for regularizer in ranks]
+        assert len(set(changed)) == 1  # all ranks at once, as all take part in collectives
+        changes += [step] if changed[0] else []
+        left = {
+            layer: [] if growth.zeroed(numbers[layer], step - 1) else list(gone)
+            for layer, gone in PLAN.pruned.items()
+        }
+        shared = {layer: [] for layer in left}
+        for regularizer in ranks:
+            for unit in regularizer.units:
+                shared[unit.layer] += unit.rows
+        assert {layer: sorted(rows) for layer, rows in shared.items()} == left
+        costs = [sum(unit.cost for unit in regularizer.units) for regularizer in ranks]
+        dearest = max((u.cost / len(u.rows) for r in ranks for u in r.units), default=0)
+        assert max(costs) - sum(costs) / 3 <= dearest
+        for regularizer in ranks:
+            regularizer.after_step(step)
+    # Lambda is above zero from step 1 on; a layer's turn comes after step 2 + 3 (number + 1).
+    assert changes == [1, *(2 + 3 * (numbers[layer] + 1) + 1 for layer in PLAN.active_layers)]
+    assert not any(regularizer.units for regularizer in ranks)
+    assert ranks[0].growth.steps_until_zero(numbers["fc1"]) == changes[-1]
+    resumed = Regularizer(
+        network(), PLAN, rank=1, world_size=3, growth=growth, example_input=EXAMPLE
+    )
+    resumed.before_step(changes[3])
+    assert {unit.layer for unit in resumed.units} <= {"project", "grouped", "fc1"}
+
+
 def test_training_drives_correlations_down_and_ends_at_zero():
     growth = GrowthSchedule(0.05, 1.0, 2, stabilize_steps=250, zero_out_interval=5)
     net = network().float()
@@ -287,7 +336,7 @@ def test_training_drives_correlations_down_and_ends_at_zero():
     step = 0
     while not regularizer.finished(step):
         optimizer.zero_grad()
-        regularizer.penalty(step).backward() if step >= 2 else None
+        regularizer.penalty(step).backward()
         optimizer.step()
         regularizer.after_step(step)
         step += 1

@@ -99,6 +99,17 @@ def pruned_on_meta(
     return trial.cuts, trial.network, _inexact(channels, trial.changed)
 
 
+def why_inexact(
+    model: nn.Module, plan: PruningPlan, *, example_input: Tensor | None = None
+) -> str | None:
+    """Why removal is not the same as zeroing, in one line; None if it is.
+
+    Raises:
+        UserError: the plan does not fit the model, see :func:`prune_model`.
+    """
+    return pruned_on_meta(model, plan, model.state_dict(), example_input)[2]
+
+
 def norm_share(tensors: Mapping[str, Tensor], plan: PruningPlan) -> float | None:
     """The share of the L2 norm of a plan's layers that is in the filters that go.
 

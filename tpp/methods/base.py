@@ -64,6 +64,8 @@ class TrainingContext:
             parameters without gradients. It is read when it is asked for, and not kept.
         companion: reads tensors by name that the stage's input file holds beside the network's,
             such as ``mask``; empty where it has none of that name.
+        counts_zeros: what in the stage's training depends on filters that are at zero, in words;
+            None where nothing does, and a network without them trains just as one with them.
     """
 
     stage: str
@@ -76,6 +78,7 @@ class TrainingContext:
     steps_per_epoch: float = 1.0
     dense: Callable[[], nn.Module] = _no_dense_network
     companion: Callable[[str], dict[str, Tensor]] = _no_companion
+    counts_zeros: str | None = None
 
 
 class Method:
@@ -124,6 +127,20 @@ class Method:
         """Length of the regularised stage in steps, where it is known beforehand."""
         return None
 
+    def removes_after(
+        self,
+        model: nn.Module,
+        plan: PruningPlan,
+        *,
+        counts_zeros: str | None = None,
+        example_input: Tensor | None = None,
+    ) -> int | None:
+        """Steps of the regularised stage after which it goes on without the plan's filters.
+
+        None for a stage that has them all to its end. Arguments as in :class:`TrainingContext`.
+        """
+        return None
+
     def rank_costs(self, model: nn.Module, plan: PruningPlan, ranks: int) -> list[int] | None:
         """Multiply-adds per step of each rank's share of the penalty; None if not known."""
         return None
@@ -150,12 +167,17 @@ class Method:
     def prepare(self, model: nn.Module, context: TrainingContext) -> None:
         """Get ready to train ``model``, before the optimiser exists; adds no parameters."""
 
-    def before_step(self, step: int) -> None:
+    def before_step(self, step: int) -> bool:
         """Write what depends on the 0-based optimiser step ``step``, such as lambda, into tensors.
 
         What :meth:`loss_terms` and :meth:`batch_terms` do is then the same in every step, and may
         be compiled or captured.
+
+        Returns:
+            Whether they do something else from this step on than in the one before, so that what
+            was compiled or captured of them is of no more use.
         """
+        return False
 
     def loss_terms(self) -> dict[str, Tensor]:
         """Scalars by name of the weights alone, added to the loss once per optimiser step.

@@ -35,6 +35,11 @@ class GReg1(TPP):
     title = "GReg-1"
     settings_type: ClassVar[type[base.Settings]] = Settings
 
+    @property
+    def removes_at_zero(self) -> bool:
+        """Nothing is held at zero."""
+        return False
+
     def rank_costs(self, model: nn.Module, plan: PruningPlan, ranks: int) -> None:
         """A decay costs next to nothing, and nothing is multiplied."""
 

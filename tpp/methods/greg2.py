@@ -107,16 +107,17 @@ class GReg2(base.Method):
             self._kept: dict[str, Tensor] = {}
             self._scale = factors_for(model, torch.zeros(()))
 
-    def before_step(self, step: int) -> None:
+    def before_step(self, step: int) -> bool:
         """The decay on all filters; once they are picked, on these, and on those that stay."""
         if self._model is None:
-            return
-        strength = self.settings.kept_decay
+            return False
+        strength, changed = self.settings.kept_decay, False
         if self._regularizer is None:
             strength = self._picking.strength(step)
         else:
-            self._regularizer.before_step(step + self._offset)
+            changed = self._regularizer.before_step(step + self._offset)
         self._scale.fill_(0.5 * strength * self._context.world_size)
+        return changed or step == self._picking.growth_steps  # filters were just picked
 
     def loss_terms(self) -> dict[str, Tensor]:
         """The decay on all filters; once they are picked, on these, and on those that stay."""

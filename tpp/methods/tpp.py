@@ -9,8 +9,9 @@ from typing import Annotated, Any, ClassVar, Self
 from pydantic import Field
 from torch import Tensor, nn
 
+from tpp.channels.removal import why_inexact
 from tpp.methods import base
-from tpp.models.layers import layer_sizes, prunable_layers
+from tpp.models.layers import filters_removed, layer_sizes, prunable_layers
 from tpp.plan import PruningPlan
 from tpp.regularization import sharding
 from tpp.regularization.regularizer import LayerStatistics, Regularizer
@@ -71,10 +72,15 @@ class Settings(GrowthSettings):
     Attributes:
         gram_weight: weight of the gram penalty relative to the decay.
         zero_out_interval: steps between the layers' turns to be held at zero.
+        remove_at_zero: whether the filters are removed as soon as the last layer is held at zero,
+            and the rest of the stage trains the smaller network, which is the same function with
+            the same gradients. By default where that holds of everything in the stage, see
+            :attr:`tpp.methods.base.TrainingContext.counts_zeros`.
     """
 
     gram_weight: Annotated[float, Field(ge=0)] = 1000.0
     zero_out_interval: Annotated[int, Field(ge=1)] = 100
+    remove_at_zero: bool | None = None
 
     @property
     def growth(self) -> GrowthSchedule:
@@ -98,6 +104,7 @@ class TPP(base.Method):
         super().__init__(settings)
         self._growth = settings.growth
         self._regularizer: Regularizer | None = None
+        self._may_remove_at: int | None = None
 
     def check(self, model: nn.Module, plan: PruningPlan) -> None:
         """Raise UserError if the stabilise phase ends before the last layer is zeroed."""
@@ -115,9 +122,12 @@ class TPP(base.Method):
         return sharding.rank_costs(plan, row_sizes, ranks, groups=groups)
 
     def prepare(self, model: nn.Module, context: base.TrainingContext) -> None:
-        """Set the regulariser up; finetuning after the removal is ordinary training."""
+        """Set the regulariser up; what follows the removal is ordinary training."""
         if context.stage == "regularize":
             assert context.plan is not None
+            if filters_removed(model, context.plan):
+                return
+            self._model, self._context = model, context
             self._regularizer = Regularizer(
                 model,
                 context.plan,
@@ -127,11 +137,11 @@ class TPP(base.Method):
                 growth=self._growth,
                 example_input=context.example_input,
             )
+            self._may_remove_at = self._steps_until_zero(model, context.plan)
 
-    def before_step(self, step: int) -> None:
-        """Lambda."""
-        if self._regularizer:
-            self._regularizer.before_step(step)
+    def before_step(self, step: int) -> bool:
+        """Lambda, and which layers are at zero, so that their penalty is."""
+        return self._regularizer.before_step(step) if self._regularizer else False
 
     def loss_terms(self) -> dict[str, Tensor]:
         """Gram penalty and decay, this rank's shares."""
@@ -141,6 +151,55 @@ class TPP(base.Method):
         """Zero the layers whose turn has come."""
         if self._regularizer:
             self._regularizer.after_step(step)
+
+    def removes_after(
+        self,
+        model: nn.Module,
+        plan: PruningPlan,
+        *,
+        counts_zeros: str | None = None,
+        example_input: Tensor | None = None,
+    ) -> int | None:
+        """Steps until the last layer is held at zero, if its filters are removed then."""
+        steps, wanted = self._steps_until_zero(model, plan), self.removes_at_zero
+        if steps is None or wanted is False:
+            return None
+        if wanted is None and (
+            counts_zeros is not None
+            or why_inexact(model, plan, example_input=example_input) is not None
+        ):
+            return None
+        return steps
+
+    @property
+    def removes_at_zero(self) -> bool | None:
+        """Whether filters at zero are removed; None for where it changes nothing."""
+        wanted: bool | None = self.settings.remove_at_zero
+        return wanted
+
+    def shrink(self, step: int) -> PruningPlan | None:
+        """All filters of the plan, once they are held at zero, see :meth:`removes_after`.
+
+        Also in a stage that goes on from a checkpoint of later steps.
+        """
+        due = self._may_remove_at
+        if self._regularizer is None or due is None or step < due or self.finished(step):
+            return None
+        self._may_remove_at = None  # asked once: the answer stays what it is
+        context, plan = self._context, self._regularizer.plan
+        removes = self.removes_after(
+            self._model,
+            plan,
+            counts_zeros=context.counts_zeros,
+            example_input=context.example_input,
+        )
+        return None if removes is None else plan
+
+    def _steps_until_zero(self, model: nn.Module, plan: PruningPlan) -> int | None:
+        if not plan.active_layers:
+            return None
+        number = list(prunable_layers(model)).index(plan.active_layers[-1])
+        return self._growth.steps_until_zero(number)
 
     def finished(self, step: int) -> bool:
         """Whether the stabilise phase is over."""

@@ -62,6 +62,19 @@ def prunable_layers(model: nn.Module) -> dict[str, nn.Conv2d | nn.Linear]:
     }
 
 
+def filters_removed(model: nn.Module, plan: PruningPlan) -> bool:
+    """Whether a network has the widths that a plan leaves, rather than those that it begins with.
+
+    False for a plan by which nothing goes.
+    """
+    layers = prunable_layers(model)
+    return bool(plan.active_layers) and all(
+        layer in layers
+        and layers[layer].weight.shape[0] == plan.filters[layer] - len(plan.pruned[layer])
+        for layer in plan.active_layers
+    )
+
+
 def layer_sizes(model: nn.Module, plan: PruningPlan) -> tuple[dict[str, int], dict[str, int]]:
     """Weights per filter, and groups of the convolution (1 if none), of every layer of a plan."""
     layers = prunable_layers(model)

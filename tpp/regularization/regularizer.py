@@ -1,7 +1,7 @@
 """The regularised stage for any training loop: three calls a step."""
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,8 +108,26 @@ class Regularizer:
         self._vectors = {
             layer: list(_entries(model, layers[layer], channels[layer])) for layer in active
         }
-        row_sizes, groups = layer_sizes(model, plan)
-        self.units = work_units(plan, row_sizes, rank=rank, world_size=world_size, groups=groups)
+        self._rank = rank
+        self._row_sizes, self._groups = layer_sizes(model, plan)
+        self._indices: dict[tuple[str, str, torch.device], Tensor] = {}
+        self._scales, self._is_growing = torch.zeros(2), False
+        self._share_out(at_zero=())
+
+    def _share_out(self, at_zero: Collection[str]) -> None:
+        """Give each rank its part of the penalty on the layers that are not yet held at zero.
+
+        That of the others is zero, and so is its gradient.
+        """
+        self._at_zero = frozenset(at_zero)
+        plan, row_sizes, groups = self.plan, self._row_sizes, self._groups
+        left = PruningPlan(
+            plan.filters,
+            {layer: [] if layer in self._at_zero else gone for layer, gone in plan.pruned.items()},
+        )
+        self.units = work_units(
+            left, row_sizes, rank=self._rank, world_size=self.world_size, groups=groups
+        )
         blocks = [
             (unit.layer, block)
             for unit in self.units
@@ -118,7 +136,9 @@ class Regularizer:
             )
         ]
         # Without the gram penalty there is nothing but decay, and nothing to multiply.
-        self._batches: list[BlockBatch] = make_batches(blocks, row_sizes) if gram_weight else []
+        self._batches: list[BlockBatch] = (
+            make_batches(blocks, row_sizes) if self.gram_weight else []
+        )
         self._entry_mask = _mask(
             [
                 (entries.length, entries.of(unit.rows))
@@ -126,32 +146,46 @@ class Regularizer:
                 for entries in self._vectors[unit.layer]
             ]
         )
-        self._indices: dict[tuple[str, str, torch.device], Tensor] = {}
-        self._scales, self._is_growing = torch.zeros(2), False
+        for key in [key for key in self._indices if key[1] == "owned"]:
+            del self._indices[key]
 
     # torch.compiler.disable would import the compiler now, this does so when it is called.
     @torch._disable_dynamo
-    def before_step(self, step: int) -> None:
-        """Write the factors of 0-based ``step`` into tensors, for :meth:`loss_terms` to read."""
+    def before_step(self, step: int) -> bool:
+        """Write the factors of 0-based ``step`` into tensors, for :meth:`loss_terms` to read.
+
+        Layers that :meth:`after_step` of the step before has held at zero are left out, and what is
+        left is shared out among the ranks anew: their penalty and its gradient are exactly zero.
+
+        Returns:
+            Whether :meth:`loss_terms` computes other terms than before.
+        """
         for layer, module in self._layers.items():
             _check_whole(layer, module)
         strength = self.growth.strength(step)
+        changed = self._is_growing != (strength > 0.0)
         self._is_growing = strength > 0.0
+        # By the step alone, so that a resumed run adds up in the same order.
+        at_zero = {n for n, number in self._numbers.items() if self.growth.zeroed(number, step - 1)}
+        if at_zero != self._at_zero:
+            self._share_out(at_zero)
+            changed = True
         self._scales = factors_for(self._model, self._scales)
         scale = strength * self.world_size
         self._scales[0].fill_(self.gram_weight * scale)
         self._scales[1].fill_(scale)
+        return changed
 
     @torch._disable_dynamo
     def loss_terms(self) -> dict[str, Tensor]:
         """The penalty of the step that :meth:`before_step` was told, in its parts.
 
         ``gram`` and ``decay``, each a scalar; nothing in them depends on the step but through
-        tensors, once lambda is above 0.
+        tensors, as long as ``before_step`` says so.
         """
         if not self._is_growing:
-            zero = torch.zeros((), device=self._scales.device)
-            return {"gram": zero, "decay": zero.clone()}
+            zero = _nothing(self._scales.device)
+            return {"gram": zero, "decay": zero}
         gram, decay = self._sums()
         return {"gram": self._scales[0] * gram, "decay": self._scales[1] * decay}
 
@@ -169,6 +203,8 @@ class Regularizer:
     def _sums(self) -> tuple[Tensor, Tensor]:
         """This rank's share of the gram mean squares and of half the squared weights."""
         device = next(self._model.parameters()).device
+        if not self.units:
+            return _nothing(device), _nothing(device)
         gram = torch.zeros((), device=device)
         decay = torch.zeros((), device=device)
         if not self._batches:
@@ -304,6 +340,11 @@ def _entries(model: nn.Module, layer: nn.Module, channels: LayerChannels) -> Ite
         module = model.get_submodule(norm.module)
         for name, _ in module.named_parameters(recurse=False):
             yield _Entries(module, name, norm.positions)
+
+
+def _nothing(device: torch.device) -> Tensor:
+    """A penalty of nothing, which has a backward pass all the same."""
+    return torch.zeros((), device=device, requires_grad=True)
 
 
 def factors_for(model: nn.Module, factors: Tensor) -> Tensor:

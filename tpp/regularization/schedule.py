@@ -63,6 +63,12 @@ class GrowthSchedule:
             return False
         return step - self.growth_steps >= (layer_number + 1) * self.zero_out_interval
 
+    def steps_until_zero(self, last_layer_number: int) -> int | None:
+        """Steps after which all layers up to that number are held at zero; None: never."""
+        if self.zero_out_interval is None:
+            return None
+        return self.growth_steps + (last_layer_number + 1) * self.zero_out_interval + 1
+
     def check_zero_out(self, last_layer_number: int) -> None:
         """Check that the last pruned layer is zeroed before the stage ends.
 

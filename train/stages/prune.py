@@ -4,9 +4,11 @@ from typing import Any
 
 from tpp.checkpoints.model_file import load_model, network_of, read_metadata, save_model
 from tpp.measure.counts import count
-from tpp.models.layers import prunable_layers
+from tpp.models.layers import filters_removed, layer_widths, prunable_layers
+from tpp.plan import PruningPlan
 from train.config.sections import MODEL_FILE
 from train.run import Run
+from train.run_folder.log import say
 from train.run_folder.networks import load_input, save_network
 from train.run_folder.plans import choose_plan
 
@@ -21,7 +23,13 @@ def prune_stage(run: Run, name: str) -> dict[str, Any]:
     model = load_input(run, stage.input)
     plan = choose_plan(run, name, model, method)
     assert plan is not None
+    widths = layer_widths(model)
+    removed_before = filters_removed(model, plan)
+    if removed_before:  # the stage that drove them to zero did it, and nothing is left to do
+        plan = PruningPlan.from_indices({layer: widths[layer][1] for layer in plan.filters}, {})
     if run.is_main:
+        if removed_before:
+            say(f"{name}: stage {stage.input!r} has removed the filters already")
         if stage.input is not None:
             source = run.stage_folder(stage.input) / MODEL_FILE
         else:  # straight from the starting weights, whatever kind of file they came in

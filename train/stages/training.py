@@ -39,6 +39,7 @@ from train.loop.loop import LoopSettings, train
 from train.loop.meter import Report
 from train.loop.optim import learning_rate, make_optimizer
 from train.monitor import Monitor
+from train.preflight import what_counts_zeros
 from train.run import Run, say_bad_images
 from train.run_folder.checkpoints import CHECKPOINTS, CheckpointWriter, newest_state
 from train.run_folder.log import say
@@ -257,6 +258,7 @@ class TrainingStage:
             steps_per_epoch=1 / self._epochs_per_step,
             dense=lambda: dense_network(run, self._name),
             companion=lambda name: companion_of_input(run, self._stage, name),
+            counts_zeros=what_counts_zeros(run.config, self._name),
         )
 
     def _measure_start(self) -> dict[str, float] | None:
