@@ -105,8 +105,8 @@ class Stage:
 
 
 # Families of layers that filters at zero must leave no trace in: ReLU, hard swish with squeeze and
-# excitation, GELU and LayerNorm, residual and plain, convolutions and linear layers. Adam only where
-# no gradient is zero but for rounding, of which it makes steps (shifts before a BatchNorm, keys).
+# excitation, GELU and LayerNorm, residual and plain, convolutions and linear layers. Adam where no
+# gradient is zero but for rounding, of which it makes steps (shifts before a BatchNorm, keys).
 @pytest.mark.parametrize(
     ("name", "optimizer"),
     [
