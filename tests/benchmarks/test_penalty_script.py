@@ -23,7 +23,7 @@ def test_the_textbook_way_is_the_same_penalty():
     found = []
     for make_loss in (
         lambda: textbook_penalty(model, plan, 1.0),
-        lambda: Regularizer(model, plan).penalty(100 * STEP),
+        lambda: Regularizer(model, plan).penalty(10 * STEP),
     ):
         model.zero_grad(set_to_none=True)
         loss = make_loss()
