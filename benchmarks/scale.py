@@ -226,7 +226,9 @@ class TableRow:
     Attributes:
         dense, pruned: the networks.
         factor: throughput of the dense network over that of ResNet-50.
-        regularized, finetuned: training images of the two stages.
+        regularized: training images of the regularised stage, before the filters are removed.
+        after_removal: those of the rest of it.
+        finetuned: those of finetuning.
         evaluated_dense, evaluated_pruned: validation images.
         rank_costs: multiply-adds of the penalty per step, on the busiest of so many ranks.
     """
@@ -235,6 +237,7 @@ class TableRow:
     pruned: Workload
     factor: float
     regularized: int
+    after_removal: int
     finetuned: int
     evaluated_dense: int
     evaluated_pruned: int
@@ -279,12 +282,14 @@ def table_row(name: str) -> TableRow:
     plan = check_plans(config, architecture)
     assert plan is not None
     method = config.stage_method("regularize")
-    regularized = method.steps()
+    steps, removal = method.steps(), method.removes_after(dense, plan)
     epochs = config.stages["finetune"].epochs
-    assert regularized is not None and epochs is not None
+    assert steps is not None and removal is not None and epochs is not None
     finetuned = steps_for(epochs, TRAIN_IMAGES, REFERENCE_BATCH)
-    # After removal, and by the evaluate stage, once more each.
-    evaluations = _evaluations(config, regularized), _evaluations(config, finetuned) + 2
+    every = steps_for(config.training.evaluate_every, TRAIN_IMAGES, REFERENCE_BATCH)
+    before = removal // every
+    # A training stage is also evaluated at its end; the prune and the evaluate stage once each.
+    after = -(-steps // every) - before + -(-finetuned // every) + 2
 
     def busiest(ranks: int) -> int:
         costs = method.rank_costs(dense, plan, ranks)
@@ -295,18 +300,13 @@ def table_row(name: str) -> TableRow:
         dense=workload_of(name.partition(" ")[0], dense),
         pruned=workload_of(name, prune_model(dense, plan)),
         factor=RESNET34_TO_RESNET50 if config.model.name == "resnet34" else 1.0,
-        regularized=regularized * REFERENCE_BATCH,
+        regularized=removal * REFERENCE_BATCH,
+        after_removal=(steps - removal) * REFERENCE_BATCH,
         finetuned=finetuned * REFERENCE_BATCH,
-        evaluated_dense=evaluations[0] * VAL_IMAGES,
-        evaluated_pruned=evaluations[1] * VAL_IMAGES,
+        evaluated_dense=before * VAL_IMAGES,
+        evaluated_pruned=after * VAL_IMAGES,
         rank_costs=busiest,
     )
-
-
-def _evaluations(config: Config, steps: int) -> int:
-    """Of a training stage: every so many epochs, and at its end."""
-    every = steps_for(config.training.evaluate_every, TRAIN_IMAGES, REFERENCE_BATCH)
-    return -(-steps // every)
 
 
 def gpu_hours(row: TableRow, dense_rate: float, gain: float, pruned_rate: float = 0.0) -> float:
@@ -319,7 +319,7 @@ def gpu_hours(row: TableRow, dense_rate: float, gain: float, pruned_rate: float 
         pruned_rate: its images/s, if they are known otherwise.
     """
     dense = row.regularized + FORWARD * row.evaluated_dense
-    pruned = row.finetuned + FORWARD * row.evaluated_pruned
+    pruned = row.after_removal + row.finetuned + FORWARD * row.evaluated_pruned
     return (dense / dense_rate + pruned / (pruned_rate or gain * dense_rate)) / 3600
 
 

@@ -48,16 +48,19 @@ def row() -> scale.TableRow:
 def test_a_row_is_counted_from_its_configuration(row):
     assert round(row.speedup, 4) == 2.3081
     assert row.dense.gradient_bytes == 4 * 25_557_032
-    assert row.regularized == 90_001 * 256
+    # Until layer number 51 has had its turn, every 100 steps from step 50,000 on.
+    assert row.regularized == 55_201 * 256
+    assert row.after_removal == (90_001 - 55_201) * 256
     assert row.finetuned == 450_411 * 256  # 90 epochs of 1,281,167 images, rounded up
     # 17.98 epochs, each evaluated at its end; 90, and twice more.
-    assert (row.evaluated_dense, row.evaluated_pruned) == (18 * 50_000, 92 * 50_000)
+    assert (row.evaluated_dense, row.evaluated_pruned) == (11 * 50_000, (7 + 92) * 50_000)
     # The shares of the penalty add up to what one rank would do.
     assert row.rank_costs(1) / 64 <= row.rank_costs(64) < 1.2 * row.rank_costs(1) / 64
 
 
 def test_gpu_hours_by_hand(row):
-    dense, pruned = 23_040_256 + 900_000 / 3, 115_305_216 + 4_600_000 / 3
+    dense = 55_201 * 256 + 11 * 50_000 / 3
+    pruned = 34_800 * 256 + 115_305_216 + 99 * 50_000 / 3
     expected = (dense / 100 + pruned / 250) / 3600
     assert scale.gpu_hours(row, 100.0, 2.5) == pytest.approx(expected)
     # The configuration's head says that about 108 V100-hours are the most, without evaluations.
