@@ -45,7 +45,7 @@ from tpp.common.errors import UserError, run_command
 from tpp.common.paths import user_path
 from tpp.measure.counts import count
 from tpp.models.architecture import Architecture, build_on_meta
-from train.config.config import Config, load_config, steps_for
+from train.config.config import load_config, steps_for
 from train.preflight import check_plans
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "imagenet"
