@@ -170,6 +170,7 @@ LAST = 10 + 6 + 1
 
 def test_a_run_removes_by_default_and_ends_with_the_same_network(tiny_config, tmp_path, run_inside):
     tiny_config["method"]["stabilize_steps"] = 14
+    tiny_config["stages"]["regularize"]["ema"] = {"decay": 0.8}
     early = _run(run_inside, tiny_config, tmp_path / "early")
     late = _run(run_inside, tiny_config, tmp_path / "late", remove_at_zero=False)
     assert (early["shrunk"], late["shrunk"]) == ([LAST], [])
@@ -180,6 +181,7 @@ def test_a_run_removes_by_default_and_ends_with_the_same_network(tiny_config, tm
         load_file(tmp_path / run / "prune" / "model.safetensors") for run in ("early", "late")
     )
     assert one.keys() == other.keys()
+    assert any(name.startswith("ema:") for name in one)
     for name, tensor in one.items():
         torch.testing.assert_close(tensor, other[name], rtol=1e-4, atol=1e-5, msg=name)
     assert all(tensor.equal(small[name]) for name, tensor in one.items())
