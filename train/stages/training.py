@@ -56,6 +56,7 @@ from train.run_folder.plans import choose_plan, load_plan, save_plan
 from train.run_folder.same_run import check_same_images, check_same_settings, stage_settings
 from train.stages.bad_steps import BadSteps, RollBack
 from train.stages.observers import JacobianObserver, LayerObserver, ScoreObserver, look
+from train.stages.profile import ProfileObserver
 from train.stages.progress import Progress
 from train.stages.shrinking import shrunk, shrunk_shapes
 from train.stages.teaching import Teaching
@@ -110,6 +111,7 @@ class TrainingStage:
         try:
             self._announce(step, passed_over)
             self._save_first(state, progress)
+            self._profile.begin(step)
             while True:
                 self._check = self._make_check()
                 try:
@@ -139,6 +141,7 @@ class TrainingStage:
             if self._writer is not None:
                 self._writer.wait()
         finally:
+            self._profile.close()
             if self._writer is not None:
                 self._writer.close()
             self._monitor.close()
@@ -299,7 +302,9 @@ class TrainingStage:
             monitor,
             lambda: self._average,
         )
+        self._profile = ProfileObserver(run, self._name, monitor, self._finished)
         self._observers = (
+            self._profile,
             LayerObserver(training.statistics_every, lambda: self._method, monitor),
             JacobianObserver(run, monitor),
             self._scores,
