@@ -1,6 +1,7 @@
 """``profile`` writes a trace of the steps it names, with the parts of each, and is else nothing."""
 
 import gzip
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ def test_the_trace_has_the_steps_and_their_parts(tiny_config, run_inside, capsys
         assert len(own["optimiser"]) == 2
         assert len(own["log"]) == 2 + (name != "ProfilerStep#5")
         spans = sorted((*s, p) for p, of_part in own.items() for s in of_part)
-        assert all(a[1] <= b[0] for a, b in zip(spans, spans[1:], strict=False)), "none overlap"
+        assert all(a[1] <= b[0] for a, b in itertools.pairwise(spans)), "none overlap"
         batch = ["load", "forward", "log", "penalty", "backward"]
         assert [p for *_, p in spans][:12] == [*batch, *batch, "optimiser", "optimiser"]
     assert {name: len(found[name]) for name in ("load", "optimiser")} == {"load": 6, "optimiser": 6}

@@ -60,6 +60,7 @@ from train.stages.profile import ProfileObserver
 from train.stages.progress import Progress
 from train.stages.shrinking import shrunk, shrunk_shapes
 from train.stages.teaching import Teaching
+from train.stages.throughput import Throughput, macs_in_training
 
 
 def clean_up(run: Run, name: str) -> None:
@@ -203,6 +204,13 @@ class TrainingStage:
             network,
             make_optimizer(network, self._optim),
             clip=self._training.clip_gradient_norm,
+        )
+        self._throughput = Throughput(
+            lambda: macs_in_training(run, self._shapes),
+            run.accelerator.device,
+            run.accelerator.num_processes,
+            self._training.precision,
+            self._training.peak_tflops,
         )
         ema = run.config.stage_ema(name)
         self._average = WeightAverage(network, ema) if ema is not None else None
@@ -425,6 +433,7 @@ class TrainingStage:
             "data_wait": report.data_wait,
             # Seconds that the steps since the last report stood still for checkpoints.
             "checkpoint_stall": self._stalled,
+            **(self._throughput.figures(report.images_per_second) if self._run.is_main else {}),
         }
         self._stalled = 0.0
         self._monitor.scalars("train", step, values, prefix="train/")
