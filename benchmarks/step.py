@@ -292,7 +292,7 @@ def loop_settings(device: str, batch: int | None, *, tiny: bool = False) -> list
     return [
         replace(network, precision=precision, compiled=compiled)
         for network in networks
-        for precision in ("fp32", "bf16")
+        for precision in (("fp32",) if tiny else ("fp32", "bf16"))
         for compiled in (False, True)
     ]
 

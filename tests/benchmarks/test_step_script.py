@@ -92,12 +92,9 @@ def test_the_script_runs_at_tiny_sizes(tmp_path):
         for row in results[part].values():
             expected = results[part]["plain"]["step_ms"] / row["step_ms"]
             assert row["throughput"] == pytest.approx(expected)
-    assert [*results["loops"]["settings"]] == [
-        f"cifar_resnet8, {precision}, {how}"
-        for precision in ("fp32", "bf16")
-        for how in ("eager", "compiled")
-    ]
-    assert [*results["loops"]["compiling"]] == ["cifar_resnet8, fp32", "cifar_resnet8, bf16"]
+    names = [f"cifar_resnet8, fp32, {how}" for how in ("eager", "compiled")]
+    assert [*results["loops"]["settings"]] == names
+    assert [*results["loops"]["compiling"]] == ["cifar_resnet8, fp32"]
     assert "ours / torchvision" in done.stdout
     assert list(results["loader"]) == ["plain", "TrivialAugment", "RandAugment", "176 pixels"]
     assert "throughput beside plain" in done.stdout

@@ -9,7 +9,7 @@ teacher computes besides is not counted.
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -113,7 +113,7 @@ class Throughput:
             torch.cuda.reset_peak_memory_stats(device)
             if peak is None:
                 # TF32 of convolutions, which are what networks for images compute.
-                tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32"
+                tf32 = cast(Any, torch.backends.cudnn).conv.fp32_precision == "tf32"
                 peak = peak_tflops(torch.cuda.get_device_name(device), precision, tf32=tf32)
         self._peak = peak
 
