@@ -2,6 +2,7 @@
 
 import contextlib
 import gzip
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -87,6 +88,8 @@ class ProfileObserver:
         activities = [ProfilerActivity.CPU]
         if self._run.accelerator.device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
+        else:  # it calls it an error that a PyTorch made for CUDA finds no GPU
+            os.environ.setdefault("KINETO_LOG_LEVEL", "99")
         self._profiler = profile(activities=activities)
         self._profiler.start()
         self._begin_step(step + 1)
