@@ -1,20 +1,28 @@
-"""What each part of the recipe costs: a training step with it, beside a plain one.
+"""What a training step costs: our loop beside others, and each part of the recipe.
 
     python -m benchmarks.step [--parts NAME,NAME] [--device cuda] [--precision fp32]
                               [--batch N] [--threads N] [--output FILE]
 
 small   ResNet-20 on 32 x 32 images, batch 128, 10 classes
 large   ResNet-50 on 224 x 224 images, batch 16 (on a GPU: 128), 1000 classes
+loops   images per second of our loop beside a bare loop, torchvision's reference step and timm's
+        (what a step does in each: benchmarks/loops.py): ResNet-56 on 32 x 32 images, ResNet-34 and
+        ResNet-50 on 224 x 224, in fp32 and bf16, eager and compiled. On a GPU with 128, 256 and
+        256 images, on the CPU with 64, 8 and 16; --batch says another number for ResNet-50.
+        Targets: 0.98 of the bare loop, 1.0 of the two others, and compiling gains as much as in
+        the bare loop
 loader  images per second, not steps: the ImageNet augmentation at 224 pixels with TrivialAugment,
         with RandAugment, and at 176 pixels, beside the same without them, on photos made here
 
-A plain step is forward and backward of cross entropy, and SGD with momentum, on a batch that is
-there. The others have one thing more or another thing each: distillation (the teacher is the same
-network), the weights' moving average, BCE, AdamW, LAMB, no weight decay of norms and biases; and
-"recipe" has logits, average and groups at once.
+In "small" and "large" a plain step is forward and backward of cross entropy, and SGD with momentum,
+on a batch that is there. The others have one thing more or another thing each: distillation (the
+teacher is the same network), the weights' moving average, BCE, AdamW, LAMB, no weight decay of
+norms and biases; and "recipe" has logits, average and groups at once.
 
 All take turns, step by step, each with a network of its own; a figure is the median time of a plain
-step over that of the other one, so that 0.8 is a fifth less throughput. Results go to
+step over that of the other one, so that 0.8 is a fifth less throughput. In "loops" the figures are
+ratios of medians over turns too. Nothing else should run meanwhile. --only NAME keeps to those
+settings of "loops" that have it in their names, such as "resnet56, bf16". Results go to
 benchmarks/results/step.json.
 """
 
@@ -39,6 +47,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from benchmarks.loops import Setting, gains_of_compiling, measure
 from data_pipelines.images.batch import LoaderSettings
 from data_pipelines.images.image_index import scan_class_folders
 from data_pipelines.images.order import Steps
@@ -57,7 +66,7 @@ from train.loop.optim import make_optimizer
 from train.tasks.classification import Classification
 
 RESULTS = Path(__file__).parent / "results" / "step.json"
-PARTS = ("small", "large", "loader")
+PARTS = ("small", "large", "loops", "loader")
 PLAIN = "plain"
 # That of public networks; how it is done costs the same whatever it is.
 PREPROCESSING = {"channels": 3, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
@@ -263,9 +272,63 @@ def make_photos(folder: Path, images: int) -> None:
         )
 
 
+def loop_settings(device: str, batch: int | None, *, tiny: bool = False) -> list[Setting]:
+    """What the part "loops" measures, from the quickest on; ``batch`` is ResNet-50's."""
+    on_gpu = device == "cuda"
+    if tiny:
+        networks = [Setting("cifar_resnet8", 10, 32, 2, 1, 1, device)]
+    elif on_gpu:
+        networks = [
+            Setting("cifar_resnet56", 10, 32, 128, 50, 7, device),
+            Setting("resnet34", 1000, 224, 256, 10, 7, device),
+            Setting("resnet50", 1000, 224, batch or 256, 10, 7, device),
+        ]
+    else:
+        networks = [
+            Setting("cifar_resnet56", 10, 32, 64, 2, 5, device),
+            Setting("resnet34", 1000, 224, 8, 1, 3, device),
+            Setting("resnet50", 1000, 224, batch or 16, 1, 3, device),
+        ]
+    return [
+        replace(network, precision=precision, compiled=compiled)
+        for network in networks
+        for precision in (("fp32",) if tiny else ("fp32", "bf16"))
+        for compiled in (False, True)
+    ]
+
+
+def loops(settings: list[Setting]) -> Result:
+    """Measure each setting, and what compiling gains."""
+    rows = {}
+    for setting in settings:
+        print(f"  {setting.name} ...", file=sys.stderr)
+        rows[setting.name] = measure(setting)
+    return {"settings": rows, "compiling": gains_of_compiling(rows)}
+
+
+def _show_loops(results: Result, console: Console) -> None:
+    table = Table(title="loops", title_justify="left", box=None, pad_edge=False)
+    table.add_column("images/s")
+    names = ("ours", "bare", "torchvision", "timm")
+    for heading in (*names, *(f"ours / {name}" for name in names[1:])):
+        table.add_column(heading, justify="right")
+    for name, row in results["settings"].items():
+        rates, ratios = row["images_per_second"], row["ours_beside"]
+        figures = [f"{rates[loop]:,.1f}" for loop in names]
+        table.add_row(name, *figures, *(f"{ratios[loop]:.3f}" for loop in names[1:]))
+    console.print(table)
+    for name, gains in results["compiling"].items():
+        told = ", ".join(f"{loop} {gains[loop]:.2f}" for loop in names)
+        console.print(f"compiled beside eager, {name}: {told}")
+    console.print()
+
+
 def _show(results: Mapping[str, Result]) -> None:
     console = Console(width=None if sys.stdout.isatty() else 100, highlight=False)
     for part, rows in results.items():
+        if part == "loops":
+            _show_loops(rows, console)
+            continue
         table = Table(title=part, title_justify="left", box=None, pad_edge=False)
         table.add_column("")
         for heading in ("ms", "throughput beside plain"):
@@ -287,7 +350,8 @@ def main() -> None:
     parser.add_argument("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
-    parser.add_argument("--batch", type=int, help="images per step of the part 'large'")
+    parser.add_argument("--batch", type=int, help="images per step of ResNet-50")
+    parser.add_argument("--only", default="", metavar="NAME", help="settings of the part 'loops'")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of PyTorch")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, to try the script")
     parser.add_argument("--output", type=user_path, default=RESULTS)
@@ -304,15 +368,24 @@ def main() -> None:
         raise UserError(f"--parts: no part {unknown[0]!r}; there are: {', '.join(PARTS)}")
     on_gpu = device == "cuda"
     where = {"device": device, "precision": arguments.precision}
-    small = Setup("cifar_resnet20", 10, 32, 128, 50 if on_gpu else 15, **where)
-    large = Setup("resnet50", 1000, 224, 128 if on_gpu else 16, 30 if on_gpu else 5, **where)
+    small = Setup("cifar_resnet20", 10, 32, 128, 50 if on_gpu else 9, **where)
+    large = Setup("resnet50", 1000, 224, 128 if on_gpu else 16, 30 if on_gpu else 3, **where)
     large = replace(large, batch=arguments.batch or large.batch)
     if tiny:
         small = replace(small, network="cifar_resnet8", batch=2, rounds=1)
         large = replace(large, network="resnet18", side=64, batch=2, rounds=1)
+    settings = loop_settings(device, arguments.batch, tiny=tiny)
+    settings = [setting for setting in settings if arguments.only in setting.name]
+    if not settings:
+        raise UserError(
+            f"--only: no setting of the part 'loops' has {arguments.only!r} in its name"
+        )
+    if on_gpu:
+        torch.backends.cudnn.benchmark = True
     todo: dict[str, Callable[[], Result]] = {
         "small": lambda: steps(small),
         "large": lambda: steps(large),
+        "loops": lambda: loops(settings),
         "loader": lambda: (
             loader(8, 1, 1, 4) if tiny else loader(256, arguments.threads, rounds=9, batch=32)
         ),
@@ -328,7 +401,8 @@ def main() -> None:
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
             "precision": arguments.precision,
-            "batch": {"small": small.batch, "large": large.batch},
+            "batch": {"small": small.batch, "large": large.batch}
+            | {setting.network: setting.batch for setting in settings},
         }
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(results, indent=1) + "\n")

@@ -66,7 +66,10 @@ LIMIT_WITHOUT_A_RANK = 180.0
 ENOUGH = 10
 # Of log.jsonl's entries, those that belong to a step, and what differs between equal runs.
 OF_A_STEP = ("train", "evaluate", "layers")
-TIMES = ("time", "images_per_second", "step_time", "data_wait", "checkpoint_stall")
+TIMES = (
+    *("time", "images_per_second", "step_time", "data_wait", "checkpoint_stall"),
+    *("tflops", "mfu", "peak_memory_gib"),
+)
 # Names in a run folder: a checkpoint under way, one in its place, and a file about to be renamed.
 WRITING = r"[^/]+/checkpoints/\.step-\d+\.\d+\.tmp"
 WRITTEN = r"[^/]+/checkpoints/step-\d+"

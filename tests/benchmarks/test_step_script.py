@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import loops as benchmark_loops
 from benchmarks import step as benchmark
+from benchmarks.loops import Setting, contestants
 from tpp.models.architecture import build_model
 from train.loop.average import WeightAverage
 
@@ -45,6 +47,39 @@ def test_each_kind_of_step_does_what_it_is_called(monkeypatch):
         assert average.state_dict()["conv1.weight"].isfinite().all()
 
 
+def test_all_loops_train_alike(monkeypatch):
+    """From the same weights on the same batch, to the same weights."""
+    setting = Setting("cifar_resnet8", 10, 32, 4, 1, 2, "cpu")
+    kept = {}
+
+    def keep(setting):
+        kept.update(contestants(setting))
+        return kept
+
+    monkeypatch.setattr(benchmark_loops, "contestants", keep)
+    result = benchmark_loops.measure(setting)
+    weights = {name: c.network.state_dict() for name, c in kept.items()}
+    start = contestants(setting)["bare"].network.state_dict()
+    assert list(weights) == ["ours", "bare", "torchvision", "timm"]
+    for found in weights.values():
+        for key, value in found.items():
+            torch.testing.assert_close(value, weights["bare"][key], rtol=1e-5, atol=1e-7)
+        assert found["bn1.num_batches_tracked"] == 3  # two turns, after a first one
+        assert not torch.equal(found["conv1.weight"], start["conv1.weight"])
+    rates = result["images_per_second"]
+    assert result["ours_beside"]["timm"] == pytest.approx(rates["ours"] / rates["timm"])
+
+
+def test_compiling_is_compared_with_the_bare_loop():
+    rows = {
+        "a, fp32, eager": {"images_per_second": {"ours": 2.0, "bare": 4.0}},
+        "a, fp32, compiled": {"images_per_second": {"ours": 3.0, "bare": 5.0}},
+        "a, bf16, eager": {"images_per_second": {"ours": 2.0, "bare": 4.0}},
+    }
+    gains = {"ours": 1.5, "bare": 1.25, "ours_beside_bare": 1.2}
+    assert benchmark_loops.gains_of_compiling(rows) == {"a, fp32": pytest.approx(gains)}
+
+
 def test_the_script_runs_at_tiny_sizes(tmp_path):
     output = tmp_path / "step.json"
     command = [sys.executable, "-m", "benchmarks.step", "--tiny", "--output", str(output)]
@@ -57,5 +92,9 @@ def test_the_script_runs_at_tiny_sizes(tmp_path):
         for row in results[part].values():
             expected = results[part]["plain"]["step_ms"] / row["step_ms"]
             assert row["throughput"] == pytest.approx(expected)
+    names = [f"cifar_resnet8, fp32, {how}" for how in ("eager", "compiled")]
+    assert [*results["loops"]["settings"]] == names
+    assert [*results["loops"]["compiling"]] == ["cifar_resnet8, fp32"]
+    assert "ours / torchvision" in done.stdout
     assert list(results["loader"]) == ["plain", "TrivialAugment", "RandAugment", "176 pixels"]
     assert "throughput beside plain" in done.stdout

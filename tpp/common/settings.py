@@ -90,7 +90,8 @@ def mistakes(error: ValidationError, model: type[BaseModel], prefix: str = "") -
         key = ".".join(str(part) for part in (prefix, *problem["loc"]) if part not in ("", "[key]"))
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
-            known = list(_section_at(model, problem["loc"][:-1]).model_fields)
+            fields = _section_at(model, problem["loc"][:-1]).model_fields
+            known = [field.alias or name for name, field in fields.items()]
             known += ["name"] if prefix else []  # a method's, beside its settings
             near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.5)
             message = "unknown key" + (

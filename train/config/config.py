@@ -36,6 +36,7 @@ from tpp.selection.selection import Selection
 from tpp.selection.settings import PRUNING_REPLACED, PruningSection, another_budget
 from train.config.ema import EmaSection
 from train.config.optimizer import OptimizerSection
+from train.config.profile import ProfileSection
 from train.config.sections import (
     OF_THE_RUN,
     CheckpointsSection,
@@ -100,6 +101,7 @@ class Config(Section):
         output: the run folder.
         seed: of weights, data order and augmentation.
         task: what the network is trained for, its ``kind`` and the settings of that.
+        profile: which steps are profiled; null for none. It may differ when a run goes on.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,199}$")]
@@ -113,6 +115,7 @@ class Config(Section):
     method: dict[str, Any] = {"name": "tpp"}
     task: dict[str, Any] = {"kind": "classification"}
     stages: dict[str, StageSection]
+    profile: ProfileSection | None = None
     published: PublishedSection | None = None
 
     @field_validator("stages", mode="before")
@@ -212,6 +215,17 @@ class Config(Section):
                     )
             if stage.does.makes_network:
                 previous = name
+        return self
+
+    @model_validator(mode="after")
+    def _profiled_stage_trains(self) -> "Config":
+        stage = self.profile.stage if self.profile is not None else None
+        trained = [name for name, stage in self.stages.items() if stage.does.trains]
+        if stage is not None and stage not in trained:
+            raise ValueError(
+                f"profile.stage: {stage!r} is no stage that trains; "
+                f"there are: {', '.join(trained) or 'none'}"
+            )
         return self
 
     def make_task(self) -> Task:

@@ -66,6 +66,8 @@ class TrainingSection(Section):
             no clipping, as published.
         deepspeed: DeepSpeed's configuration, such as launch/deepspeed/zero1.json; null for
             DistributedDataParallel, unless ``accelerate launch`` was told to use DeepSpeed.
+        peak_tflops: what one device can do at most at ``precision``, in dense TFLOP/s, for
+            ``train/mfu`` (docs/profile.md); null to look the GPU up.
         rank_timeout: seconds without a sign of life after which a rank counts as lost, and the
             run ends.
     """
@@ -89,6 +91,7 @@ class TrainingSection(Section):
     max_gradient_norm: Annotated[PositiveFloat | None, MAY_DIFFER] = None
     clip_gradient_norm: Annotated[PositiveFloat | None, OF_TRAINING] = None
     deepspeed: Annotated[UserPath | None, MAY_DIFFER] = None
+    peak_tflops: Annotated[PositiveFloat | None, MAY_DIFFER] = None
     rank_timeout: Annotated[float, Field(ge=1), MAY_DIFFER] = 120.0
 
     @model_validator(mode="after")

@@ -11,6 +11,7 @@ from train.distillation.distillation import Distillation
 from train.distributed.engine import Engine
 from train.loop.bad_steps import BadStep, StepCheck
 from train.loop.meter import Meter, Report
+from train.loop.parts import part
 from train.loop.step import Batches, gradients
 from train.tasks.base import Task
 
@@ -97,12 +98,14 @@ def train(
             accumulation=settings.accumulation,
             distillation=distillation,
         )
-        norm = engine.gradient_norm()
+        with part("optimiser"):
+            norm = engine.gradient_norm()
         meter.add("gradient_norm", norm)
         check(step, loss, norm)
         bad = check.first_bad() if check.at_once else None
         if bad is None:
-            engine.step()
+            with part("optimiser"):
+                engine.step()
             meter.step()
         else:
             engine.drop()
@@ -114,7 +117,8 @@ def train(
         if meter.steps and (step % settings.log_every == 0 or settings.finished(step)):
             if not check.at_once and (bad := check.first_bad()) is not None:
                 on_bad_step(bad)
-            on_report(step, meter.report(lr))
+            with part("log"):
+                on_report(step, meter.report(lr))
         stopped = time.perf_counter()
         if on_step(step):
             model.train()

@@ -11,6 +11,7 @@ from tpp.methods.base import Method
 from train.distillation.distillation import Distillation
 from train.distributed.engine import Engine
 from train.loop.meter import Meter
+from train.loop.parts import part
 from train.tasks.base import Task
 
 Batches = Iterator[Batch]
@@ -37,28 +38,33 @@ def gradients(
     total = torch.zeros((), device=engine.accelerator.device)
     for micro in range(accumulation):
         asked = time.perf_counter()
-        batch = next(batches)
+        with part("load"):
+            batch = next(batches)
         meter.count(len(batch[0]), time.perf_counter() - asked)
         last = micro == accumulation - 1
         with engine.micro_batch(last=last):
-            loss, outputs = task.loss(engine.forward, batch)
-            loss = loss / accumulation
-            meter.add("task", loss)
-            for metric, over_images in task.training_sums(batch, outputs).items():
-                meter.add_images(metric, over_images)
-            with engine.autocast():
-                terms = method.batch_terms(batch, outputs)
-                if distillation is not None:
-                    taught = distillation.term(batch[0], outputs) / accumulation
-                    meter.add("distillation", taught)
-                    loss = distillation.task_share * loss + taught
-            terms = {name: term / accumulation for name, term in terms.items()}
-            if last:
-                terms |= method.loss_terms()
-            for name, term in terms.items():
-                meter.add(name, term)
-                loss = loss + term
-            engine.backward(loss, last=last)
+            with part("forward"):
+                loss, outputs = task.loss(engine.forward, batch)
+                loss = loss / accumulation
+            with part("log"):
+                meter.add("task", loss)
+                for metric, over_images in task.training_sums(batch, outputs).items():
+                    meter.add_images(metric, over_images)
+            with part("penalty"):
+                with engine.autocast():
+                    terms = method.batch_terms(batch, outputs)
+                    if distillation is not None:
+                        taught = distillation.term(batch[0], outputs) / accumulation
+                        meter.add("distillation", taught)
+                        loss = distillation.task_share * loss + taught
+                terms = {name: term / accumulation for name, term in terms.items()}
+                if last:
+                    terms |= method.loss_terms()
+                for name, term in terms.items():
+                    meter.add(name, term)
+                    loss = loss + term
+            with part("backward"):
+                engine.backward(loss, last=last)
         total += loss.detach()
     meter.add("loss", total)
     return total

@@ -57,9 +57,11 @@ from train.run_folder.plans import choose_plan, load_plan, save_plan
 from train.run_folder.same_run import check_same_images, check_same_settings, stage_settings
 from train.stages.bad_steps import BadSteps, RollBack
 from train.stages.observers import JacobianObserver, LayerObserver, ScoreObserver, look
+from train.stages.profile import ProfileObserver
 from train.stages.progress import Progress
 from train.stages.shrinking import shrunk, shrunk_shapes
 from train.stages.teaching import Teaching
+from train.stages.throughput import Throughput, macs_in_training
 
 
 def clean_up(run: Run, name: str) -> None:
@@ -111,6 +113,7 @@ class TrainingStage:
         try:
             self._announce(step, passed_over)
             self._save_first(state, progress)
+            self._profile.begin(step)
             while True:
                 self._check = self._make_check()
                 try:
@@ -140,6 +143,7 @@ class TrainingStage:
             if self._writer is not None:
                 self._writer.wait()
         finally:
+            self._profile.close()
             if self._writer is not None:
                 self._writer.close()
             self._monitor.close()
@@ -201,6 +205,13 @@ class TrainingStage:
             network,
             make_optimizer(network, self._optim),
             clip=self._training.clip_gradient_norm,
+        )
+        self._throughput = Throughput(
+            lambda: macs_in_training(run, self._shapes),
+            run.accelerator.device,
+            run.accelerator.num_processes,
+            self._training.precision,
+            self._training.peak_tflops,
         )
         ema = run.config.stage_ema(name)
         self._average = WeightAverage(network, ema) if ema is not None else None
@@ -301,7 +312,9 @@ class TrainingStage:
             monitor,
             lambda: self._average,
         )
+        self._profile = ProfileObserver(run, self._name, monitor, self._finished)
         self._observers = (
+            self._profile,
             LayerObserver(training.statistics_every, lambda: self._method, monitor),
             JacobianObserver(run, monitor),
             self._scores,
@@ -422,6 +435,7 @@ class TrainingStage:
             "data_wait": report.data_wait,
             # Seconds that the steps since the last report stood still for checkpoints.
             "checkpoint_stall": self._stalled,
+            **(self._throughput.figures(report.images_per_second) if self._run.is_main else {}),
         }
         self._stalled = 0.0
         self._monitor.scalars("train", step, values, prefix="train/")
