@@ -15,6 +15,7 @@ from tpp.plan import PruningPlan
 if TYPE_CHECKING:
     from torch import nn
 
+    from tpp.channels.trials import Trials
     from tpp.selection.budget import Budget
     from tpp.selection.configured import Configured
 
@@ -100,12 +101,15 @@ def _check_together(given: argparse.Namespace) -> None:
 
 
 def _make_plan(
-    arguments: argparse.Namespace, configured: "Configured | None", model: "nn.Module"
+    arguments: argparse.Namespace,
+    configured: "Configured | None",
+    model: "nn.Module",
+    trials: "Trials",
 ) -> PruningPlan:
     if arguments.plan:
         return PruningPlan.load(arguments.plan)
     if configured is not None:
-        return configured.selection().select(model)
+        return configured.selection().select(model, trials=trials)
     from tpp.selection.selection import Selection
 
     selection = Selection(
@@ -118,7 +122,7 @@ def _make_plan(
         budget=_budget(arguments),
         seed=arguments.seed or 0,
     )
-    return selection.select(model)
+    return selection.select(model, trials=trials)
 
 
 def _parse_arguments(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
@@ -220,6 +224,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m tpp.prun
     options = _parse_arguments(arguments, prog)
     _check_together(options)
     _check_outputs(options)
+    from tpp.channels.trials import Trials
     from tpp.checkpoints.model_file import load_model
     from tpp.checkpoints.prune_file import read_dense, write_pruned
     from tpp.describe import summary
@@ -245,8 +250,9 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m tpp.prun
     )
     model = meta_copy(dense.model)
     assign_tensors(model, dense.tensors)
-    plan = _make_plan(options, configured, model)
-    pruned, done = write_pruned(dense, plan, options.output)
+    trials = Trials(dense.model)
+    plan = _make_plan(options, configured, model, trials)
+    pruned, done = write_pruned(dense, plan, options.output, trials=trials)
     if options.save_plan:
         plan.save(options.save_plan)
     network = architecture_of(dense.model)

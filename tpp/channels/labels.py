@@ -76,9 +76,12 @@ class EntryClasses:
         """Say something of a label's class; what was said first stays."""
         self.notes.setdefault(self.find(label), text)
 
-    def roots(self, labels: Labels) -> Labels:
-        """What stands for the class of each label."""
-        return np.fromiter(map(self.find, labels.tolist()), np.int64, len(labels))
+    def roots(self) -> Labels:
+        """What stands for the class of each label there is."""
+        found = np.array(self.parent, np.int64)
+        while not np.array_equal(above := found[found], found):
+            found = above
+        return found
 
 
 class LabelStore:
@@ -145,15 +148,15 @@ class LabelStore:
 
     def classes(self, labels: Labels) -> Labels:
         """For every label the class of all labels that have to go at once."""
-        return self._frozen.roots(labels)
+        return self._class_of[labels]
 
     def sources(self, labels: Labels) -> Labels:
         """The same without what goes along: labels that are added to each other."""
-        return self._added.roots(labels)
+        return self._source_of[labels]
 
     def why_frozen(self, label: int) -> str | None:
         """Why a label's class cannot go, None if it can."""
-        return self._frozen.notes.get(self._frozen.find(label))
+        return self._frozen.notes.get(int(self._class_of[label]))
 
     def why_inexact(self, classes: Iterable[int]) -> str | None:
         """Why removing some classes is not the same as zeroing them, None if it is."""
@@ -162,8 +165,9 @@ class LabelStore:
     def close(self) -> None:
         """End of the run: let go of the activations; from now on only what was found is asked."""
         del self._flows
+        self._class_of, self._source_of = self._frozen.roots(), self._added.roots()
         reasons = reversed(self._inexact.items())  # of several, the first on the way counts
-        self._inexact = {self._frozen.find(label): reason for label, reason in reasons}
+        self._inexact = {int(self._class_of[label]): reason for label, reason in reasons}
 
     # ---- labels ------------------------------------------------------------------------------
 

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tpp.channels.labels import GroupKind, LabelStore
 from tpp.channels.numbers import NumberTrace, same_draws
@@ -25,6 +24,7 @@ from tpp.channels.rules import MOVES, POINTWISE, RULES, move, pointwise, tensors
 from tpp.common.errors import UserError, reason_of
 from tpp.models.architecture import meta_copy
 from tpp.models.fitting import place_of, running_modules
+from tpp.models.meta_runs import PlainMode, QuickNorms
 
 
 class DoesNotRunError(UserError):
@@ -69,6 +69,7 @@ def trace_channels(
             same_draws(),
             torch.inference_mode(False),
             torch.no_grad(),
+            QuickNorms(),
             _ChannelMode(store),
             numbers.watching(),
         ):
@@ -86,7 +87,7 @@ def trace_channels(
     return store, numbers
 
 
-class _ChannelMode(TorchDispatchMode):
+class _ChannelMode(PlainMode):
     """Sees every operation, and asks the rules what it does to the labels in a store."""
 
     def __init__(self, store: LabelStore) -> None:

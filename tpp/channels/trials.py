@@ -44,21 +44,24 @@ class Trial:
 class Trials:
     """Tries plans on one network.
 
-    Attributes:
-        channel_map: the network's channels.
-
     Args:
         model: the dense network, on any device; left alone.
         example_input: see :func:`tpp.channels.channel_map.find_channels`.
-
-    Raises:
-        UserError: the model cannot be run on the input.
     """
 
     def __init__(self, model: nn.Module, *, example_input: Tensor | None = None) -> None:
         self._model = model
-        self.channel_map = ChannelMap(model, example_input=example_input)
+        self._example_input = example_input
         self._shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+    @cached_property
+    def channel_map(self) -> ChannelMap:
+        """The network's channels; it is traced when they are first asked for.
+
+        Raises:
+            UserError: the model cannot be run on the input.
+        """
+        return ChannelMap(self._model, example_input=self._example_input)
 
     @cached_property
     def _training(self) -> NumberTrace | None:

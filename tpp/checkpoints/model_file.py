@@ -139,6 +139,34 @@ def save_model(
         network = fitted(architecture, {name: tuple(t.shape) for name, t in tensors.items()})
     except UserError as error:
         raise UserError(f"{path}: cannot save as {architecture.name}: {error}") from None
+    save_tensors(
+        path, tensors, network, preprocessing=preprocessing, extra=extra, companions=companions
+    )
+
+
+def save_tensors(
+    path: PathLike,
+    tensors: Mapping[str, Tensor],
+    network: nn.Module,
+    *,
+    preprocessing: Mapping[str, Any] | None = None,
+    extra: Mapping[str, Any] | None = None,
+    companions: Companions | None = None,
+) -> None:
+    """Write a checkpoint of a network that has been run without memory, see :func:`save_model`.
+
+    Args:
+        path, preprocessing, extra, companions: as there.
+        tensors: its ``state_dict``.
+        network: one with these shapes that has been seen to run, on the meta device.
+
+    Raises:
+        UserError: as there, and if the shapes are not those of the network.
+    """
+    path = Path(path)
+    shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
+    if shapes != {name: tensor.shape for name, tensor in tensors.items()}:
+        raise UserError(f"{path}: the tensors are not of the network's shapes")
     ties = find_ties(tensors)
     stored = {name: tensor for name, tensor in tensors.items() if name not in ties}
     for companion, members in (companions or {}).items():

@@ -4,7 +4,8 @@ import copy
 import difflib
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,7 @@ from torch.nn.modules.module import (
 )
 from torch.utils._pytree import tree_leaves
 
+from tpp.common.compiler import compiler_left_out
 from tpp.common.errors import UserError, reason_of
 from tpp.models import edsr
 from tpp.models.cifar import CifarResNet, CifarVGG19
@@ -141,8 +143,8 @@ def _are_plain(args: Mapping[str, Any]) -> bool:
 
 def model_names() -> list[str]:
     """Every name that :func:`build_model` knows, timm's excepted."""
-    # With it comes PyTorch's compiler, and the import takes as long as that of PyTorch itself.
-    from torchvision import models
+    with compiler_left_out():
+        from torchvision import models
 
     return [*_OWN_MODELS, *_IMAGE_MODELS, *models.list_models(module=models)]
 
@@ -219,31 +221,46 @@ def _parameters_on_meta() -> Iterator[None]:
 
 def meta_copy(model: nn.Module) -> nn.Module:
     """Copy a network without its weights, as :func:`plain_copy` does: every tensor is on meta."""
-    memo: dict[int, Tensor] = {}
+    memo: dict[int, Any] = {}
     for parameter in model.parameters():
         empty = torch.empty_like(parameter, device="meta")
         memo[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
     for buffer in model.buffers():
         memo[id(buffer)] = torch.empty_like(buffer, device="meta")
-    for tensor in _computed(model):
+    computed = _computed(model)
+    for tensor in computed:
         memo[id(tensor)] = torch.empty_like(tensor, device="meta", requires_grad=False)
-    return plain_copy(model, memo)
+    return _plain_copy(model, memo, computed=bool(computed))
 
 
-def plain_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+def plain_copy(model: nn.Module) -> nn.Module:
     """Copy a network as it was before Accelerate prepared it: without the autocast around it.
 
     Args:
         model: any network; left alone.
-        memo: what stands in for its tensors, see ``copy.deepcopy``.
 
     Raises:
         UserError: it holds something that cannot be copied.
     """
-    computed = _computed(model)
-    kept = {id(tensor): tensor.detach() for tensor in computed}
+    kept = {id(tensor): tensor.detach() for tensor in _computed(model)}
+    return _plain_copy(model, kept, computed=bool(kept))
+
+
+def _plain_copy(model: nn.Module, memo: dict[int, Any], *, computed: bool) -> nn.Module:
+    """Copy a network with what stands in for its tensors, see ``copy.deepcopy``.
+
+    Args:
+        model: the network.
+        memo: by a tensor's id what takes its place.
+        computed: whether modules hold tensors that they compute.
+    """
+    # A module has a dozen dicts for hooks, empty nearly always, and slow to copy.
+    for module in model.modules():
+        for value in vars(module).values():
+            if type(value) in (OrderedDict, dict, set) and not value:
+                memo[id(value)] = type(value)()
     try:
-        copied = copy.deepcopy(model, {**kept, **(memo or {})})
+        copied = copy.deepcopy(model, memo)
     except Exception as error:  # whatever objects of all kinds say that a network may hold
         raise UserError(
             f"{type(model).__name__} cannot be copied: {reason_of(error)}; take off it what is no "
@@ -281,10 +298,17 @@ def _computed(model: nn.Module) -> list[Tensor]:
         tensor
         for module in model.modules()
         for key, value in module.__dict__.items()
-        if key not in ("_parameters", "_buffers", "_modules")
+        if key not in ("_parameters", "_buffers", "_modules") and _may_hold(value)
         for tensor in tree_leaves(value)
         if isinstance(tensor, Tensor) and not tensor.is_leaf
     ]
+
+
+def _may_hold(value: Any) -> bool:
+    """Whether a tensor may be in what a module has: not in numbers, names and empty containers."""
+    return not isinstance(value, bool | int | float | str | None) and (
+        isinstance(value, Tensor) or not isinstance(value, Sized) or len(value) > 0
+    )
 
 
 def set_architecture(model: nn.Module, architecture: Architecture | None) -> None:
