@@ -351,7 +351,6 @@ def _rows(table: tuple[Labels, Labels, Labels], wanted: Labels) -> tuple[Labels,
     """Where labels are in a table: which of those that are wanted, axis, position."""
     labels, owner, place = table
     first, last = np.searchsorted(labels, wanted), np.searchsorted(labels, wanted, "right")
-    rows = np.concatenate(
-        [np.zeros(0, np.int64), *(np.arange(a, b) for a, b in zip(first, last, strict=True))]
-    )
-    return np.repeat(np.arange(len(wanted)), last - first), owner[rows], place[rows]
+    count = last - first
+    rows = np.repeat(first + count - np.cumsum(count), count) + np.arange(count.sum())
+    return np.repeat(np.arange(len(wanted)), count), owner[rows], place[rows]

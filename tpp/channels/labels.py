@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from tpp.channels.planes import FIXED, Flow, Labels, along, compact_labels, plane_of
+from tpp.channels.planes import FIXED, Flow, Labels, along, compact_labels, plane_of, values_of
 from tpp.models.fitting import place_of
 
 
@@ -184,9 +184,8 @@ class LabelStore:
             if a == b:
                 continue
             if FIXED in (a, b):
-                self._freeze_label(
-                    max(a, b), "are added to a padding of the channels or another fixed value"
-                )
+                fixed = "are added to a padding of the channels or another fixed value"
+                self.freeze_labels(np.array([max(a, b)]), fixed)
                 continue
             self._frozen.union(a, b)
             a, b = self._added.find(a), self._added.find(b)
@@ -200,19 +199,17 @@ class LabelStore:
                 if lasting:
                     self.followers.add(self._added.find(a))
 
-    def _freeze_label(self, label: int, reason: str) -> None:
-        self._frozen.note(label, f"{reason} ({place_of(self._running)})")
-
     def freeze_labels(self, labels: Labels, reason: str) -> None:
         """Note that these channels cannot go."""
+        text = f"{reason} ({place_of(self._running)})"
         for label in labels.tolist():
             if label != FIXED:
-                self._freeze_label(label, reason)
+                self._frozen.note(label, text)
 
     def freeze(self, flow: Flow, reason: str) -> None:
         """Note that no channel of an activation can go."""
         for plane in flow.planes:
-            self.freeze_labels(plane.unique().numpy(), reason)
+            self.freeze_labels(np.unique(values_of(plane)), reason)
 
     def warn(self, labels: Labels, reason: str) -> None:
         """Note that removing these channels is not the same as zeroing them."""

@@ -12,6 +12,7 @@ of those that are kept. They are called ``companion:tensor``.
 import json
 import shlex
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from tpp.checkpoints.safetensors_files import (
     PathLike,
     find_ties,
     open_safetensors,
-    sha256_of,
+    sha256_of_all,
     storable,
 )
 from tpp.common.errors import UserError
@@ -179,7 +180,7 @@ def save_tensors(
         "architecture": own.to_dict(),
         "widths": layer_widths(network),
         "ties": ties,
-        "sha256": {name: sha256_of(tensor) for name, tensor in stored.items()},
+        "sha256": sha256_of_all(stored),
         "companions": list(companions or {}),
         "preprocessing": None if preprocessing is None else dict(preprocessing),
         "extra": dict(extra or {}),
@@ -389,8 +390,10 @@ def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> 
         mode = new_file(aside)
         save_file(tensors, aside, metadata={FORMAT: json.dumps(metadata)})
         aside.chmod(mode)
-        sync(aside)
-        _verify(aside, metadata)
+        with ThreadPoolExecutor(1) as pool:  # the disk is waited for while it is read back
+            synced = pool.submit(sync, aside)
+            _verify(aside, metadata)
+            synced.result()
         aside.replace(path)
         sync(path.parent)
     except (OSError, SafetensorError) as error:
@@ -411,8 +414,8 @@ def _verify(path: Path, metadata: dict[str, Any]) -> None:
 def _verify_tensors(tensors: Mapping[str, Tensor], sha256: Mapping[str, str]) -> None:
     for name in tensors.keys() ^ sha256.keys():
         raise OSError(f"{name} is {'missing' if name in sha256 else 'unexpected'}")
-    for name, tensor in tensors.items():
-        if sha256_of(tensor) != sha256[name]:
+    for name, found in sha256_of_all(tensors).items():
+        if found != sha256[name]:
             raise OSError(f"the bytes of {name} are not those that were meant")
 
 

@@ -5,7 +5,7 @@ import difflib
 import functools
 import itertools
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -67,6 +67,9 @@ TIMM = "timm:"
 _LOADING_ARGS = ("weights", "pretrained", "checkpoint_path", "cache_dir")
 # Several times what any network has; building one with a depth of millions would never end.
 _MOST_MODULES = 5_000
+# What most of a module's attributes are: in these, and in empty ones of those, there is no tensor.
+_BARE = {type(None), bool, int, float, str}
+_CONTAINERS = {OrderedDict, dict, set}
 # What a file may say of its architecture. A checkpoint of unknown origin is built from it, and
 # what is built has to stay small until the file's tensors have turned out to fit.
 _MOST_CLASSES = 2**24
@@ -223,14 +226,18 @@ def meta_copy(model: nn.Module) -> nn.Module:
     """Copy a network without its weights, as :func:`plain_copy` does: every tensor is on meta."""
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
-        empty = torch.empty_like(parameter, device="meta")
+        empty = _emptied(parameter)
         memo[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
-    for buffer in model.buffers():
-        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
     computed = _computed(model)
-    for tensor in computed:
-        memo[id(tensor)] = torch.empty_like(tensor, device="meta", requires_grad=False)
+    for tensor in (*model.buffers(), *computed):
+        memo[id(tensor)] = _emptied(tensor)
     return _plain_copy(model, memo, computed=bool(computed))
+
+
+def _emptied(tensor: Tensor) -> Tensor:
+    """A tensor like this one, without memory and without a history."""
+    # torch.empty_like is five times as slow where both are on meta.
+    return tensor.detach().clone() if tensor.is_meta else tensor.detach().to("meta")
 
 
 def plain_copy(model: nn.Module) -> nn.Module:
@@ -257,7 +264,7 @@ def _plain_copy(model: nn.Module, memo: dict[int, Any], *, computed: bool) -> nn
     # A module has a dozen dicts for hooks, empty nearly always, and slow to copy.
     for module in model.modules():
         for value in vars(module).values():
-            if type(value) in (OrderedDict, dict, set) and not value:
+            if type(value) in _CONTAINERS and not value:
                 memo[id(value)] = type(value)()
     try:
         copied = copy.deepcopy(model, memo)
@@ -298,17 +305,11 @@ def _computed(model: nn.Module) -> list[Tensor]:
         tensor
         for module in model.modules()
         for key, value in module.__dict__.items()
-        if key not in ("_parameters", "_buffers", "_modules") and _may_hold(value)
+        if key not in ("_parameters", "_buffers", "_modules")
+        if type(value) not in _BARE and not (type(value) in _CONTAINERS and not value)
         for tensor in tree_leaves(value)
         if isinstance(tensor, Tensor) and not tensor.is_leaf
     ]
-
-
-def _may_hold(value: Any) -> bool:
-    """Whether a tensor may be in what a module has: not in numbers, names and empty containers."""
-    return not isinstance(value, bool | int | float | str | None) and (
-        isinstance(value, Tensor) or not isinstance(value, Sized) or len(value) > 0
-    )
 
 
 def set_architecture(model: nn.Module, architecture: Architecture | None) -> None:

@@ -47,7 +47,7 @@ class QuickNorms(PlainMode):
         if func in _NORMS and not kwargs and _fits(*args[:5], training=_in_training(func, args)):
             images: Tensor = args[0]
             own = (images.new_empty(images.shape[1]) for _ in range(2))
-            return torch.empty_like(images), *own
+            return images.clone(), *own  # quicker than empty_like, which is Python here
         return func(*args, **(kwargs or {}))
 
 
