@@ -227,15 +227,16 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m tpp.prun
     from tpp.channels.trials import Trials
     from tpp.checkpoints.model_file import load_model
     from tpp.checkpoints.prune_file import read_dense, write_pruned
-    from tpp.describe import summary
-    from tpp.measure.counts import count
-    from tpp.measure.timing import LatencySettings, measure
+    from tpp.measure.counts import count, summary
     from tpp.models.architecture import architecture_of, meta_copy
     from tpp.models.fitting import assign_tensors
-    from tpp.selection.configured import network_named, read_configured
 
-    named = network_named(options.model) if options.model else None
-    configured = read_configured(options.config) if options.config else None
+    named, configured = None, None
+    if options.model or options.config:
+        from tpp.selection.configured import network_named, read_configured
+
+        named = network_named(options.model) if options.model else None
+        configured = read_configured(options.config) if options.config else None
     otherwise = configured.architecture() if configured else None
     if named is not None and otherwise is not None:
         if named.name != otherwise.name:
@@ -260,6 +261,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m tpp.prun
     counts = count(pruned)
     print(f"{network.name}: {summary(count(dense.model), counts)}")
     if options.max_latency_ms is not None:
+        from tpp.measure.timing import LatencySettings, measure
+
         timing = measure({"dense": model, "pruned": load_model(options.output)}, LatencySettings())
         dense_ms, pruned_ms = (1000 * timing[name].median for name in ("dense", "pruned"))
         print(f"latency here, {counts.of_image}: {dense_ms:.1f} ms -> {pruned_ms:.1f} ms (medians)")

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from tpp.channels.rules import COPIES, MOVES
 from tpp.models.architecture import meta_copy
 from tpp.models.fitting import place_of, running_modules
-from tpp.models.meta_runs import PlainMode, QuickNorms
+from tpp.models.meta_runs import PlainMode, ShapesOnly
 
 # Types of arguments that are numbers to compute with. Whole numbers are sizes and positions, but
 # for a number where a tensor could stand, and these, of what computes something at every pixel.
@@ -165,7 +165,7 @@ def training_numbers(model: nn.Module, example: Tensor) -> NumberTrace | None:
             same_draws(),
             torch.inference_mode(False),
             torch.no_grad(),
-            QuickNorms(),
+            ShapesOnly(),
             trace.watching(),
         ):
             copy(images)

@@ -24,7 +24,7 @@ from tpp.channels.rules import MOVES, POINTWISE, RULES, move, pointwise, tensors
 from tpp.common.errors import UserError, reason_of
 from tpp.models.architecture import meta_copy
 from tpp.models.fitting import place_of, running_modules
-from tpp.models.meta_runs import PlainMode, QuickNorms
+from tpp.models.meta_runs import PlainMode, ShapesOnly
 
 
 class DoesNotRunError(UserError):
@@ -63,13 +63,13 @@ def trace_channels(
     running = running_modules(copy)
     store, numbers = LabelStore(copy, running, group_kinds or {}), NumberTrace(running)
     dtype = next((p.dtype for p in copy.parameters()), example.dtype)
-    image = torch.empty_like(example, device="meta", dtype=dtype)
+    image = torch.empty(example.shape, device="meta", dtype=dtype)
     try:
         with (
             same_draws(),
             torch.inference_mode(False),
             torch.no_grad(),
-            QuickNorms(),
+            ShapesOnly(),
             _ChannelMode(store),
             numbers.watching(),
         ):

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from tpp.common.errors import UserError
+from tpp.common.numbers import in_short
 from tpp.models.architecture import example_input_for, meta_copy
 from tpp.models.fitting import running_modules
-from tpp.models.meta_runs import PlainMode, QuickNorms
+from tpp.models.meta_runs import PlainMode, ShapesOnly
 
 # What convolutions and linear layers come down to; attention's products are not among them.
 _CONVOLUTIONS = {"convolution", "_convolution"}
@@ -78,10 +79,10 @@ def count(model: nn.Module, *, example_input: Tensor | None = None) -> Counts:
         example_input = example_input_for(model, "meta")
     copy = meta_copy(model).eval()
     dtype = next(copy.parameters()).dtype
-    images = torch.empty_like(example_input[:1], device="meta", dtype=dtype)
+    images = torch.empty((1, *example_input.shape[1:]), device="meta", dtype=dtype)
     counter = _Counter(running_modules(copy))
     try:
-        with torch.inference_mode(False), torch.no_grad(), QuickNorms(), counter:
+        with torch.inference_mode(False), torch.no_grad(), ShapesOnly(), counter:
             copy(images)
     except (RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:
         shape = "x".join(map(str, images.shape))
@@ -147,3 +148,13 @@ def _layer_count(name: str, layer: nn.Module, macs: int) -> LayerCount:
         return LayerCount(name, layer.in_channels, layer.out_channels, parameters, macs)
     assert isinstance(layer, nn.Linear)
     return LayerCount(name, layer.in_features, layer.out_features, parameters, macs)
+
+
+def summary(dense: Counts, counts: Counts) -> str:
+    """One line: parameters and multiply-accumulates before and after, and the speedup."""
+    removed = 1 - counts.parameters / dense.parameters
+    return (
+        f"parameters {in_short(dense.parameters)} -> {in_short(counts.parameters)} (-{removed:.2%}), "
+        f"MACs {in_short(dense.macs)} -> {in_short(counts.macs)} for {counts.of_image}, "
+        f"speedup {dense.macs / counts.macs:.4f}x"
+    )

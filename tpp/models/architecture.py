@@ -22,6 +22,7 @@ from tpp.common.compiler import compiler_left_out
 from tpp.common.errors import UserError, reason_of
 from tpp.models import edsr
 from tpp.models.cifar import CifarResNet, CifarVGG19
+from tpp.models.meta_runs import ShapesOnly
 from tpp.models.mlp import LinearMLP
 
 _OWN_MODELS: dict[str, Callable[..., nn.Module]] = {
@@ -188,7 +189,7 @@ def build_on_meta(architecture: Architecture) -> nn.Module:
     """Build a network without memory for its weights and without initialising them."""
     name, args = architecture.name, architecture.args
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), ShapesOnly():
             return _build(architecture)
     except UserError:
         raise
