@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from tpp.common.errors import UserError, run_command
+from tpp.common.imports import quick_imports
 from tpp.common.outputs import check_apart, check_output
 from tpp.common.paths import user_path
 from tpp.plan import PruningPlan
@@ -224,12 +225,13 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m tpp.prun
     options = _parse_arguments(arguments, prog)
     _check_together(options)
     _check_outputs(options)
-    from tpp.channels.trials import Trials
-    from tpp.checkpoints.model_file import load_model
-    from tpp.checkpoints.prune_file import read_dense, write_pruned
-    from tpp.measure.counts import count, summary
-    from tpp.models.architecture import architecture_of, meta_copy
-    from tpp.models.fitting import assign_tensors
+    with quick_imports():
+        from tpp.channels.trials import Trials
+        from tpp.checkpoints.model_file import load_model
+        from tpp.checkpoints.prune_file import read_dense, write_pruned
+        from tpp.measure.counts import count, summary
+        from tpp.models.architecture import architecture_of, meta_copy
+        from tpp.models.fitting import assign_tensors
 
     named, configured = None, None
     if options.model or options.config:

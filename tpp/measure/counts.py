@@ -153,8 +153,9 @@ def _layer_count(name: str, layer: nn.Module, macs: int) -> LayerCount:
 def summary(dense: Counts, counts: Counts) -> str:
     """One line: parameters and multiply-accumulates before and after, and the speedup."""
     removed = 1 - counts.parameters / dense.parameters
+    parameters = f"{in_short(dense.parameters)} -> {in_short(counts.parameters)}"
     return (
-        f"parameters {in_short(dense.parameters)} -> {in_short(counts.parameters)} (-{removed:.2%}), "
+        f"parameters {parameters} (-{removed:.2%}), "
         f"MACs {in_short(dense.macs)} -> {in_short(counts.macs)} for {counts.of_image}, "
         f"speedup {dense.macs / counts.macs:.4f}x"
     )

@@ -18,8 +18,8 @@ from torch.nn.modules.module import (
 )
 from torch.utils._pytree import tree_leaves
 
-from tpp.common.compiler import compiler_left_out
 from tpp.common.errors import UserError, reason_of
+from tpp.common.imports import quick_imports
 from tpp.models import edsr
 from tpp.models.cifar import CifarResNet, CifarVGG19
 from tpp.models.meta_runs import ShapesOnly
@@ -147,7 +147,7 @@ def _are_plain(args: Mapping[str, Any]) -> bool:
 
 def model_names() -> list[str]:
     """Every name that :func:`build_model` knows, timm's excepted."""
-    with compiler_left_out():
+    with quick_imports():
         from torchvision import models
 
     return [*_OWN_MODELS, *_IMAGE_MODELS, *models.list_models(module=models)]
