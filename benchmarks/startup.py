@@ -201,7 +201,7 @@ def _until(arguments: Sequence[str], ranks: int, there: Callable[[], bool]) -> f
         )
         try:
             while not there():
-                failed = process.poll() not in (None, 0)
+                failed = process.poll() is not None and not there()
                 if failed or time.perf_counter() - started > _LONGEST:
                     output.seek(0)
                     told = output.read().decode(errors="replace")[-2000:]
@@ -252,7 +252,7 @@ def first_step(data: Path, folder: Path, ranks: int) -> tuple[float, float]:
 
 
 def first_steps(
-    folder: Path, ranks: Sequence[int], rounds: int, images: Mapping[str, int]
+    folder: Path, ranks: Sequence[int], rounds: int, images: Mapping[str, int], *, warm: bool
 ) -> Result:
     """A row for each number of ranks; runs and loaders take turns."""
     data = folder / "data"
@@ -261,8 +261,8 @@ def first_steps(
     rows: Result = {}
     for number in ranks:
         found = [
-            first_step(data, folder / f"{number}-{turn}", number) for turn in range(-1, rounds)
-        ][1:]
+            first_step(data, folder / f"{number}-{turn}", number) for turn in range(-warm, rounds)
+        ][warm:]
         steps, loaders = zip(*found, strict=True)
         rows[f"{number} rank{'s' if number > 1 else ''}"] = {
             "seconds": median(steps),
@@ -379,6 +379,7 @@ def main() -> None:
                     [int(number) for number in numbers],
                     min(rounds, 3),
                     {"train": 100, "val": 50} if quick else IMAGES,
+                    warm=not quick,
                 )
                 continue
             commands = help_commands() if part == "help" else first_line_commands(Path(folder))
