@@ -1,17 +1,24 @@
 """How long commands take to say something, beside `import torch`.
 
-    python -m benchmarks.startup [--parts NAME,NAME] [--rounds N] [--quick] [--output FILE]
+    python -m benchmarks.startup [--parts NAME,NAME] [--rounds N] [--ranks N,N] [--quick]
+                                 [--output FILE]
 
 first_line  until the first line of output: train/main.py --dry-run on a tiny configuration (its
             output comes before that of a real run), a configuration with a mistake in it, and
             tpp.describe of a network of this project's and of one of torchvision's
 help        until the first line of --help, for every command
+first_step  train/main.py until its first step is done (ResNet-50, TPP; one image of 64 pixels per
+            rank), on one rank and on 16 under torchrun, of a data set of 1,281,167 and 50,000
+            images in an index made here; beside what no run can do without: the same number of
+            processes that import PyTorch, open the index and load the first batch. Where there
+            are fewer processors than ranks, both wait for these
 
-All commands of a part take turns with `import torch`, and each is ended at its first line. Besides
-seconds there are those of the processor: on a machine with neighbours they vary less. Ratios are
-of medians, to those of `import torch`; "with its compiler" is `import torch, torch._dynamo`, which
-PyTorch imports by itself when a network is run without memory, or torchvision imported. Results go
-to benchmarks/results/startup.json.
+All commands of the first two parts take turns with `import torch`, and each is ended at its first
+line. Besides seconds there are those of the processor: on a machine with neighbours they vary less.
+Ratios are of medians, to those of `import torch`; "with its compiler" is `import torch,
+torch._dynamo`, which PyTorch imports by itself when a network is run without memory, or torchvision
+imported. first_step goes by the clock, takes three rounds at most, and counts what is above the
+loaders alone. Results go to benchmarks/results/startup.json.
 """
 
 import argparse
@@ -22,7 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -38,7 +45,7 @@ from tpp.common.paths import user_path
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results" / "startup.json"
-PARTS = ("first_line", "help")
+PARTS = ("first_line", "help", "first_step")
 TORCH = "import torch"
 CODE = {TORCH: "import torch", "with its compiler": "import torch, torch._dynamo"}
 MODULES = (
@@ -56,6 +63,31 @@ TINY = {
     "method": {"name": "tpp", "zero_out_interval": 1},
     "stages": {"regularize": {"optimizer": {"lr": 0.01}}, "prune": {}},
 }
+
+IMAGES = {"train": 1_281_167, "val": 50_000}
+CLASSES = 1000
+STAGE = "regularize"
+# What a run does before its first step, were there nothing but PyTorch and the loader.
+LOADER = """
+import os, sys, torch
+from pathlib import Path
+from data_pipelines.images.batch import LoaderSettings
+from data_pipelines.images.image_index import open_images
+from data_pipelines.images.order import Steps
+from data_pipelines.loaders import resolve_loader, train_batches, training_order
+from data_pipelines.loading.augment import ImageTransform
+rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+index = open_images(Path(sys.argv[1], "train"))
+transform = ImageTransform(
+    image_size=64, resize=72, augmentation="imagenet", mean=(0.5,) * 3, std=(0.25,) * 3
+)
+settings = LoaderSettings(
+    resolve_loader("auto"), 1, torch.device("cpu"), rank=rank, world_size=ranks
+)
+next(train_batches(index, transform, training_order(index, 0), Steps(ranks, 1, 0, 1), settings))
+Path(sys.argv[2], f"{rank}").touch()
+"""
+_LONGEST = 600.0  # seconds that ranks may take
 
 Result = dict[str, Any]
 Commands = Mapping[str, Sequence[str]]
@@ -122,6 +154,128 @@ def first_line_commands(folder: Path) -> Commands:
     }
 
 
+def make_data(folder: Path, images: int, classes: int = CLASSES) -> None:
+    """An index of a shard in which all images are the same photo; its bytes are there."""
+    import io
+
+    import numpy as np
+    from PIL import Image
+
+    from data_pipelines.images.image_index import INDEX_FILE, ImageIndex, save_index
+
+    folder.mkdir(parents=True)
+    noise = np.random.default_rng(0).integers(0, 256, (94, 125, 3), dtype=np.uint8)
+    photo = io.BytesIO()
+    Image.fromarray(noise).resize((500, 375)).save(photo, "JPEG", quality=90)
+    shard = folder / "0.tar"
+    shard.write_bytes(photo.getvalue())
+    size, labels = shard.stat().st_size, np.arange(images) * classes // images
+    names = [f"n{label:08d}/n{label:08d}_{number}.JPEG" for number, label in enumerate(labels)]
+    index = ImageIndex.of(
+        folder,
+        names,
+        labels,
+        [f"n{label:08d}" for label in range(classes)],
+        byte_sizes=np.full(images, size),
+        sizes=np.tile(np.array([375, 500], np.int32), (images, 1)),
+        containers=[shard.name],
+        container=np.zeros(images, np.int32),
+        offsets=np.zeros(images, np.int64),
+        marks=np.array([size]),
+    )
+    save_index(index, folder / INDEX_FILE)
+
+
+def _until(arguments: Sequence[str], ranks: int, there: Callable[[], bool]) -> float:
+    """Start Python, on several ranks under torchrun, until something is there; the seconds."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    started = time.perf_counter()
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(
+            [sys.executable, *(launcher if ranks > 1 else []), *arguments],
+            cwd=ROOT,
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            while not there():
+                failed = process.poll() is not None and not there()
+                if failed or time.perf_counter() - started > _LONGEST:
+                    output.seek(0)
+                    told = output.read().decode(errors="replace")[-2000:]
+                    raise UserError(f"{' '.join(arguments)} on {ranks} ranks: {told}")
+                time.sleep(0.005)
+            return time.perf_counter() - started
+        finally:
+            process.terminate()  # the ranks are told by torchrun, and a run saves what it has
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def first_step(data: Path, folder: Path, ranks: int) -> tuple[float, float]:
+    """Seconds until the first step of a run, and until the first batches of loaders alone.
+
+    Args:
+        data: see :func:`make_data`, with its parts.
+        folder: a new one.
+        ranks: processes.
+    """
+    arrived, run, code = folder / "arrived", folder / "run", folder / "loader.py"
+    arrived.mkdir(parents=True)
+    code.write_text(LOADER)
+    config = {
+        **TINY,
+        "output": str(run),
+        "model": {"name": "resnet50"},
+        "data": {"root": str(data), "threads": 1, "image_size": 64, "resize": 72},
+        "training": {"batch_size": ranks, "log_every": 1},
+        "pruning": {"ratios": {"layer[1-3]*conv[1-2]": 0.5}},
+        "method": {"name": "tpp"},
+        "stages": {STAGE: {"optimizer": {"lr": 0.01}}, "prune": {}},
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(config))
+
+    def logged() -> bool:
+        with suppress(OSError):
+            return any('"step": 1' in line for line in (run / "log.jsonl").open())
+        return False
+
+    loader = _until(
+        [str(code), str(data), str(arrived)], ranks, lambda: len(list(arrived.iterdir())) == ranks
+    )
+    return _until(["train/main.py", "--config", str(folder / "run.yaml")], ranks, logged), loader
+
+
+def first_steps(
+    folder: Path, ranks: Sequence[int], rounds: int, images: Mapping[str, int], *, warm: bool
+) -> Result:
+    """A row for each number of ranks; runs and loaders take turns."""
+    data = folder / "data"
+    for part, number in images.items():
+        make_data(data / part, number, min(CLASSES, *images.values()))
+    rows: Result = {}
+    for number in ranks:
+        found = [
+            first_step(data, folder / f"{number}-{turn}", number) for turn in range(-warm, rounds)
+        ][warm:]
+        steps, loaders = zip(*found, strict=True)
+        rows[f"{number} rank{'s' if number > 1 else ''}"] = {
+            "seconds": median(steps),
+            "low": min(steps),
+            "high": max(steps),
+            "loader_seconds": median(loaders),
+            "loader_low": min(loaders),
+            "loader_high": max(loaders),
+            "above": median(steps) - median(loaders),
+        }
+    return rows
+
+
 def measured(commands: Commands, rounds: int, *, warm: bool = True) -> Result:
     """A row for each command; they take turns, first to bring files into memory if ``warm``."""
     seconds: dict[str, list[float]] = {name: [] for name in commands}
@@ -152,6 +306,9 @@ def measured(commands: Commands, rounds: int, *, warm: bool = True) -> Result:
 def _show(results: Mapping[str, Result]) -> None:
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     for part, rows in results.items():
+        if part == "first_step":
+            _show_first_steps(rows, console)
+            continue
         table = Table(title=part, title_justify="left", box=None, pad_edge=False)
         table.add_column("")
         for heading in ("seconds", "lowest - highest", "ratio", "of the processor", "ratio"):
@@ -169,6 +326,22 @@ def _show(results: Mapping[str, Result]) -> None:
         console.print()
 
 
+def _show_first_steps(rows: Result, console: Console) -> None:
+    table = Table(title="first_step", title_justify="left", box=None, pad_edge=False)
+    table.add_column("")
+    for heading in ("seconds", "lowest - highest", "loaders alone", "above"):
+        table.add_column(heading, justify="right")
+    for name, row in rows.items():
+        table.add_row(
+            name,
+            f"{row['seconds']:.2f}",
+            f"{row['low']:.2f} - {row['high']:.2f}",
+            f"{row['loader_seconds']:.2f}",
+            f"{row['above']:.2f}",
+        )
+    console.print(table)
+
+
 def main() -> None:
     """Measure the parts and write what came out."""
     parser = argparse.ArgumentParser(
@@ -178,6 +351,9 @@ def main() -> None:
     )
     parser.add_argument("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="default 7")
+    parser.add_argument(
+        "--ranks", default="1,16", metavar="N,N", help="of first_step (default %(default)s)"
+    )
     parser.add_argument("--quick", action="store_true", help="one round, to try the script")
     parser.add_argument("--output", type=user_path, default=RESULTS)
     arguments = parser.parse_args()
@@ -187,14 +363,28 @@ def main() -> None:
         raise UserError(f"--parts: no part {unknown[0]!r}; there are: {', '.join(PARTS)}")
     if arguments.rounds < 1:
         raise UserError(f"--rounds {arguments.rounds}: must be 1 or more")
-    rounds = 1 if arguments.quick else arguments.rounds
+    quick = arguments.quick
+    rounds = 1 if quick else arguments.rounds
+    numbers = arguments.ranks.split(",")
+    if not all(number.isdecimal() and 0 < int(number) <= 256 for number in numbers):
+        raise UserError(f"--ranks {arguments.ranks}: must be numbers of ranks, such as 1,16")
     output = arguments.output
     results = json.loads(output.read_text()) if output.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
         for part in chosen:
+            if part == "first_step":
+                print(f"starting runs on {arguments.ranks} ranks ...", file=sys.stderr)
+                results[part] = first_steps(
+                    Path(folder),
+                    [int(number) for number in numbers],
+                    min(rounds, 3),
+                    {"train": 100, "val": 50} if quick else IMAGES,
+                    warm=not quick,
+                )
+                continue
             commands = help_commands() if part == "help" else first_line_commands(Path(folder))
             print(f"timing {len(commands)} commands, {rounds} times ...", file=sys.stderr)
-            results[part] = measured(commands, rounds, warm=not arguments.quick)
+            results[part] = measured(commands, rounds, warm=not quick)
             for row in results[part].values():  # where it was made is no result
                 row["line"] = row["line"].replace(f"{folder}/", "")
     results["on"] = {

@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from tpp.common.errors import UserError, printable, run_command
+from tpp.common.numbers import in_short
 from tpp.common.outputs import check_output
 from tpp.common.paths import user_path
 
@@ -22,16 +23,6 @@ if TYPE_CHECKING:
 _HEADINGS = ("layer", "filters", "inputs", "parameters", "MACs", "share")
 # From here on a table is broken up into the network's stages.
 _MANY_LAYERS = 20
-
-
-def summary(dense: "Counts", counts: "Counts") -> str:
-    """One line: parameters and multiply-accumulates before and after, and the speedup."""
-    removed = 1 - counts.parameters / dense.parameters
-    return (
-        f"parameters {_short(dense.parameters)} -> {_short(counts.parameters)} (-{removed:.2%}), "
-        f"MACs {_short(dense.macs)} -> {_short(counts.macs)} for {counts.of_image}, "
-        f"speedup {dense.macs / counts.macs:.4f}x"
-    )
 
 
 def print_description(path: str, console: Console, image_size: int | None = None) -> None:
@@ -62,6 +53,8 @@ def plot_description(path: str, picture: Path, image_size: int | None = None) ->
     Raises:
         UserError: the file is not one of our checkpoints, or the picture cannot be written.
     """
+    from tpp.measure.counts import summary
+
     plot = _plot()
     info, dense, counts = _read(path, image_size)
     title = f"{info.architecture.name}, {info.architecture.output}"
@@ -138,7 +131,7 @@ def _layer_cells(now: "LayerCount", before: "LayerCount", total_macs: int) -> tu
         f"{now.outputs:4} / {before.outputs:<4}",
         str(now.inputs),
         f"{now.parameters:,}",
-        _short(now.macs),
+        in_short(now.macs),
         f"{now.macs / total_macs:7.2%}",
     )
 
@@ -149,13 +142,13 @@ def _other_cells(counts: "Counts") -> list[tuple[str, ...]]:
     macs = counts.macs - sum(layer.macs for layer in counts.layers)
     if parameters <= 0:
         return []
-    return [("others", "", "", f"{parameters:,}", _short(macs), f"{macs / counts.macs:7.2%}")]
+    return [("others", "", "", f"{parameters:,}", in_short(macs), f"{macs / counts.macs:7.2%}")]
 
 
 def _total_cells(dense: "Counts", counts: "Counts") -> tuple[str, ...]:
     kept, total = (sum(layer.outputs for layer in size.layers) for size in (counts, dense))
     filters = f"{kept:4} / {total:<4}"
-    return "total", filters, "", f"{counts.parameters:,}", _short(counts.macs), f"{1:7.2%}"
+    return "total", filters, "", f"{counts.parameters:,}", in_short(counts.macs), f"{1:7.2%}"
 
 
 def _with_bars(cells: tuple[str, ...], name_width: int, kept: str, share: str) -> list[str]:
@@ -181,7 +174,7 @@ def _facts(path: str, info: "CheckpointInfo", dense: "Counts", counts: "Counts")
         "network": network,
         "parameters": f"{counts.parameters:,} of {dense.parameters:,} "
         f"({1 - counts.parameters / dense.parameters:.2%} removed)",
-        "MACs": f"{_short(counts.macs)} of {_short(dense.macs)} for {counts.of_image}",
+        "MACs": f"{in_short(counts.macs)} of {in_short(dense.macs)} for {counts.of_image}",
         "speedup": f"{dense.macs / counts.macs:.4f}x",
     }
     if info.companions:
@@ -220,14 +213,6 @@ def _bar(share: float, width: int, console: Console) -> str:
         return "#" * round(share * width)
     whole, eighths = divmod(round(share * width * 8), 8)
     return "█" * whole + " ▏▎▍▌▋▊▉"[eighths].strip()
-
-
-def _short(number: int) -> str:
-    """4089184256 as 4.0892 G, 853018 as 853.0 k."""
-    for size, unit, digits in ((10**9, "G", 4), (10**6, "M", 2), (10**3, "k", 1)):
-        if number >= size:
-            return f"{number / size:.{digits}f} {unit}"
-    return str(number)
 
 
 def make_console() -> Console:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from tpp.common.errors import UserError, run_command
+from tpp.common.imports import quick_imports
 from tpp.common.outputs import check_apart, check_output
 from tpp.common.paths import user_path
 from tpp.plan import PruningPlan
@@ -15,6 +16,7 @@ from tpp.plan import PruningPlan
 if TYPE_CHECKING:
     from torch import nn
 
+    from tpp.channels.trials import Trials
     from tpp.selection.budget import Budget
     from tpp.selection.configured import Configured
 
@@ -100,12 +102,15 @@ def _check_together(given: argparse.Namespace) -> None:
 
 
 def _make_plan(
-    arguments: argparse.Namespace, configured: "Configured | None", model: "nn.Module"
+    arguments: argparse.Namespace,
+    configured: "Configured | None",
+    model: "nn.Module",
+    trials: "Trials",
 ) -> PruningPlan:
     if arguments.plan:
         return PruningPlan.load(arguments.plan)
     if configured is not None:
-        return configured.selection().select(model)
+        return configured.selection().select(model, trials=trials)
     from tpp.selection.selection import Selection
 
     selection = Selection(
@@ -118,7 +123,7 @@ def _make_plan(
         budget=_budget(arguments),
         seed=arguments.seed or 0,
     )
-    return selection.select(model)
+    return selection.select(model, trials=trials)
 
 
 def _parse_arguments(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
@@ -220,17 +225,20 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m tpp.prun
     options = _parse_arguments(arguments, prog)
     _check_together(options)
     _check_outputs(options)
-    from tpp.checkpoints.model_file import load_model
-    from tpp.checkpoints.prune_file import read_dense, write_pruned
-    from tpp.describe import summary
-    from tpp.measure.counts import count
-    from tpp.measure.timing import LatencySettings, measure
-    from tpp.models.architecture import architecture_of, meta_copy
-    from tpp.models.fitting import assign_tensors
-    from tpp.selection.configured import network_named, read_configured
+    with quick_imports():
+        from tpp.channels.trials import Trials
+        from tpp.checkpoints.model_file import load_model
+        from tpp.checkpoints.prune_file import read_dense, write_pruned
+        from tpp.measure.counts import count, summary
+        from tpp.models.architecture import architecture_of, meta_copy
+        from tpp.models.fitting import assign_tensors
 
-    named = network_named(options.model) if options.model else None
-    configured = read_configured(options.config) if options.config else None
+    named, configured = None, None
+    if options.model or options.config:
+        from tpp.selection.configured import network_named, read_configured
+
+        named = network_named(options.model) if options.model else None
+        configured = read_configured(options.config) if options.config else None
     otherwise = configured.architecture() if configured else None
     if named is not None and otherwise is not None:
         if named.name != otherwise.name:
@@ -245,8 +253,9 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m tpp.prun
     )
     model = meta_copy(dense.model)
     assign_tensors(model, dense.tensors)
-    plan = _make_plan(options, configured, model)
-    pruned, done = write_pruned(dense, plan, options.output)
+    trials = Trials(dense.model)
+    plan = _make_plan(options, configured, model, trials)
+    pruned, done = write_pruned(dense, plan, options.output, trials=trials)
     if options.save_plan:
         plan.save(options.save_plan)
     network = architecture_of(dense.model)
@@ -254,6 +263,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m tpp.prun
     counts = count(pruned)
     print(f"{network.name}: {summary(count(dense.model), counts)}")
     if options.max_latency_ms is not None:
+        from tpp.measure.timing import LatencySettings, measure
+
         timing = measure({"dense": model, "pruned": load_model(options.output)}, LatencySettings())
         dense_ms, pruned_ms = (1000 * timing[name].median for name in ("dense", "pruned"))
         print(f"latency here, {counts.of_image}: {dense_ms:.1f} ms -> {pruned_ms:.1f} ms (medians)")

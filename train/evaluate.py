@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tpp.common.errors import UserError, run_command
+from tpp.common.imports import quick_imports
 from tpp.common.paths import user_path
 
 if TYPE_CHECKING:
@@ -81,16 +82,17 @@ def _parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Evaluate a checkpoint from the command line."""
     arguments = _parse_arguments()
-    from data_pipelines.images.batch import LoaderSettings
-    from data_pipelines.images.source import BadImages
-    from data_pipelines.loaders import eval_batches, resolve_loader
-    from train.data import open_for_all_ranks
-    from train.distributed.accelerator import make_accelerator
-    from train.distributed.collectives import sum_over_ranks
-    from train.distributed.engine import forward_pass
-    from train.distributed.environment import settle_environment
-    from train.distributed.ranks import settle_ranks
-    from train.run_folder.log import say
+    with quick_imports():
+        from data_pipelines.images.batch import LoaderSettings
+        from data_pipelines.images.source import BadImages
+        from data_pipelines.loaders import eval_batches, resolve_loader
+        from train.data import open_for_all_ranks
+        from train.distributed.accelerator import make_accelerator
+        from train.distributed.collectives import sum_over_ranks
+        from train.distributed.engine import forward_pass
+        from train.distributed.environment import settle_environment
+        from train.distributed.ranks import settle_ranks
+        from train.run_folder.log import say
 
     settle_ranks(os.environ)
     to_tell = settle_environment(os.environ, arguments.precision)

@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:] = [str(ROOT), *(p for p in sys.path if Path(p or ".").resolve() != ROOT / "train")]
 
 from tpp.common.errors import UserError, run_command  # noqa: E402
+from tpp.common.imports import quick_imports  # noqa: E402
 from tpp.common.paths import user_path  # noqa: E402
 
 _FIRST_TO_SPEAK = 10.0  # seconds
@@ -70,9 +71,10 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Run or dry-run the configuration."""
     arguments = parse_arguments()
-    from train.config.config import load_config, stages_until
-    from train.distributed.environment import settle_environment
-    from train.distributed.ranks import settle_ranks
+    with quick_imports():
+        from train.config.config import load_config, stages_until
+        from train.distributed.environment import settle_environment
+        from train.distributed.ranks import settle_ranks
 
     try:
         settle_ranks(os.environ)
@@ -85,11 +87,12 @@ def main() -> None:
 
             dry_run(config, ranks=arguments.ranks)
             return
-        from train.distributed.accelerator import make_accelerator
-        from train.distributed.collectives import EveryRankError
-        from train.distributed.deepspeed_engine import deepspeed_plugin
-        from train.distributed.stopping import Stopped, StopRequest
-        from train.distributed.watchdog import EXIT_LOST
+        with quick_imports():
+            from train.distributed.accelerator import make_accelerator
+            from train.distributed.collectives import EveryRankError
+            from train.distributed.deepspeed_engine import deepspeed_plugin
+            from train.distributed.stopping import Stopped, StopRequest
+            from train.distributed.watchdog import EXIT_LOST
 
         plugin = deepspeed_plugin(training)
         # A signal ends what waits for other ranks at once; nothing is lost yet.
@@ -104,7 +107,8 @@ def main() -> None:
             raise
         where = f"rank {os.environ['RANK']} on {socket.gethostname()}"
         raise UserError(f"{where}: {error}") from None
-    from train.stages.sequence import run_stages
+    with quick_imports():
+        from train.stages.sequence import run_stages
 
     try:
         with _opened(config, accelerator, stop, until=arguments.until) as run:

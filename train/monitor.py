@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 from rich.progress import (
@@ -20,12 +20,14 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
-from torch.utils.tensorboard import SummaryWriter
 
 from tpp.common.errors import UserError
 from tpp.measure.trainability import Trainability
 from tpp.regularization.regularizer import LayerStatistics
 from train.run_folder.log import drop_later_entries, say
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 
 class Monitor:
@@ -65,8 +67,8 @@ class Monitor:
         drop_later_entries(self._log, stage, start_step)
         # TensorBoard forgets what it has seen from this step on; those of the checkpoint stay.
         self._events = run / stage
-        self._writer: SummaryWriter | None = SummaryWriter(
-            str(self._events), purge_step=start_step + 1 if start_step else 0
+        self._writer: SummaryWriter | None = self._open_events(
+            purge_step=start_step + 1 if start_step else 0
         )
         self._on_error, self._told = on_error, set[Path]()
         console = Console(stderr=True)
@@ -131,13 +133,18 @@ class Monitor:
                     file.truncate(end)
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    def _open_events(self, **options: Any) -> "SummaryWriter":
+        from torch.utils.tensorboard import SummaryWriter  # the main rank alone waits for it
+
+        return SummaryWriter(str(self._events), **options)
+
     def flush(self) -> list[Path]:
         """Hand everything to the system; returns the files that are to be synced to the disk."""
         if not self.enabled:
             return []
         with self._writing(self._events):
             if self._writer is None:  # it died of an error; there may be room again
-                self._writer = SummaryWriter(str(self._events))
+                self._writer = self._open_events()
             self._writer.flush()
         return [self._log, *self._events.glob("events.out.tfevents.*")]
 

@@ -1,13 +1,16 @@
 """The start-up benchmark ends commands at their first line, and the script runs."""
 
+import io
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from benchmarks.startup import MODULES, TORCH, first_line
+from benchmarks.startup import MODULES, TORCH, first_line, make_data
+from data_pipelines.images.image_index import open_images
 from data_pipelines.images.source import ON_ERROR
 from data_pipelines.sets.small_sets import IMAGENETTE_SIZES
 
@@ -57,6 +60,35 @@ def test_first_lines_at_tiny_size(tmp_path):
     assert rows["tpp.describe, resnet50"]["line"].startswith("layer ")
 
 
+@pytest.mark.processes
+def test_first_steps_at_tiny_size(tmp_path):
+    output = tmp_path / "startup.json"
+    done = run("--quick", "--parts", "first_step", "--ranks", "2", "--output", str(output))
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(output.read_text())["first_step"]
+    assert list(rows) == ["2 ranks"]
+    row = rows["2 ranks"]
+    # A run has to do all that the loaders do, and a step.
+    assert 0 < row["loader_seconds"] < row["seconds"]
+    assert row["above"] == pytest.approx(row["seconds"] - row["loader_seconds"])
+
+
+def test_the_index_made_for_first_steps_is_one_that_runs_take(tmp_path):
+    make_data(tmp_path / "train", 30, 10)
+    index = open_images(tmp_path / "train")
+    assert (len(index), len(index.classes)) == (30, 10)
+    place = index.location(29)
+    data = Path(place.path).read_bytes()[place.offset :][: place.length]
+    assert Image.open(io.BytesIO(data)).size == (500, 375)
+
+
+@pytest.mark.parametrize("ranks", ["0", "1,two", ""])
+def test_numbers_of_ranks(ranks):
+    done = run("--parts", "first_step", "--ranks", ranks)
+    assert done.returncode == 2
+    assert done.stderr == f"error: --ranks {ranks}: must be numbers of ranks, such as 1,16\n"
+
+
 @pytest.mark.parametrize(
     ("command", "option", "values"),
     [
@@ -74,4 +106,6 @@ def test_parsers_write_out_what_they_would_have_to_wait_for(command, option, val
 def test_unknown_parts():
     done = run("--parts", "help,speed")
     assert done.returncode == 2
-    assert done.stderr == "error: --parts: no part 'speed'; there are: first_line, help\n"
+    assert (
+        done.stderr == "error: --parts: no part 'speed'; there are: first_line, help, first_step\n"
+    )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tpp.channels.labels import LabelStore
+from tpp.channels.planes import Labels
 from tpp.channels.tracing import trace_channels
 from tpp.common.errors import UserError
 from tpp.models.architecture import example_input_for
@@ -199,12 +200,8 @@ class ChannelMap:
         }
         self._keys = list(self.axes)
         # All positions of all axes in one table, sorted by class: class, axis, position.
-        parts = [np.zeros(0, np.int64), *(classes for classes, _ in self.axes.values())]
-        table = np.concatenate(parts)
-        owner = np.repeat(np.arange(len(parts)) - 1, [len(part) for part in parts])
-        place = np.concatenate([np.arange(len(part)) for part in parts])
-        order = np.argsort(table, kind="stable")
-        self._table = table[order], owner[order], place[order]
+        self._table = _table(classes for classes, _ in self.axes.values())
+        self._norm_table = _table(trace.norm_inputs.values())
         self._layers_of: dict[int, list[str]] = {}
         for layer, classes in self._classes.items():
             for number in set(classes.tolist()):
@@ -286,12 +283,8 @@ class ChannelMap:
 
     def _slices(self, layer: str) -> tuple[Slice, ...]:
         """What every tensor loses with the layer's filters."""
-        table, owner, place = self._table
         classes = self._classes[layer]
-        first, last = np.searchsorted(table, classes), np.searchsorted(table, classes, "right")
-        filter_of = np.repeat(np.arange(len(classes)), last - first)
-        rows = np.concatenate([np.arange(a, b) for a, b in zip(first, last, strict=True)])
-        owners, places = owner[rows], place[rows]
+        filter_of, owners, places = _rows(self._table, classes)
         slices = []
         for number in np.unique(owners):
             (tensor, dim), mine = self._keys[number], owners == number
@@ -311,12 +304,15 @@ class ChannelMap:
             for other in others:
                 pairs = zip(self._rows[other].tolist(), self._classes[other].tolist(), strict=True)
                 fed |= {label: number_of[c] for label, c in pairs if c in number_of}
-        norms = []
-        for name, labels in self._trace.norm_inputs.items():
-            hits = [(fed[x], place) for place, x in enumerate(labels.tolist()) if x in fed]
-            if hits:
-                positions = torch.tensor([place for _, place in sorted(hits)])
-                norms.append(Norm(name, len(labels), positions.view(len(self._rows[layer]), -1)))
+        norms, names = [], list(self._trace.norm_inputs)
+        number, owners, places = _rows(self._norm_table, np.fromiter(fed, np.int64, len(fed)))
+        filters = np.fromiter(fed.values(), np.int64, len(fed))[number]
+        for owner in np.unique(owners):
+            mine = owners == owner
+            ordered = np.lexsort((places[mine], filters[mine]))
+            positions = torch.from_numpy(places[mine][ordered])
+            features = len(self._trace.norm_inputs[names[owner]])
+            norms.append(Norm(names[owner], features, positions.view(len(self._rows[layer]), -1)))
         return tuple(norms)
 
     def _groups(self, layer: str) -> int:
@@ -339,3 +335,22 @@ class ChannelMap:
         if filters % groups:
             raise UserError(f"{layer}: its filters cannot be shared out among {groups} groups")
         return groups
+
+
+def _table(parts: Iterable[Labels]) -> tuple[Labels, Labels, Labels]:
+    """All positions of some labelled axes, sorted by label: label, number of the axis, position."""
+    parts = [np.zeros(0, np.int64), *parts]
+    labels = np.concatenate(parts)
+    owner = np.repeat(np.arange(len(parts)) - 1, [len(part) for part in parts])
+    place = np.concatenate([np.arange(len(part)) for part in parts])
+    order = np.argsort(labels, kind="stable")
+    return labels[order], owner[order], place[order]
+
+
+def _rows(table: tuple[Labels, Labels, Labels], wanted: Labels) -> tuple[Labels, Labels, Labels]:
+    """Where labels are in a table: which of those that are wanted, axis, position."""
+    labels, owner, place = table
+    first, last = np.searchsorted(labels, wanted), np.searchsorted(labels, wanted, "right")
+    count = last - first
+    rows = np.repeat(first + count - np.cumsum(count), count) + np.arange(count.sum())
+    return np.repeat(np.arange(len(wanted)), count), owner[rows], place[rows]

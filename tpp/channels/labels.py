@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from tpp.channels.planes import FIXED, Flow, Labels, along, compact_labels, plane_of
+from tpp.channels.planes import FIXED, Flow, Labels, along, compact_labels, plane_of, values_of
 from tpp.models.fitting import place_of
 
 
@@ -76,9 +76,12 @@ class EntryClasses:
         """Say something of a label's class; what was said first stays."""
         self.notes.setdefault(self.find(label), text)
 
-    def roots(self, labels: Labels) -> Labels:
-        """What stands for the class of each label."""
-        return np.fromiter(map(self.find, labels.tolist()), np.int64, len(labels))
+    def roots(self) -> Labels:
+        """What stands for the class of each label there is."""
+        found = np.array(self.parent, np.int64)
+        while not np.array_equal(above := found[found], found):
+            found = above
+        return found
 
 
 class LabelStore:
@@ -145,15 +148,15 @@ class LabelStore:
 
     def classes(self, labels: Labels) -> Labels:
         """For every label the class of all labels that have to go at once."""
-        return self._frozen.roots(labels)
+        return self._class_of[labels]
 
     def sources(self, labels: Labels) -> Labels:
         """The same without what goes along: labels that are added to each other."""
-        return self._added.roots(labels)
+        return self._source_of[labels]
 
     def why_frozen(self, label: int) -> str | None:
         """Why a label's class cannot go, None if it can."""
-        return self._frozen.notes.get(self._frozen.find(label))
+        return self._frozen.notes.get(int(self._class_of[label]))
 
     def why_inexact(self, classes: Iterable[int]) -> str | None:
         """Why removing some classes is not the same as zeroing them, None if it is."""
@@ -162,8 +165,9 @@ class LabelStore:
     def close(self) -> None:
         """End of the run: let go of the activations; from now on only what was found is asked."""
         del self._flows
+        self._class_of, self._source_of = self._frozen.roots(), self._added.roots()
         reasons = reversed(self._inexact.items())  # of several, the first on the way counts
-        self._inexact = {self._frozen.find(label): reason for label, reason in reasons}
+        self._inexact = {int(self._class_of[label]): reason for label, reason in reasons}
 
     # ---- labels ------------------------------------------------------------------------------
 
@@ -180,9 +184,8 @@ class LabelStore:
             if a == b:
                 continue
             if FIXED in (a, b):
-                self._freeze_label(
-                    max(a, b), "are added to a padding of the channels or another fixed value"
-                )
+                fixed = "are added to a padding of the channels or another fixed value"
+                self.freeze_labels(np.array([max(a, b)]), fixed)
                 continue
             self._frozen.union(a, b)
             a, b = self._added.find(a), self._added.find(b)
@@ -196,19 +199,17 @@ class LabelStore:
                 if lasting:
                     self.followers.add(self._added.find(a))
 
-    def _freeze_label(self, label: int, reason: str) -> None:
-        self._frozen.note(label, f"{reason} ({place_of(self._running)})")
-
     def freeze_labels(self, labels: Labels, reason: str) -> None:
         """Note that these channels cannot go."""
+        text = f"{reason} ({place_of(self._running)})"
         for label in labels.tolist():
             if label != FIXED:
-                self._freeze_label(label, reason)
+                self._frozen.note(label, text)
 
     def freeze(self, flow: Flow, reason: str) -> None:
         """Note that no channel of an activation can go."""
         for plane in flow.planes:
-            self.freeze_labels(plane.unique().numpy(), reason)
+            self.freeze_labels(np.unique(values_of(plane)), reason)
 
     def warn(self, labels: Labels, reason: str) -> None:
         """Note that removing these channels is not the same as zeroing them."""

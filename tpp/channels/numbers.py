@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tpp.channels.rules import COPIES, MOVES
 from tpp.models.architecture import meta_copy
 from tpp.models.fitting import place_of, running_modules
+from tpp.models.meta_runs import PlainMode, ShapesOnly
 
 # Types of arguments that are numbers to compute with. Whole numbers are sizes and positions, but
 # for a number where a tensor could stand, and these, of what computes something at every pixel.
@@ -93,7 +93,7 @@ class NumberTrace:
         return None
 
 
-class _NumberMode(TorchDispatchMode):
+class _NumberMode(PlainMode):
     """Shows every operation to a trace."""
 
     def __init__(self, trace: NumberTrace) -> None:
@@ -161,7 +161,13 @@ def training_numbers(model: nn.Module, example: Tensor) -> NumberTrace | None:
     images = torch.empty((2, *example.shape[1:]), device="meta", dtype=dtype)
     trace = NumberTrace(running_modules(copy))
     try:
-        with same_draws(), torch.inference_mode(False), torch.no_grad(), trace.watching():
+        with (
+            same_draws(),
+            torch.inference_mode(False),
+            torch.no_grad(),
+            ShapesOnly(),
+            trace.watching(),
+        ):
             copy(images)
     except Exception:  # whatever a network's own code raises; it may want targets, say
         return None

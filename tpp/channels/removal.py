@@ -81,8 +81,15 @@ def pruned_on_meta(
     plan: PruningPlan,
     tensors: Mapping[str, Tensor],
     example_input: Tensor | None = None,
+    *,
+    trials: Trials | None = None,
 ) -> tuple[Mapping[str, list[Cut]], nn.Module, str | None]:
     """The narrower network without its tensors' values, checked against the dense one.
+
+    Args:
+        model, plan, example_input: see :func:`prune_model`.
+        tensors: the model's ``state_dict``, with values.
+        trials: of the model, where it may have been traced already.
 
     Returns:
         What ``tensors`` lose; the network; and, if it is not the dense one with these filters at
@@ -91,7 +98,7 @@ def pruned_on_meta(
     if not plan.active_layers:
         return {}, meta_copy(model), None
     check_layers(model, plan.active_layers)
-    trials = Trials(model, example_input=example_input)
+    trials = trials or Trials(model, example_input=example_input)
     channels = trials.channel_map.find(plan.active_layers)
     trial = trials.run(plan, channels)
     if trial.refused:

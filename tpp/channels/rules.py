@@ -49,10 +49,16 @@ def move(
             moved = compact_labels(moved)
             if len(varying(moved)) > len(positions):
                 store.freeze(Flow((plane,)), "reach a reshape that splits channels into parts")
-            elif distinct(moved) < distinct(plane):
+            elif _may_lose(func, plane, moved) and distinct(moved) < distinct(plane):
                 store.freeze(Flow((plane,)), "reach a slice of the channels")
             part.append(moved)
     return [replace(flow, planes=tuple(part)) for part in planes]
+
+
+def _may_lose(func: Any, plane: Tensor, moved: Tensor) -> bool:
+    """Whether labels may be missing after a move; counting them takes long where there are many."""
+    same = len(values_of(moved)) == len(values_of(plane))
+    return not same or func.overloadpacket.__name__ == "unfold"  # whose windows may overlap
 
 
 def pointwise(

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tpp.channels.labels import GroupKind, LabelStore
 from tpp.channels.numbers import NumberTrace, same_draws
@@ -25,6 +24,7 @@ from tpp.channels.rules import MOVES, POINTWISE, RULES, move, pointwise, tensors
 from tpp.common.errors import UserError, reason_of
 from tpp.models.architecture import meta_copy
 from tpp.models.fitting import place_of, running_modules
+from tpp.models.meta_runs import PlainMode, ShapesOnly
 
 
 class DoesNotRunError(UserError):
@@ -63,12 +63,13 @@ def trace_channels(
     running = running_modules(copy)
     store, numbers = LabelStore(copy, running, group_kinds or {}), NumberTrace(running)
     dtype = next((p.dtype for p in copy.parameters()), example.dtype)
-    image = torch.empty_like(example, device="meta", dtype=dtype)
+    image = torch.empty(example.shape, device="meta", dtype=dtype)
     try:
         with (
             same_draws(),
             torch.inference_mode(False),
             torch.no_grad(),
+            ShapesOnly(),
             _ChannelMode(store),
             numbers.watching(),
         ):
@@ -86,7 +87,7 @@ def trace_channels(
     return store, numbers
 
 
-class _ChannelMode(TorchDispatchMode):
+class _ChannelMode(PlainMode):
     """Sees every operation, and asks the rules what it does to the labels in a store."""
 
     def __init__(self, store: LabelStore) -> None:

@@ -44,21 +44,24 @@ class Trial:
 class Trials:
     """Tries plans on one network.
 
-    Attributes:
-        channel_map: the network's channels.
-
     Args:
         model: the dense network, on any device; left alone.
         example_input: see :func:`tpp.channels.channel_map.find_channels`.
-
-    Raises:
-        UserError: the model cannot be run on the input.
     """
 
     def __init__(self, model: nn.Module, *, example_input: Tensor | None = None) -> None:
         self._model = model
-        self.channel_map = ChannelMap(model, example_input=example_input)
+        self._example_input = example_input
         self._shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+    @cached_property
+    def channel_map(self) -> ChannelMap:
+        """The network's channels; it is traced when they are first asked for.
+
+        Raises:
+            UserError: the model cannot be run on the input.
+        """
+        return ChannelMap(self._model, example_input=self._example_input)
 
     @cached_property
     def _training(self) -> NumberTrace | None:
@@ -171,17 +174,19 @@ def _reach_elsewhere(
     ``kept`` has per tensor and dimension that shrinks the positions that stay.
     """
     pairs = [np.zeros((2, 0), np.int64)]
-    for key, (new, _) in after.axes.items():
+    for key, (classes, _) in after.axes.items():
         stays = kept.get(key)
-        old = before.axes[key][0]
-        pairs.append(np.stack([old if stays is None else old[stays.numpy()], new]))
+        dense = before.axes[key][0]
+        pairs.append(np.stack([dense if stays is None else dense[stays.numpy()], classes]))
     # One filter alone has no label of its own, so what reads it is not seen to read one thing.
     lone = [np.zeros(0, np.int64)]
     for key, stays in kept.items():
         if len(stays) == 1:
             lone.append(before.axes[key][0][stays.numpy()])
-    # A class of the one must be a class of the other.
-    both = np.unique(np.concatenate(pairs, axis=1), axis=1)
+    # A class of the one must be a class of the other. Pairs as single numbers are sorted faster.
+    old, new = np.concatenate(pairs, axis=1)
+    size = int(new.max(initial=0)) + 1
+    both = np.stack(np.divmod(np.unique(old * size + new), size))
     both = both[:, (both[1] != FIXED) & ~np.isin(both[0], np.concatenate(lone))]
     return any(len(np.unique(row)) < len(row) for row in both)
 

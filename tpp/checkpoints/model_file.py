@@ -12,6 +12,7 @@ of those that are kept. They are called ``companion:tensor``.
 import json
 import shlex
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from tpp.checkpoints.safetensors_files import (
     PathLike,
     find_ties,
     open_safetensors,
-    sha256_of,
+    sha256_of_all,
     storable,
 )
 from tpp.common.errors import UserError
@@ -139,6 +140,34 @@ def save_model(
         network = fitted(architecture, {name: tuple(t.shape) for name, t in tensors.items()})
     except UserError as error:
         raise UserError(f"{path}: cannot save as {architecture.name}: {error}") from None
+    save_tensors(
+        path, tensors, network, preprocessing=preprocessing, extra=extra, companions=companions
+    )
+
+
+def save_tensors(
+    path: PathLike,
+    tensors: Mapping[str, Tensor],
+    network: nn.Module,
+    *,
+    preprocessing: Mapping[str, Any] | None = None,
+    extra: Mapping[str, Any] | None = None,
+    companions: Companions | None = None,
+) -> None:
+    """Write a checkpoint of a network that has been run without memory, see :func:`save_model`.
+
+    Args:
+        path, preprocessing, extra, companions: as there.
+        tensors: its ``state_dict``.
+        network: one with these shapes that has been seen to run, on the meta device.
+
+    Raises:
+        UserError: as there, and if the shapes are not those of the network.
+    """
+    path = Path(path)
+    shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
+    if shapes != {name: tensor.shape for name, tensor in tensors.items()}:
+        raise UserError(f"{path}: the tensors are not of the network's shapes")
     ties = find_ties(tensors)
     stored = {name: tensor for name, tensor in tensors.items() if name not in ties}
     for companion, members in (companions or {}).items():
@@ -151,7 +180,7 @@ def save_model(
         "architecture": own.to_dict(),
         "widths": layer_widths(network),
         "ties": ties,
-        "sha256": {name: sha256_of(tensor) for name, tensor in stored.items()},
+        "sha256": sha256_of_all(stored),
         "companions": list(companions or {}),
         "preprocessing": None if preprocessing is None else dict(preprocessing),
         "extra": dict(extra or {}),
@@ -361,8 +390,10 @@ def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> 
         mode = new_file(aside)
         save_file(tensors, aside, metadata={FORMAT: json.dumps(metadata)})
         aside.chmod(mode)
-        sync(aside)
-        _verify(aside, metadata)
+        with ThreadPoolExecutor(1) as pool:  # the disk is waited for while it is read back
+            synced = pool.submit(sync, aside)
+            _verify(aside, metadata)
+            synced.result()
         aside.replace(path)
         sync(path.parent)
     except (OSError, SafetensorError) as error:
@@ -383,8 +414,8 @@ def _verify(path: Path, metadata: dict[str, Any]) -> None:
 def _verify_tensors(tensors: Mapping[str, Tensor], sha256: Mapping[str, str]) -> None:
     for name in tensors.keys() ^ sha256.keys():
         raise OSError(f"{name} is {'missing' if name in sha256 else 'unexpected'}")
-    for name, tensor in tensors.items():
-        if sha256_of(tensor) != sha256[name]:
+    for name, found in sha256_of_all(tensors).items():
+        if found != sha256[name]:
             raise OSError(f"the bytes of {name} are not those that were meant")
 
 

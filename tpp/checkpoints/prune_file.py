@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from tpp.channels.cuts import Cut, cut_tensors
 from tpp.channels.removal import norm_share, not_at_zero, pruned_on_meta, shapes_of
-from tpp.checkpoints.model_file import CheckpointInfo, Companions, save_model
+from tpp.channels.trials import Trials
+from tpp.checkpoints.model_file import CheckpointInfo, Companions, save_tensors
 from tpp.checkpoints.safetensors_files import PathLike
 from tpp.checkpoints.sources import Source, fit_names, name_optimizer_state, read_source
 from tpp.common.errors import UserError
@@ -162,14 +163,19 @@ def _agreed(path: PathLike, source: Source, named: Architecture | None) -> Archi
     return source.architecture
 
 
-def write_pruned(dense: _Dense, plan: PruningPlan, path_out: PathLike) -> tuple[nn.Module, _Dense]:
-    """Write the pruned checkpoint; the network in it, on the meta device, and what to note."""
-    cuts, pruned, inexact = pruned_on_meta(dense.model, plan, dense.tensors)
+def write_pruned(
+    dense: _Dense, plan: PruningPlan, path_out: PathLike, *, trials: Trials | None = None
+) -> tuple[nn.Module, _Dense]:
+    """Write the pruned checkpoint; the network in it, on the meta device, and what to note.
+
+    ``trials`` are of the dense network, where it may have been traced already.
+    """
+    cuts, pruned, inexact = pruned_on_meta(dense.model, plan, dense.tensors, trials=trials)
     companions, left_out = _cut_companions(dense, cuts)
-    save_model(
+    save_tensors(
         path_out,
         cut_tensors(dense.tensors, cuts),
-        architecture=architecture_of(dense.model),
+        pruned,
         preprocessing=dense.preparation.values if dense.preparation else None,
         extra=_extra_after(dense),
         companions=companions,

@@ -3,6 +3,7 @@
 import hashlib
 import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from tpp.common.errors import UserError, reason_of
 from tpp.common.reading import check_names
 
 PathLike = str | os.PathLike[str]
+
+_MOST_THREADS = 8  # beyond that memory is what hashing waits for
 
 
 def open_safetensors(path: Path) -> Any:
@@ -65,3 +68,17 @@ def sha256_of(tensor: Tensor) -> str:
     """Hash of a contiguous CPU tensor's bytes, in hexadecimal."""
     data: Any = tensor.reshape(-1).view(torch.uint8).numpy()
     return hashlib.sha256(data).hexdigest()
+
+
+def sha256_of_all(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """:func:`sha256_of` of every tensor, on all processors that there are for this process."""
+    largest_first = sorted(tensors, key=lambda name: -tensors[name].nbytes)
+    with ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), _MOST_THREADS)) as pool:
+        found = dict(
+            zip(
+                largest_first,
+                pool.map(lambda name: sha256_of(tensors[name]), largest_first),
+                strict=True,
+            )
+        )
+    return {name: found[name] for name in tensors}

@@ -20,7 +20,6 @@ from tpp.checkpoints.names import match_names, rename_part
 from tpp.checkpoints.safetensors_files import PathLike, open_safetensors
 from tpp.checkpoints.state_dicts import find_state_dict
 from tpp.checkpoints.torch_files import NeedsPickleError, load_torch
-from tpp.checkpoints.training_state import DamagedState, read_state
 from tpp.common.errors import UserError
 from tpp.models.architecture import (
     Architecture,
@@ -283,6 +282,8 @@ def _read_folder(path: Path) -> Source:
 
 def _read_training_state(path: Path) -> Source:
     """A folder that a training stage resumes from."""
+    from tpp.checkpoints.training_state import DamagedState, read_state
+
     try:
         state = read_state(path)
     except DamagedState as error:

@@ -1,5 +1,6 @@
 """The one exception that stands for a user's mistake, and the one warning."""
 
+import gc
 import sys
 import warnings
 from collections.abc import Callable
@@ -80,3 +81,8 @@ def run_command(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    finally:
+        # Or all that was imported would be searched for garbage, for half a second. Triton's
+        # bindings (nanobind) count what is left behind, and complain.
+        if "triton" not in sys.modules:
+            gc.freeze()

@@ -1,19 +1,21 @@
 """Parameters and multiply-accumulates of a network."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tpp.common.errors import UserError
+from tpp.common.numbers import in_short
 from tpp.models.architecture import example_input_for, meta_copy
-
-if TYPE_CHECKING:
-    from torch.utils.flop_counter import FlopCounterMode
+from tpp.models.fitting import running_modules
+from tpp.models.meta_runs import PlainMode, ShapesOnly
 
 # What convolutions and linear layers come down to; attention's products are not among them.
-_COUNTED_OPS = {"convolution", "_convolution", "mm", "addmm"}
+_CONVOLUTIONS = {"convolution", "_convolution"}
+_PRODUCTS = {"mm": 0, "addmm": 1}  # and the place of the first factor
 
 
 @dataclass(frozen=True)
@@ -60,9 +62,10 @@ class Counts:
 def count(model: nn.Module, *, example_input: Tensor | None = None) -> Counts:
     """Count parameters and multiply-accumulates of convolutions and linear layers.
 
-    Nothing is computed: a copy without memory is run under PyTorch's flop counter, where a
-    multiply-accumulate is two flops. BatchNorm, activations, pooling and additions are not
-    counted, as in METHOD's "speedup".
+    Nothing is computed: a copy is run without memory. The numbers are those of PyTorch's
+    FlopCounterMode, where a multiply-accumulate is two flops; that one imports Triton and the
+    compiler. BatchNorm, activations, pooling and additions are not counted, as in METHOD's
+    "speedup".
 
     Args:
         model: any network, on any device; left alone.
@@ -72,60 +75,71 @@ def count(model: nn.Module, *, example_input: Tensor | None = None) -> Counts:
     Raises:
         UserError: the model does not run on such an input.
     """
-    from torch.utils.flop_counter import FlopCounterMode  # it imports Triton
-
     if example_input is None:
         example_input = example_input_for(model, "meta")
-    # The counter wants to follow gradients of what modules are called with, and fails where that
-    # is a view of a parameter, as in attention that pools.
-    copy = meta_copy(model).eval().requires_grad_(False)
+    copy = meta_copy(model).eval()
     dtype = next(copy.parameters()).dtype
-    images = torch.empty_like(example_input[:1], device="meta", dtype=dtype)
-    counter = FlopCounterMode(display=False)
-    macs: dict[str, int] = {}
-    for name, module in copy.named_modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            _count_calls(name, module, counter, macs)
+    images = torch.empty((1, *example_input.shape[1:]), device="meta", dtype=dtype)
+    counter = _Counter(running_modules(copy))
     try:
-        with torch.no_grad(), counter:
+        with torch.inference_mode(False), torch.no_grad(), ShapesOnly(), counter:
             copy(images)
     except (RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:
         shape = "x".join(map(str, images.shape))
         raise UserError(
             f"{type(model).__name__} does not run on an input of {shape}: {error}"
         ) from None
-    modules = dict(copy.named_modules())
+    layers = {name: m for name, m in copy.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
     return Counts(
         parameters=sum(parameter.numel() for parameter in copy.parameters()),
-        macs=_counted_macs(counter),
-        layers=[_layer_count(name, modules[name], macs[name]) for name in macs],
+        macs=counter.total,
+        layers=[
+            _layer_count(name, layers[name], macs)
+            for name, macs in counter.of.items()
+            if name in layers
+        ],
         image=tuple(images.shape[1:]),
     )
 
 
-def _count_calls(
-    name: str, module: nn.Module, counter: "FlopCounterMode", macs: dict[str, int]
-) -> None:
-    """Add to ``macs[name]`` what the counter rises by while ``module`` runs."""
-    before: list[int] = []
+class _Counter(PlainMode):
+    """Multiply-accumulates of a run, and those of each module with what is in it.
 
-    def enter(*_: Any) -> None:
-        before.append(_counted_macs(counter))
+    Args:
+        running: names of the modules that are running, innermost last, see
+            :func:`tpp.models.fitting.running_modules`.
+    """
 
-    def leave(*_: Any) -> None:
-        macs[name] = macs.get(name, 0) + _counted_macs(counter) - before.pop()
+    def __init__(self, running: Sequence[str]) -> None:
+        super().__init__()
+        self.total = 0
+        self.of: dict[str, int] = {}
+        self._running = running
 
-    module.register_forward_pre_hook(enter)
-    module.register_forward_hook(leave)
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        macs = _macs(func.overloadpacket.__name__, args, out)
+        self.total += macs
+        for name in self._running:
+            self.of[name] = self.of.get(name, 0) + macs
+        return out
 
 
-def _counted_macs(counter: "FlopCounterMode") -> int:
-    counts = counter.get_flop_counts().get("Global", {})
-    return sum(flops for op, flops in counts.items() if _op_name(op) in _COUNTED_OPS) // 2
-
-
-def _op_name(op: Any) -> str:
-    return str(op).rpartition(".")[2]
+def _macs(operation: str, args: Sequence[Any], out: Any) -> int:
+    if operation in _CONVOLUTIONS:
+        images, weight, transposed = args[0], args[1], args[6]
+        # A filter's weights at every place, of the input where it is transposed.
+        pixels = (images if transposed else out).shape[2:].numel()
+        return int(len(images) * pixels * weight.numel())
+    if operation in _PRODUCTS:
+        return int(out.numel() * args[_PRODUCTS[operation]].shape[1])
+    return 0
 
 
 def _layer_count(name: str, layer: nn.Module, macs: int) -> LayerCount:
@@ -134,3 +148,14 @@ def _layer_count(name: str, layer: nn.Module, macs: int) -> LayerCount:
         return LayerCount(name, layer.in_channels, layer.out_channels, parameters, macs)
     assert isinstance(layer, nn.Linear)
     return LayerCount(name, layer.in_features, layer.out_features, parameters, macs)
+
+
+def summary(dense: Counts, counts: Counts) -> str:
+    """One line: parameters and multiply-accumulates before and after, and the speedup."""
+    removed = 1 - counts.parameters / dense.parameters
+    parameters = f"{in_short(dense.parameters)} -> {in_short(counts.parameters)}"
+    return (
+        f"parameters {parameters} (-{removed:.2%}), "
+        f"MACs {in_short(dense.macs)} -> {in_short(counts.macs)} for {counts.of_image}, "
+        f"speedup {dense.macs / counts.macs:.4f}x"
+    )

@@ -9,6 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from tpp.common.errors import UserError, reason_of
 from tpp.models.architecture import Architecture, build_on_meta, example_input_for, meta_copy
+from tpp.models.meta_runs import ShapesOnly
 
 Shape = tuple[int, ...]
 # Tensors that have their layer's widths, and shrink or grow with them.
@@ -62,7 +63,7 @@ def output_shape(model: nn.Module, image: Tensor) -> tuple[int, ...]:
     image = image.to("meta", float_type(copy))
     running = running_modules(copy)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), ShapesOnly():
             out = copy(image)
     except Exception as error:  # whatever a network's own code raises where widths do not fit
         where = f"{place_of(running)}: {reason_of(error)}"

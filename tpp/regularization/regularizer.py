@@ -365,10 +365,11 @@ def _mask(parts: Iterable[tuple[int, Iterable[int]]]) -> Tensor:
 
 def _check_whole(layer: str, module: nn.Conv2d | nn.Linear) -> None:
     """Refuse a weight of which this rank holds but a part."""
-    from torch.distributed.tensor import DTensor  # as long as a third of torch
-
+    # Where nobody has imported it, which takes as long as a third of torch, there is no DTensor.
+    tensor = sys.modules.get("torch.distributed.tensor")
     weight = getattr(module, "weight", None)
-    if weight is None or isinstance(weight, DTensor) or weight.dim() < 2 or weight.numel() == 0:
+    split = tensor is not None and isinstance(weight, tensor.DTensor)
+    if weight is None or split or weight.dim() < 2 or weight.numel() == 0:
         raise UserError(
             f"{layer}: its weight is split over ranks (ZeRO stage 3 or FSDP), and the penalty "
             "needs whole filters; use DistributedDataParallel or ZeRO stage 0, 1 or 2"

@@ -107,6 +107,7 @@ class Selection:
         example_input: Tensor | None = None,
         scores: Mapping[str, Tensor] | None = None,
         clock: Callable[[nn.Module], float] | None = None,
+        trials: Trials | None = None,
     ) -> PruningPlan:
         """Choose the filters of ``model`` to remove, see :func:`select_filters`.
 
@@ -114,8 +115,10 @@ class Selection:
             model, example_input, scores: as there.
             clock: measures a network in seconds per batch, for a budget of ``latency_ms``; by
                 default :func:`tpp.measure.timing.measure` on this machine.
+            trials: of a network that differs in its tensors' values at most, to trace it once
+                for this and for the removal.
         """
-        candidates = self._candidates(model, example_input)
+        candidates = self._candidates(model, example_input, trials)
         while True:
             plan = self._plan(model, candidates, example_input, scores, clock)
             # What is exact, and possible, at half of a layer need not be so at every width.
@@ -196,7 +199,9 @@ class Selection:
         found = {layer for unit in units if unit.most for layer in unit.layers}
         return [layer for layer in prunable_layers(model) if layer in found]
 
-    def _candidates(self, model: nn.Module, example_input: Tensor | None) -> "_Candidates":
+    def _candidates(
+        self, model: nn.Module, example_input: Tensor | None, trials: Trials | None = None
+    ) -> "_Candidates":
         layers = prunable_layers(model)
         sizes = {layer: module.weight.shape[0] for layer, module in layers.items()}
         ratios = layer_ratios(model, self.ratios)
@@ -205,7 +210,7 @@ class Selection:
             for layer, floor in last_match(list(sizes), self.floors, "floor").items()
         }
         skipped = last_match(list(sizes), dict.fromkeys(self.skip, True), "skip")
-        trials = Trials(model, example_input=example_input)
+        trials = trials or Trials(model, example_input=example_input)
         if self.ratios or self.budget is None:
             active = [
                 layer
