@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-
 from tpp.checkpoints.model_file import load_model, read_checkpoint, save_model
 from tpp.checkpoints.training_state import (
     DamagedState,
@@ -54,6 +53,7 @@ class SharedStage:
         folder: the run folder in which it is trained.
         config: the configuration, to which ``overrides`` are applied.
         before: stages of this folder that are themselves shared.
+        starts_from: the dense run's checkpoint, or None.
     """
 
     number: int
@@ -80,6 +80,10 @@ class SharedStage:
         if self.until is None:
             return (folder / "done.json").exists()
         return state_folder(folder / CHECKPOINTS, self.until).exists()
+
+    def resolved(self) -> Config:
+        """Its configuration."""
+        return load_config(self.config, self.overrides)
 
     def command(self, launcher: Sequence[str]) -> list[str]:
         """The command that trains it."""
@@ -224,7 +228,12 @@ def needs(folder: Path, number: int, shared: Sequence[SharedStage]) -> list[Shar
         number: of the run.
         shared: of the sweep.
     """
-    return [one for one in shared if number in one.runs and not _begun(folder / one.stage)]
+    return not_begun(folder, [one for one in shared if number in one.runs])
+
+
+def not_begun(folder: Path, shared: Sequence[SharedStage]) -> list[SharedStage]:
+    """Those of shared stages of which a run folder holds nothing yet."""
+    return [one for one in shared if not _begun(folder / one.stage)]
 
 
 def _begun(stage: Path) -> bool:
@@ -256,7 +265,7 @@ def take_up(shared: SharedStage, folder: Path, config: Config) -> None:
         _copy_log(shared, folder)
         settings = stage_settings(config, shared.stage)
         if shared.until is None:
-            results = results_of_done(load_config(shared.config, shared.overrides), shared.stage)
+            results = results_of_done(shared.resolved(), shared.stage)
             _copy_model(source / MODEL_FILE, target / MODEL_FILE, config.name)
             marker = json.dumps({"settings": settings, "results": results}, indent=1)
             write_whole(target / "done.json", marker + "\n")
@@ -366,5 +375,3 @@ def _count_images(config: Config, results: Sequence[Results | None]) -> int | No
         return len(look_at_images(config))
     except UserError:
         return None
-
-
