@@ -236,6 +236,16 @@ def not_begun(folder: Path, shared: Sequence[SharedStage]) -> list[SharedStage]:
     return [one for one in shared if not _begun(folder / one.stage)]
 
 
+def still_needed(shared: Sequence[SharedStage], runs: Sequence[SweepRun]) -> list[SharedStage]:
+    """Those that are not done and that one of all runs of the sweep has yet to take up."""
+    return [
+        one
+        for one in shared
+        if not one.done
+        and any(run.number in one.runs and not _begun(run.folder / one.stage) for run in runs)
+    ]
+
+
 def _begun(stage: Path) -> bool:
     return (stage / "done.json").exists() or bool(state_folders(stage / CHECKPOINTS))
 

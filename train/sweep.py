@@ -85,7 +85,7 @@ def _print_pending(
     from train.grid import state_of
 
     pending = {
-        "s": [one.number for one in asked if not one.done],
+        "s": [one.number for one in asked],
         "": [run.number for run in runs if not state_of(run).done],
     }
     if jobs is None:
@@ -208,7 +208,7 @@ def main() -> None:
     )
     arguments = parser.parse_intermixed_args()
     from train.grid import expand, load_sweep, state_of
-    from train.sharing import SweepConfigs, shared_stages
+    from train.sharing import SweepConfigs, shared_stages, still_needed
     from train.side_by_side import end_on_signals, places
     from train.sweep_jobs import Way, run_sweep
 
@@ -219,7 +219,7 @@ def main() -> None:
     if jobs is not None and jobs < 1:
         raise UserError(f"--jobs {jobs}: at least 1 run at once")
     shared = shared_stages(all_runs, configs)
-    asked = _chosen_shared(shared, arguments.only)
+    asked = still_needed(_chosen_shared(shared, arguments.only), all_runs)
     if arguments.list:
         _print_list(runs, list(sweep.finetuning), shared, configs)
     elif arguments.pending:

@@ -40,7 +40,7 @@ def run_sweep(
 
     Args:
         runs: those to run.
-        asked: shared stages to train, whether or not one of ``runs`` needs them.
+        asked: shared stages that are not done and are to be, whether or not ``runs`` need them.
         shared: all shared stages of the sweep.
         configs: the runs' configurations.
         way: how.
@@ -59,8 +59,7 @@ def run_sweep(
     for run in left:
         jobs.add_run(run)
     for one in asked:
-        if not one.done:
-            jobs.add_shared(one)
+        jobs.add_shared(one)
     return Running(jobs.in_order(), way.places).to_the_end()
 
 
