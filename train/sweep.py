@@ -218,7 +218,9 @@ def main() -> None:
     jobs = arguments.jobs
     if jobs is not None and jobs < 1:
         raise UserError(f"--jobs {jobs}: at least 1 run at once")
-    shared = shared_stages(all_runs, configs)
+    # Table 1's take seconds to find: not for what runs alone are asked for.
+    alone = arguments.pending and "s" not in (arguments.only or "")
+    shared = [] if alone else shared_stages(all_runs, configs)
     asked = still_needed(_chosen_shared(shared, arguments.only), all_runs)
     if arguments.list:
         _print_list(runs, list(sweep.finetuning), shared, configs)
