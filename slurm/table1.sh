@@ -1,16 +1,20 @@
 #!/usr/bin/env bash
-# The whole of Table 1 on a SLURM cluster: the dense network first, then all other runs as an array.
+# The whole of Table 1 on a SLURM cluster: the dense network first, then all other runs as arrays.
 #
 #   bash slurm/table1.sh [--sbatch-option=value ...] [key.sub=value ...]
 #   bash slurm/table1.sh --partition=gpu --time=1-0 data.root=/data/cifar10
 #
 # Submits what is not done yet and prints the ids of its jobs; called again when these have ended,
 # it submits what is still missing. A task that is requeued or submitted again goes on where it
-# was. One run is one task on one GPU; logs are in the sweep's folder. From the environment:
+# was. One run is one task on one GPU; logs are in the sweep's folder. Stages that several runs have
+# in common are an array of their own; a run whose stage no task is at work on trains it itself.
+# From the environment:
 #
 #   CONFIG    the sweep                     default: configs/cifar10/table1.yaml
 #   OUTPUT    the folder of its runs        default: runs/table1
-#   PARALLEL  how many tasks run at once    default: 8
+#   PARALLEL  how many tasks of an array run at once    default: 8
+#   JOBS      how many runs a task has at once on its GPU, which small networks do not fill; it
+#             gets a core for each, or what --cpus-per-task says   default: one run per task
 #   LAUNCHER  what starts train/main.py in a task, such as "torchrun --nproc_per_node 4"
 #   PYTHON    the interpreter               default: .venv/bin/python, or else python3
 #
@@ -25,10 +29,15 @@
 #SBATCH --open-mode=append
 set -euo pipefail
 
-# A task of the array: this very run and nothing else. The working directory is the repository, and
-# the first argument the interpreter, see below.
+# A task of an array: these very runs and nothing else. The working directory is the repository; the
+# arguments are what comes before a number (s: of a shared stage), the runs of each task where it
+# has several, and from the interpreter on the command, see below.
 if [[ -n "${SLURM_ARRAY_TASK_ID:-}" ]]; then
-  exec "$@" --only "$SLURM_ARRAY_TASK_ID"
+  only="$1$SLURM_ARRAY_TASK_ID"
+  for runs in $2; do # a task's number is its first run's
+    if [[ "$runs" =~ ^"$only"([-,]|$) ]]; then only="$runs" && break; fi
+  done
+  exec "${@:3}" --only "$only"
 fi
 
 fail() {
@@ -61,18 +70,29 @@ for argument in "$@"; do
   esac
 done
 
+if [[ -n "${JOBS:-}" ]]; then
+  sweep+=(--jobs "$JOBS")
+  options=("--cpus-per-task=$JOBS" "${options[@]}")
+fi
 dense="$("${sweep[@]}" --pending --only 0)"
+shared="$("${sweep[@]}" --pending --only s1-)"
 others="$("${sweep[@]}" --pending --only 1-)"
 if [[ -n "${LAUNCHER:-}" ]]; then sweep+=(--launcher "$LAUNCHER"); fi
 command -v sbatch >/dev/null ||
   fail "there is no SLURM here (sbatch is not found); without it: ${sweep[*]}"
 mkdir -p "$OUTPUT/logs"
 
-submit() { # the tasks, then more options of sbatch; prints the job's id
-  local id
+submit() { # the runs, more options of sbatch; prints the job's id
+  local runs="$1" prefix="" tasks="" id
+  if [[ "$runs" == s* ]]; then prefix=s; fi
+  if [[ -n "${JOBS:-}" ]]; then # a line for each task
+    tasks="$(tr '\n' ' ' <<<"$runs")"
+    runs="$(sed 's/[-,].*//' <<<"$runs" | paste -sd,)"
+  fi
   # Inside of $(...) errexit is off: a refusal has to be handed on.
-  id="$(sbatch --parsable --chdir="$PWD" --output="$OUTPUT/logs/%A_%a.log" --array="$1" \
-    "${@:2}" "${options[@]}" slurm/table1.sh "${sweep[@]}")" || return
+  id="$(sbatch --parsable --chdir="$PWD" --output="$OUTPUT/logs/$prefix%A_%a.log" \
+    --array="${runs//s/}${2:-}" "${@:3}" "${options[@]}" slurm/table1.sh "$prefix" "$tasks" \
+    "${sweep[@]}")" || return
   id="${id%%;*}" # a cluster's name may follow
   [[ "$id" =~ ^[0-9]+$ ]] || return
   echo "$id"
@@ -86,12 +106,15 @@ if [[ -n "$dense" ]]; then
   queued="job $job of the dense network is in the queue: scancel $job, or let it end; then "
   echo "dense network: job $job"
 fi
-if [[ -n "$others" ]]; then
-  job="$(submit "$others%${PARALLEL:-8}" "${dependency[@]}")" ||
-    fail "sbatch refuses the array of runs $others, see above; ${queued}call this again"
-  echo "runs $others: job $job"
-fi
-if [[ -z "$dense$others" ]]; then
+for runs in "$shared" "$others"; do
+  if [[ -z "$runs" ]]; then continue; fi
+  what="runs ${runs//$'\n'/, }"
+  if [[ "$runs" == s* ]]; then what="shared stages ${runs//$'\n'/, }"; fi
+  job="$(submit "$runs" "%${PARALLEL:-8}" "${dependency[@]}")" ||
+    fail "sbatch refuses the array of $what, see above; ${queued}call this again"
+  echo "$what: job $job"
+done
+if [[ -z "$dense$shared$others" ]]; then
   echo "nothing to do: all runs in $OUTPUT are done"
 else
   echo "how far it is: cd $(printf '%q' "$PWD") && $(printf '%q ' "${sweep[@]}")--list"

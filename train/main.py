@@ -58,7 +58,9 @@ def parse_arguments() -> argparse.Namespace:
         "--ranks", type=int, metavar="N", help="ranks that --dry-run shares over (default 8)"
     )
     parser.add_argument(
-        "--until", metavar="STAGE", help="end after this stage; the next run goes on behind it"
+        "--until",
+        metavar="STAGE[:STEP]",
+        help="end after this stage, or this step of it; the next run goes on from there",
     )
     # The deepspeed launcher adds it; the ranks are told by LOCAL_RANK, which it sets too.
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
@@ -91,7 +93,7 @@ def main() -> None:
             from train.distributed.accelerator import make_accelerator
             from train.distributed.collectives import EveryRankError
             from train.distributed.deepspeed_engine import deepspeed_plugin
-            from train.distributed.stopping import Stopped, StopRequest
+            from train.distributed.stopping import Reached, Stopped, StopRequest
             from train.distributed.watchdog import EXIT_LOST
 
         plugin = deepspeed_plugin(training)
@@ -119,7 +121,7 @@ def main() -> None:
     except Stopped as request:
         if accelerator.is_main_process:  # of all nodes
             print(f"{config.output}: {request}", flush=True)
-        sys.exit(EXIT_LOST)
+        sys.exit(0 if isinstance(request, Reached) else EXIT_LOST)
 
 
 @contextmanager

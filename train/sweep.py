@@ -1,24 +1,21 @@
 """Run a sweep: every method at every pruning ratio with every seed, from one dense network.
 
-    python -m train.sweep --config configs/cifar10/table1.yaml [--list] [key.sub=value ...]
+    python -m train.sweep --config configs/cifar10/table1.yaml [--jobs N] [key.sub=value ...]
 
 Each run is a process of its own (train/main.py) with a folder of its own. What is done is
 skipped, what was broken off goes on where it was, and a run that fails costs nothing but itself.
+What several runs have in common is trained once. SIGTERM and Ctrl-C end all of it with
+checkpoints.
 """
 
 import argparse
-import contextlib
-import errno
-import fcntl
 import itertools
 import os
 import re
 import shlex
 import shutil
-import signal
-import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,117 +27,75 @@ from tpp.common.paths import user_path
 
 if TYPE_CHECKING:
     from train.grid import State, SweepRun
-
-
-def run_sweep(runs: "Sequence[SweepRun]", launcher: Sequence[str]) -> list[str]:
-    """Run what is not done, one after the other; returns a line for each run that failed.
-
-    Raises:
-        UserError: a run's dense network is not there, and making it is not among ``runs``.
-    """
-    from train.grid import state_of
-
-    states = {run.number: state_of(run) for run in runs}
-    for run in runs:
-        needed = run.starts_from
-        if needed and not states[run.number].done and 0 not in states and not needed.exists():
-            raise UserError(f"{needed}: run {run.number} starts from it; run number 0 first")
-    failed: list[str] = []
-    for run in runs:
-        label = f"run {run.number} ({run.name})"
-        if states[run.number].done:
-            print(f"{label}: done before, skipped", flush=True)
-        elif run.starts_from is not None and not run.starts_from.exists():
-            failed.append(f"{label}: not started, as {run.starts_from} is not there")
-        else:
-            code = _run_alone(run, label, launcher)
-            if code:
-                failed.append(f"{label}: exit code {code}")
-                print(f"{failed[-1]}; the sweep goes on", file=sys.stderr, flush=True)
-    return failed
-
-
-def _run_alone(run: "SweepRun", label: str, launcher: Sequence[str]) -> int:
-    """Run in a process of its own, unless another one is at it; returns its exit code."""
-    from train.grid import state_of
-
-    with _lock(run.folder) as lock:
-        if lock is None:
-            print(f"{label}: another process is at work on {run.folder}; left alone", flush=True)
-            return 0
-        if state_of(run).done:  # by a process that held the lock a moment ago
-            return 0
-        command = run.command(launcher)
-        print(f"{label}: {shlex.join(command)}", flush=True)
-        # The process keeps the lock's file open: should this one be killed, the lock stays for
-        # as long as the run goes on.
-        process = subprocess.Popen(command, pass_fds=[lock])
-        try:
-            return process.wait()
-        finally:
-            if process.poll() is None:
-                _end(process)
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    process.terminate()
-    try:
-        process.wait(timeout=10)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-
-
-@contextlib.contextmanager
-def _lock(folder: Path) -> Iterator[int | None]:
-    """Hold a run folder; gives None where another process holds it, else an open file.
-
-    The kernel drops the lock when the last process that has the file open ends, however it ends.
-    A file system without locks gives none: there nobody but the user keeps two sweeps apart, and
-    the tasks of a SLURM array, which never share a run, need no help.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot write there ({error.strerror})") from None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            os.close(file)
-            yield None
-            return
-        print(f"{folder}: no lock on this file system ({error.strerror})", file=sys.stderr)
-    try:
-        yield file
-    finally:
-        os.close(file)
+    from train.sharing import SharedStage, SweepConfigs
 
 
 def _chosen(runs: "Sequence[SweepRun]", text: str | None) -> "list[SweepRun]":
     """The runs that --only names: ``3``, ``1-5,9``, or ``7-`` for all from 7 on."""
     if text is None:
         return list(runs)
-    first, last = runs[0].number, runs[-1].number
-    numbers: set[int] = set()
-    for part in text.split(","):
-        match = re.fullmatch(r"(\d+)(?:(-)(\d*))?", part.strip())
-        start = int(match[1]) if match else -1
-        end = int(match[3] or last) if match and match[2] else start
-        if not first <= start <= end <= last:
-            raise UserError(f"--only {text}: expected N, N-M or N- within {first}-{last}")
-        numbers.update(range(start, end + 1))
+    numbers = _named(text, runs[0].number, runs[-1].number, prefix="")
     return [run for run in runs if run.number in numbers]
 
 
-def _as_ranges(numbers: Sequence[int]) -> str:
+def _chosen_shared(shared: "Sequence[SharedStage]", text: str | None) -> "list[SharedStage]":
+    """The shared stages that --only names, with an s before numbers: ``s3``, ``s1-5``, ``s1-``."""
+    if text is None or "s" not in text:
+        return []
+    numbers = _named(text, 1, len(shared), prefix="s")
+    return [one for one in shared if one.number in numbers]
+
+
+def _named(text: str, first: int, last: int, *, prefix: str) -> set[int]:
+    """The numbers with such a prefix in what --only says."""
+    numbers: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"(s?)(\d+)(?:(-)(\d*))?", part.strip())
+        if match and match[1] != prefix:
+            continue
+        start = int(match[2]) if match else -1
+        end = int(match[4] or last) if match and match[3] else start
+        open_end = match is not None and match[3] and not match[4]
+        if open_end and start == last + 1:
+            continue  # all from the first on, of none
+        if not first <= start <= end <= last:
+            what = " of the shared stages" if prefix and match else ""
+            raise UserError(
+                f"--only {text}: expected {prefix}N, {prefix}N-M or {prefix}N- within "
+                f"{first}-{last}{what}"
+            )
+        numbers.update(range(start, end + 1))
+    return numbers
+
+
+def _as_ranges(numbers: Sequence[int], prefix: str = "") -> str:
     """Rising numbers as SLURM writes an array: ``1-5,9``."""
     parts = []
     for _, group in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]):
         block = [number for _, number in group]
-        parts.append(f"{block[0]}-{block[-1]}" if len(block) > 1 else str(block[0]))
+        end = f"-{block[-1]}" if len(block) > 1 else ""
+        parts.append(f"{prefix}{block[0]}{end}")
     return ",".join(parts)
+
+
+def _print_pending(
+    runs: "Sequence[SweepRun]", asked: "Sequence[SharedStage]", jobs: int | None
+) -> None:
+    """What is not done: in one line, or with ``jobs`` a line for so many each."""
+    from train.grid import state_of
+
+    pending = {
+        "s": [one.number for one in asked],
+        "": [run.number for run in runs if not state_of(run).done],
+    }
+    if jobs is None:
+        print(
+            ",".join(_as_ranges(numbers, prefix) for prefix, numbers in pending.items() if numbers)
+        )
+        return
+    for prefix, numbers in pending.items():
+        for begin in range(0, len(numbers), jobs):
+            print(_as_ranges(numbers[begin : begin + jobs], prefix))
 
 
 def _launcher(text: str | None) -> list[str]:
@@ -158,8 +113,14 @@ def _launcher(text: str | None) -> list[str]:
     return [program, *words[1:]]
 
 
-def _print_list(runs: "Sequence[SweepRun]", finetunings: Sequence[str]) -> None:
+def _print_list(
+    runs: "Sequence[SweepRun]",
+    finetunings: Sequence[str],
+    shared: "Sequence[SharedStage]",
+    configs: "SweepConfigs",
+) -> None:
     from train.grid import state_of
+    from train.sharing import count_steps
     from train.tasks.classification import TOP1
 
     table = Table()
@@ -180,6 +141,12 @@ def _print_list(runs: "Sequence[SweepRun]", finetunings: Sequence[str]) -> None:
     done = sum(state.done for state in states)
     begun = sum(state.text.startswith("under way") for state in states)
     print(f"{done} done, {begun} under way, {len(runs) - done - begun} waiting")
+    steps = count_steps(runs, shared, configs, [state.results for state in states])
+    apart = ", without those of images that are not there" if steps.without_images else ""
+    print(
+        f"{steps.alone:,} steps{apart}; {steps.alone - steps.saved:,} to train, as runs share "
+        f"{len(shared)} stages or beginnings of stages"
+    )
 
 
 def _top1s(run: "SweepRun", state: "State", finetunings: Sequence[str]) -> list[str]:
@@ -212,9 +179,22 @@ def main() -> None:
     )
     parser.add_argument("--list", action="store_true", help="show all runs and how far they are")
     parser.add_argument(
-        "--pending", action="store_true", help="print the numbers of what is not done: 1-5,9"
+        "--pending",
+        action="store_true",
+        help="print the numbers of what is not done: 1-5,9; with --jobs N, a line for N runs each",
     )
-    parser.add_argument("--only", metavar="N[,N-M]", help="these runs; 7- means from 7 on")
+    parser.add_argument(
+        "--only",
+        metavar="N[,N-M]",
+        help="these runs; 7- means from 7 on, s1- all stages that several runs have in common",
+    )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="N runs at once on each GPU, or on the CPU, each with its share of the cores; what "
+        "they say goes to OUTPUT/logs. Without it one run at a time has everything",
+    )
     parser.add_argument(
         "--launcher",
         metavar="COMMAND",
@@ -228,18 +208,35 @@ def main() -> None:
     )
     arguments = parser.parse_intermixed_args()
     from train.grid import expand, load_sweep, state_of
+    from train.sharing import SweepConfigs, shared_stages, still_needed
+    from train.side_by_side import end_on_signals, places
+    from train.sweep_jobs import Way, run_sweep
 
     sweep = load_sweep(arguments.config, arguments.output)
-    runs = _chosen(expand(sweep, arguments.overrides), arguments.only)
+    all_runs, configs = expand(sweep, arguments.overrides), SweepConfigs()
+    runs = _chosen(all_runs, arguments.only)
+    jobs = arguments.jobs
+    if jobs is not None and jobs < 1:
+        raise UserError(f"--jobs {jobs}: at least 1 run at once")
+    # Table 1's take seconds to find: not for what runs alone are asked for.
+    alone = arguments.pending and "s" not in (arguments.only or "")
+    shared = [] if alone else shared_stages(all_runs, configs)
+    asked = still_needed(_chosen_shared(shared, arguments.only), all_runs)
     if arguments.list:
-        _print_list(runs, list(sweep.finetuning))
+        _print_list(runs, list(sweep.finetuning), shared, configs)
     elif arguments.pending:
-        print(_as_ranges([run.number for run in runs if not state_of(run).done]))
+        _print_pending(runs, asked, jobs)
     else:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-        failed = run_sweep(runs, _launcher(arguments.launcher))
+        launcher = _launcher(arguments.launcher)
+        where = places(jobs, with_launcher=arguments.launcher is not None)
+        logs = Path(sweep.output) / "logs" if jobs is not None else None
+        end_on_signals()
+        failed = run_sweep(runs, asked, shared, configs, Way(launcher, where, logs))
         done = sum(state_of(run).done for run in runs)
-        print("\n".join((*failed, f"{sweep.name}: {done} of {len(runs)} runs are done")))
+        trained = (
+            f", {sum(one.done for one in asked)} of {len(asked)} shared stages" if asked else ""
+        )
+        print("\n".join((*failed, f"{sweep.name}: {done} of {len(runs)} runs are done{trained}")))
         sys.exit(1 if failed else 0)
 
 

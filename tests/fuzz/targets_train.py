@@ -18,6 +18,7 @@ from train.report import write_report
 from train.reporting import grids, page
 from train.reporting.paper_table import collect, to_csv, to_markdown, to_rich
 from train.reporting.rows import load_run
+from train.sharing import SweepConfigs
 
 ROOT = Path(__file__).resolve().parents[2]
 YAML_TOKENS = (
@@ -233,7 +234,7 @@ def _parse_table(folder: Path, data: bytes) -> None:
     to_markdown(table)
     to_csv(table)
     with contextlib.redirect_stdout(io.StringIO()) as output:
-        sweep._print_list(runs, list(loaded.finetuning))
+        sweep._print_list(runs, list(loaded.finetuning), [], SweepConfigs())
     assert all(line.isprintable() for line in output.getvalue().split("\n")), "escape codes"
 
 

@@ -103,7 +103,7 @@ def test_table_1_with_its_array_refused(stub: Path) -> None:
     done = table1(stub)
     assert (done.returncode, done.stdout) == (2, "dense network: job 17\n")
     (no, error) = done.stderr.splitlines()
-    assert no == "sbatch: no" and "refuses the array of runs 1-" in error
+    assert no == "sbatch: no" and "refuses the array of shared stages s1-9" in error
     assert "job 17 of the dense network is in the queue: scancel 17" in error
 
 

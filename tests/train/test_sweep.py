@@ -1,7 +1,6 @@
 """A sweep that really runs: killed, resumed, with a run that fails; and how Table 1 expands."""
 
 import dataclasses
-import fcntl
 import json
 import os
 import shlex
@@ -21,6 +20,7 @@ from safetensors.torch import load_file
 from tpp.common.errors import UserError, run_command
 from train.config.config import Config, load_config
 from train.grid import SweepRun, expand, load_sweep, state_of
+from train.run_folder.lock import LockWatch
 from train.sweep import _as_ranges, _chosen, _launcher, main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -102,12 +102,7 @@ def wait_for(process: subprocess.Popen[str], path: Path) -> None:
 
 def is_free(folder: Path) -> bool:
     """Whether no process holds a run folder."""
-    with (folder / ".lock").open() as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-    return True
+    return LockWatch(folder).holder() is None
 
 
 def call(monkeypatch: pytest.MonkeyPatch, sweep: Path, *arguments: str) -> int:

@@ -141,6 +141,16 @@ class Method:
         """
         return None
 
+    def steps_before_picking(self) -> float:
+        """How many steps of the regularised stage are the same whichever filters go in the end.
+
+        Of all pruning settings they may depend on which layers lose filters
+        (:meth:`tpp.selection.selection.Selection.layers`) and on nothing else. Runs of a sweep
+        that differ in the rest train them once. ``math.inf``: the whole stage. None unless the
+        method says so.
+        """
+        return 0
+
     def rank_costs(self, model: nn.Module, plan: PruningPlan, ranks: int) -> list[int] | None:
         """Multiply-adds per step of each rank's share of the penalty; None if not known."""
         return None

@@ -96,6 +96,10 @@ class GReg2(base.Method):
         """Picking, the rest of the growth, and stabilise phase together."""
         return self._growth.total_steps - self._offset
 
+    def steps_before_picking(self) -> float:
+        """All but the last step of the picking phase, after which the filters are picked."""
+        return self._picking.growth_steps - 1
+
     def prepare(self, model: nn.Module, context: base.TrainingContext) -> None:
         """Share the layers out among the ranks; finetuning is ordinary training."""
         if context.stage == "regularize":

@@ -1,5 +1,6 @@
 """What the methods that train with an orthogonality term in the loss have in common."""
 
+import math
 from typing import Annotated, ClassVar
 
 from pydantic import Field
@@ -40,6 +41,10 @@ class OrthogonalTraining(base.Method):
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
         self._penalty: OrthogonalityPenalty | None = None
+
+    def steps_before_picking(self) -> float:
+        """All: the term is the same for every layer, and filters are picked afterwards."""
+        return math.inf if self.picks == "after" else 0
 
     def prepare(self, model: nn.Module, context: base.TrainingContext) -> None:
         """Share the layers out among the ranks, if this is the stage that has the term."""

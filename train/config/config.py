@@ -416,12 +416,28 @@ def steps_for(epochs: float, images: int, batch_size: int) -> int:
 def stages_until(config: Config, until: str | None) -> list[str]:
     """The names of a configuration's stages up to one of them, or of all.
 
+    Args:
+        config: the run.
+        until: ``STAGE``, or ``STAGE:STEP`` for a part of the last one; None for all.
+
     Raises:
-        UserError: there is no such stage.
+        UserError: there is no such stage, or it has no such step.
     """
     names = list(config.stages)
     if until is None:
         return names
+    until, colon, step = until.partition(":")
     if until not in names:
         raise UserError(f"--until: there is no stage {until!r}; there are {', '.join(names)}")
+    if colon:
+        if not re.fullmatch(r"[1-9][0-9]{0,14}", step):
+            raise UserError(f"--until {until}:{step}: a step is a number from 1 on")
+        if not config.stages[until].does.trains:
+            raise UserError(f"--until {until}:{step}: stage {until!r} trains nothing")
     return names[: names.index(until) + 1]
+
+
+def step_until(until: str | None, stage: str) -> int | None:
+    """The step after which ``stage`` ends early for such an ``until``; None for its own end."""
+    name, _, step = (until or "").partition(":")
+    return int(step) if step and name == stage else None

@@ -23,6 +23,10 @@ class Stopped(Exception):  # noqa: N818 - nothing went wrong
     """The run ends here because it was asked to, and goes on when it is started again."""
 
 
+class Reached(Stopped):
+    """The run has come to the step up to which it was asked to go."""
+
+
 class StopRequest:
     """Listens for the signals, and finds the step at which all ranks stop.
 

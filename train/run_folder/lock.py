@@ -30,6 +30,7 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 # Seconds for which a lock that is taken is tried again: whoever has just taken it is about to
 # write its name, and whoever only looks lets go at once.
 _PATIENCE = 0.5
+_NAMELESS = "a process without a name"
 
 _Text = Annotated[str, Field(max_length=200, pattern=r"^[\w.:+-]*$")]
 
@@ -169,9 +170,8 @@ class RunLock:
         Raises:
             UserError: it lives.
         """
-        beat = min(max(holder.every, _BEAT_LIMITS[0]), _BEAT_LIMITS[1])
         for _ in range(_WATCHED_BEATS):
-            time.sleep(beat)
+            time.sleep(_beat_of(holder))
             _, now = self._look()
             self._close()
             if now is not None and now != holder:
@@ -257,6 +257,44 @@ class RunLock:
         os._exit(2)
 
 
+class LockWatch:
+    """Looks again and again whether a run lives that holds a folder; it never waits.
+
+    Args:
+        folder: the run folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._seen: tuple[Holder, float] | None = None  # and since when it has said the same
+
+    def holder(self) -> str | None:
+        """Who has the folder; None where nobody has, or is known to have died.
+
+        A run on another node counts as alive until so many of its beats have not come as
+        :class:`RunLock` waits for.
+        """
+        if not (self._folder / LOCK_FILE).exists():
+            return None
+        lock = RunLock(self._folder)
+        locked, holder = lock._look()
+        lock._close()
+        if locked is False:
+            return str(holder or _NAMELESS)
+        if holder is None or (locked and lock._was_here(holder)):
+            return None
+        now = time.monotonic()
+        if self._seen is None or self._seen[0] != holder:
+            self._seen = holder, now
+        silent = now - self._seen[1]
+        return None if silent > _WATCHED_BEATS * _beat_of(holder) else str(holder)
+
+
+def _beat_of(holder: Holder) -> float:
+    """Seconds between two of its beats, within what one waits for."""
+    return min(max(holder.every, _BEAT_LIMITS[0]), _BEAT_LIMITS[1])
+
+
 def holder_of(folder: Path) -> Holder | None:
     """What a run folder's lock file says; None where there is none, or a damaged one.
 
@@ -272,7 +310,7 @@ def holder_of(folder: Path) -> Holder | None:
 def refusal(folder: Path, holder: Holder | None) -> UserError:
     """Why a run cannot have a folder."""
     return UserError(
-        f"{folder}: another run has this folder: {holder or 'a process without a name'}; "
+        f"{folder}: another run has this folder: {holder or _NAMELESS}; "
         "wait for it, end it, or choose another folder with output=..."
     )
 

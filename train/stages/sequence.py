@@ -8,7 +8,7 @@ from accelerate import Accelerator
 
 from tpp.measure.counts import count
 from tpp.models.architecture import build_on_meta, set_preprocessing
-from train.config.config import Config, save_config, stages_until
+from train.config.config import Config, save_config, stages_until, step_until
 from train.distributed.collectives import from_main_rank
 from train.distributed.stopping import Stopped, StopRequest, message_of
 from train.distributed.watchdog import Watchdog
@@ -72,11 +72,11 @@ def run_stages(run: Run, until: str | None = None) -> None:
 
     Args:
         run: the run.
-        until: the last stage to run; None for all.
+        until: the last stage to run, or ``STAGE:STEP``; None for all.
 
     Raises:
         UserError: a stage was broken off with other settings, or an image cannot be read.
-        Stopped: a signal asked for it; all that is done is kept.
+        Stopped: a signal or ``until`` asked for it; all that is done is kept.
     """
     config = run.config
     run.accelerator.wait_for_everyone()
@@ -101,7 +101,8 @@ def run_stages(run: Run, until: str | None = None) -> None:
         if (signal := run.stop.agreed_now()) is not None:
             raise Stopped(message_of(signal, f"before stage {name}"))
         if trains:
-            finish_stage(run, name, TrainingStage(run, name).train())
+            stage_of_run = TrainingStage(run, name, until=step_until(until, name))
+            finish_stage(run, name, stage_of_run.train())
             clean_up(run, name)
             continue
         started = time.perf_counter()

@@ -31,7 +31,7 @@ from train.config.sections import MODEL_FILE
 from train.distributed.accelerator import make_engine
 from train.distributed.collectives import EveryRankError, from_main_rank, led_by_main_rank
 from train.distributed.engine import Engine
-from train.distributed.stopping import Stopped, message_of
+from train.distributed.stopping import Reached, Stopped, message_of
 from train.distributed.sync_batchnorm import convert_sync_batchnorm
 from train.loop.average import WeightAverage
 from train.loop.bad_steps import StepCheck
@@ -81,10 +81,16 @@ class _Shrink(Exception):  # noqa: N818 (what it asks for)
 
 
 class TrainingStage:
-    """One stage that trains, from its input or its newest checkpoint on."""
+    """One stage that trains, from its input or its newest checkpoint on.
 
-    def __init__(self, run: Run, name: str) -> None:
-        self._run, self._name = run, name
+    Args:
+        run: the run.
+        name: of the stage.
+        until: the step after which it is left for another time; None to go on to its end.
+    """
+
+    def __init__(self, run: Run, name: str, *, until: int | None = None) -> None:
+        self._run, self._name, self._until = run, name, until
         self._stage = run.config.stages[name]
         self._task = run.config.stage_task(name)
         self._training = run.config.training
@@ -102,11 +108,17 @@ class TrainingStage:
         self._optim = run.config.stage_optimizer(name, self._length)
 
     def train(self) -> dict[str, Any]:
-        """Train to the end, save the network, and return the stage's results."""
+        """Train to the end, save the network, and return the stage's results.
+
+        Raises:
+            Stopped: a signal asked for it, or ``until``; all is kept.
+        """
         run = self._run
         if run.is_main:
             self._folder.mkdir(parents=True, exist_ok=True)
         state, passed_over = self._find_state()
+        if state is not None and self._until is not None and state.step >= self._until:
+            raise Reached(self._reached(state.step))
         progress = self._build(state)
         step = left_out = state.step if state else 0
         self._open(step, progress)
@@ -459,6 +471,8 @@ class TrainingStage:
         signal = None if self._finished(step) else self._run.stop.agreed(step)
         if signal is not None:
             self._stop(step, signal)
+        if step == self._until and not self._finished(step):
+            self._stop(step)
         took_time = self._look(step)
         # Last, so that all that was logged up to this step is on the disk with it.
         saves = self._writer is not None or self._engine.saves_together
@@ -468,7 +482,7 @@ class TrainingStage:
     def _look(self, step: int) -> bool:
         return look(self._observers, step, self._network, last=self._finished(step))
 
-    def _stop(self, step: int, signal: str) -> None:
+    def _stop(self, step: int, signal: str | None = None) -> None:
         """Save, and end the run; what is due at this step is measured when it goes on.
 
         There are seconds for it, and an evaluation may take a minute.
@@ -479,7 +493,12 @@ class TrainingStage:
         if self._writer is not None:
             self._writer.wait()
         self._monitor.event("stopped", step=step, signal=signal)
+        if signal is None:
+            raise Reached(self._reached(step))
         raise Stopped(message_of(signal, f"after step {step} of stage {self._name}"))
+
+    def _reached(self, step: int) -> str:
+        return f"stage {self._name} is at step {step}, as far as it was to go"
 
     def _report_bad_images(self, step: int) -> None:
         """Show the images that were skipped since the last time, each one once."""
