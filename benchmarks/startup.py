@@ -238,7 +238,7 @@ def first_step(data: Path, folder: Path, ranks: int) -> tuple[float, float]:
         "method": {"name": "tpp"},
         "stages": {STAGE: {"optimizer": {"lr": 0.01}}, "prune": {}},
     }
-    (folder / "run.yaml").write_text(yaml.safe_dump(config))
+    (folder / "run.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
 
     def logged() -> bool:
         with suppress(OSError):

@@ -12,7 +12,6 @@ of those that are kept. They are called ``companion:tensor``.
 import json
 import shlex
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -390,10 +389,8 @@ def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> 
         mode = new_file(aside)
         save_file(tensors, aside, metadata={FORMAT: json.dumps(metadata)})
         aside.chmod(mode)
-        with ThreadPoolExecutor(1) as pool:  # the disk is waited for while it is read back
-            synced = pool.submit(sync, aside)
-            _verify(aside, metadata)
-            synced.result()
+        sync(aside)
+        _verify(aside, metadata)
         aside.replace(path)
         sync(path.parent)
     except (OSError, SafetensorError) as error:
