@@ -28,8 +28,9 @@ from train.tasks.classification import TOP1
 # Files and folders that a run keeps beside those of its stages.
 OF_THE_RUN = {
     *("config.yaml", "plan.json", "results.json", "log.jsonl", "run.lock", "checkpoints"),
-    *("report.html", "report.png"),
+    *("report.html", "report.png", "compiled"),
 }
+OFF = "off"
 MODEL_FILE = "model.safetensors"  # in the folder of each stage that makes a network
 
 
@@ -46,6 +47,13 @@ class TrainingSection(Section):
             stage.
         accumulation: micro-batches per optimiser step.
         precision: ``fp32``, or autocast to ``bf16`` or ``fp16`` (CUDA only).
+        tf32: whether float32 products and convolutions on a GPU may be rounded to TF32, those of
+            the penalty too; null for PyTorch's own: convolutions are, products are not.
+        cudnn_benchmark: whether cuDNN looks for the fastest algorithm for each shape. What it finds
+            may differ from start to start, and so then does the last bit.
+        compile: the network's forward and backward pass by ``torch.compile``: ``default``, or
+            ``max-autotune``, which tries kernels out and captures CUDA graphs. Compiled anew after
+            filters went, and kept in the run folder.
         channels_last: memory format of images and convolution weights.
         sync_batchnorm: BatchNorm statistics over all ranks; by default each rank's own, with
             rank 0's running statistics.
@@ -78,6 +86,9 @@ class TrainingSection(Section):
     batch_warmup_epochs: Annotated[float, Field(ge=0), OF_TRAINING] = 5.0
     accumulation: Annotated[PositiveInt, OF_TRAINING] = 1
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    tf32: bool | None = None
+    cudnn_benchmark: Annotated[bool, MAY_DIFFER] = False
+    compile: Annotated[Literal["off", "default", "max-autotune"], MAY_DIFFER] = "off"
     channels_last: bool = False
     sync_batchnorm: Annotated[bool, OF_TRAINING] = False
     evaluate_every: Annotated[PositiveFloat, MAY_DIFFER] = 1.0

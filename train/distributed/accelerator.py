@@ -1,6 +1,5 @@
 """Devices and ranks from Accelerate, and the engine on top of them."""
 
-import contextlib
 import logging
 import os
 import socket
@@ -33,12 +32,9 @@ _MIXED_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
 class _DeepSpeedAccelerator(Accelerator):
-    """With autocast, which Accelerate leaves to DeepSpeed: the weights stay in float32."""
+    """Knows of bf16, which Accelerate leaves to DeepSpeed: the weights stay in float32."""
 
     in_bf16 = False
-
-    def autocast(self, autocast_handler: Any = None) -> contextlib.AbstractContextManager[Any]:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.in_bf16)
 
 
 def make_accelerator(

@@ -50,12 +50,15 @@ class DeepSpeedEngine(Engine):
         self._groups = portable(optimizer.state_dict(), numbers_of(network, optimizer))[
             "param_groups"
         ]
-        for parameter in network.parameters():
-            # It looks at their bytes in one row, which channels last are not (findings/).
-            parameter.data = parameter.data.contiguous()
         super().__init__(accelerator, network, optimizer, clip=clip)
         # Stage 0 leaves the optimiser as it is.
         self._is_zero = self.saves_together = self.model.zero_optimization_stage() > 0
+
+    def _prepare(self, network: nn.Module, optimizer: Optimizer) -> None:
+        for parameter in network.parameters():
+            # It looks at their bytes in one row, which channels last are not (findings/).
+            parameter.data = parameter.data.contiguous()
+        self.model, self._optimizer = self.accelerator.prepare(network, optimizer)
 
     def micro_batch(self, *, last: bool) -> contextlib.AbstractContextManager[Any]:
         """Let DeepSpeed know whether it is the step's last one."""

@@ -6,24 +6,68 @@ needs in the same form: a run may go on with another engine, or another number o
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 
-def forward_pass(model: nn.Module, accelerator: Accelerator) -> Callable[[Tensor], Tensor]:
+def autocast_of(accelerator: Accelerator) -> contextlib.AbstractContextManager[Any]:
+    """The run's precision, for what is computed as forward passes are."""
+    types = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    # Under DeepSpeed Accelerate itself knows of none, see make_accelerator.
+    bf16 = getattr(accelerator, "in_bf16", False)
+    lower = torch.bfloat16 if bf16 else types.get(accelerator.mixed_precision)
+    if lower is None:
+        return contextlib.nullcontext()
+    return torch.autocast(accelerator.device.type, lower)
+
+
+def forward_pass(
+    model: Callable[[Tensor], Any], accelerator: Accelerator
+) -> Callable[[Tensor], Tensor]:
     """A network's forward pass in the run's precision, with outputs in float32 or more."""
 
     def forward(inputs: Tensor) -> Tensor:
-        with accelerator.autocast():
+        with autocast_of(accelerator):
             outputs = model(inputs)
         return outputs if outputs.dtype == torch.float64 else outputs.float()
 
     return forward
+
+
+def distribute(network: nn.Module, accelerator: Accelerator) -> nn.Module:
+    """A network under DistributedDataParallel, or itself where there is one rank.
+
+    Gradients are views of the buckets that are reduced, rather than copied there and back. Running
+    statistics stay each rank's own, and are not sent in every forward pass: no training forward
+    pass reads them, and the main rank's, which are those that are evaluated and saved, are what
+    they would be. Other buffers are sent, as something may read them.
+
+    A static graph is not promised to DDP: where it looks for no unused parameters, that saves
+    nothing after the first step.
+    """
+    if accelerator.num_processes == 1:
+        return network
+    own = [
+        f"{name}.{buffer}" if name else buffer
+        for name, module in network.named_modules()
+        if isinstance(module, _NormBase)
+        for buffer, _ in module.named_buffers(recurse=False)
+    ]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(network, own)
+    device = accelerator.device
+    model = DistributedDataParallel(
+        network,
+        device_ids=None if device.type == "cpu" else [device.index],
+        gradient_as_bucket_view=True,
+    )
+    settle_buckets(model)
+    return model
 
 
 class _SumOfParameters(nn.Module):
@@ -92,6 +136,10 @@ def portable(state: Mapping[str, Any], numbers: Sequence[int]) -> dict[str, Any]
     return {"state": entries, "param_groups": groups}
 
 
+# Settings of torch's optimisers that say how they compute, not what.
+_WAYS = ("foreach", "fused", "capturable")
+
+
 class Engine:
     """A network and its optimiser, on one process or under DistributedDataParallel.
 
@@ -123,9 +171,13 @@ class Engine:
         self._parameters = [p for p in network.parameters() if p.requires_grad]
         self._norm: Tensor | None = None
         self._numbers = numbers_of(network, optimizer)
-        self.model, self._optimizer = accelerator.prepare(network, optimizer)
-        if isinstance(self.model, DistributedDataParallel):
-            settle_buckets(self.model)
+        self.model: Any = None
+        self._optimizer: Any = None
+        self._prepare(network, optimizer)
+        self._forward = forward_pass(self.model, accelerator)
+
+    def _prepare(self, network: nn.Module, optimizer: Optimizer) -> None:
+        self.model, self._optimizer = distribute(network, self.accelerator), optimizer
 
     def set_learning_rate(self, lr: float) -> None:
         """The learning rate of the step to come, of which each group has its share."""
@@ -134,26 +186,28 @@ class Engine:
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """For what is computed as forward passes are."""
-        return cast(contextlib.AbstractContextManager[Any], self.accelerator.autocast())
+        return autocast_of(self.accelerator)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """The network's outputs, in float32."""
-        return forward_pass(self.model, self.accelerator)(inputs)
+        return self._forward(inputs)
 
     def micro_batch(self, *, last: bool) -> contextlib.AbstractContextManager[Any]:
         """For a micro-batch's forward and backward pass; the last one's averages the gradients."""
-        if last:
+        if last or not isinstance(self.model, DistributedDataParallel):
             return contextlib.nullcontext()
-        return cast(contextlib.AbstractContextManager[Any], self.accelerator.no_sync(self.model))
+        return self.model.no_sync()
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradient of ``loss``, already divided by the number of micro-batches."""
-        self.accelerator.backward(loss)
+        scaler = self.accelerator.scaler
+        (loss if scaler is None else scaler.scale(loss)).backward()
 
     def gradient_norm(self) -> Tensor:
         """L2 norm over all parameters, as the optimiser gets the gradient, but before clipping."""
-        # What the optimiser gets, not what a loss scaler made of it.
-        self.accelerator.unscale_gradients()
+        if self.accelerator.scaler is not None:
+            # What the optimiser gets, not what the scaler made of it.
+            self.accelerator.scaler.unscale_(self._optimizer)
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         self._norm = torch.nn.utils.get_total_norm(gradients)
         return self._norm
@@ -162,7 +216,12 @@ class Engine:
         """Clip, let the optimiser make its step, and forget the gradient."""
         if self._clip is not None and self._norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self._parameters, self._clip, self._norm)
-        self._optimizer.step()
+        scaler = self.accelerator.scaler
+        if scaler is None:
+            self._optimizer.step()
+        else:
+            scaler.step(self._optimizer)
+            scaler.update()
         self._optimizer.zero_grad(set_to_none=True)
 
     def drop(self) -> None:
@@ -177,4 +236,9 @@ class Engine:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up a :meth:`state_dict` of any engine and number of ranks."""
+        groups = self._optimizer.param_groups
+        # How it computes is this device's, and not that on which the state was made.
+        own = [{key: group[key] for key in _WAYS if key in group} for group in groups]
         self._optimizer.load_state_dict(state)
+        for group, ways in zip(self._optimizer.param_groups, own, strict=True):
+            group.update(ways)

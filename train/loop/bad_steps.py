@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from train.distributed.collectives import world_size
 
 _NONE = torch.iinfo(torch.int64).max
+_MOST_KEPT = 256  # steps whose numbers are kept one by one
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class BadStep:
 class StepCheck:
     """Looks at the loss and the gradient of every step, between backward and optimiser.
 
-    Without ``at_once`` nothing waits for the device: the first bad step is kept there until
+    Without ``at_once`` nothing waits for the device: losses and norms are kept there until
     :meth:`first_bad` asks. Its number is enough to name its images, as the order of the data is a
     function of it. With ``at_once``, which leaving a step out takes, every step costs one small
     reduction over the ranks.
@@ -60,30 +61,47 @@ class StepCheck:
         device = next(model.parameters()).device
         self._first = torch.tensor(_NONE, device=device)
         self._values = torch.zeros(2, dtype=torch.float64, device=device)
+        self._steps: list[int] = []
+        self._losses: list[Tensor] = []
+        self._norms: list[Tensor] = []
 
     def begin(self) -> None:
         """Before the forward pass: keep what it changes, BatchNorm's statistics."""
         self._kept = [buffer.clone() for buffer in self._buffers]
 
     def __call__(self, step: int, loss: Tensor, norm: Tensor) -> None:
-        """Judge ``step`` by its ``loss`` and the L2 ``norm`` of its gradient."""
+        """Take up ``loss`` and the L2 ``norm`` of the gradient of ``step``, the next one."""
+        self._steps.append(step)
+        self._losses.append(loss.detach())
+        self._norms.append(norm)
+        if len(self._steps) == _MOST_KEPT:
+            self._judge()
+
+    def _judge(self) -> None:
+        """Judge the steps since the last time, all at once, still without waiting for them."""
+        if not self._steps:
+            return
+        loss, norm = torch.stack(self._losses), torch.stack(self._norms)
         bad = ~torch.isfinite(loss)
         if not self._scaled:
             bad |= ~torch.isfinite(norm)
         if self._max_norm is not None:
             bad |= torch.isfinite(norm) & (norm > self._max_norm)
-        first = bad & (self._first == _NONE)
-        self._values = torch.where(
-            first, torch.stack([loss.detach().double(), norm.double()]), self._values
-        )
-        self._first = torch.where(first, step, self._first)
+        place = bad.to(torch.uint8).argmax()  # of the first one
+        new = bad.any() & (self._first == _NONE)
+        values = torch.stack([loss[place].double(), norm[place].double()])
+        self._values = torch.where(new, values, self._values)
+        self._first = torch.where(new, self._steps[0] + place, self._first)
+        self._steps, self._losses, self._norms = [], [], []
 
     def seen_here(self) -> bool:
         """Whether a bad step was seen on this rank; waits for the device, not for other ranks."""
+        self._judge()
         return bool(self._first != _NONE)
 
     def first_bad(self) -> BadStep | None:
         """The first bad step on any rank since the start; all ranks have to ask together."""
+        self._judge()
         first, values = self._first.clone(), self._values
         if world_size() > 1:
             dist.all_reduce(first, op=dist.ReduceOp.MIN)

@@ -83,11 +83,11 @@ def train(
     while not settings.finished(step):
         # Seeded by the step, so that a resumed run draws the same dropout masks and nothing about
         # random states has to be saved.
-        torch.manual_seed(settings.seed + step)
+        seed(engine.accelerator.device, settings.seed + step)
         lr = settings.lr(step)
         engine.set_learning_rate(lr)
         check.begin()
-        before = meter.copy()
+        before = meter.copy() if check.at_once else meter
         loss = gradients(
             engine,
             batches,
@@ -124,3 +124,15 @@ def train(
             model.train()
             meter.pause(time.perf_counter() - stopped)
     return step
+
+
+def seed(device: torch.device, number: int) -> None:
+    """``torch.manual_seed`` of the processor and of the device that computes.
+
+    Without all the other devices: torch queues what they are to be told, with a traceback each
+    time, as long as nobody uses them.
+    """
+    torch.default_generator.manual_seed(number)
+    if device.type == "cuda":
+        place = torch.cuda.current_device() if device.index is None else device.index
+        torch.cuda.default_generators[place].manual_seed(number)

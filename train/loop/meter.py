@@ -2,6 +2,7 @@
 
 import copy
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from train.distributed.collectives import sum_over_ranks
 from train.tasks.base import Metric
+
+_MOST_KEPT = 256  # scalars that are kept one by one
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,28 @@ class Report:
     data_wait: float
 
 
+class _Sum:
+    """Adds scalars up in float64, many at a time: one by one is a launch each."""
+
+    def __init__(self, total: Tensor | None = None, new: Sequence[Tensor] = ()) -> None:
+        self._total, self._new = total, list(new)
+
+    def copy(self) -> "_Sum":
+        return _Sum(self._total, self._new)
+
+    def add(self, value: Tensor) -> None:
+        self._new.append(value.detach())
+        if len(self._new) == _MOST_KEPT:
+            self._total, self._new = self.total(), []
+
+    def total(self) -> Tensor:
+        parts = torch.stack(self._new).double() if self._new else None
+        if parts is None:
+            assert self._total is not None
+            return self._total
+        return parts.sum() if self._total is None else self._total + parts.sum()
+
+
 class Meter:
     """Sums up steps without making the device wait; one synchronisation per report."""
 
@@ -46,8 +71,8 @@ class Meter:
 
     def reset(self) -> None:
         """Start anew."""
-        self._sums: dict[str, Tensor] = {}
-        self._image_sums: dict[Metric, Tensor] = {}
+        self._sums: dict[str, _Sum] = {}
+        self._image_sums: dict[Metric, _Sum] = {}
         self.steps = self._images = 0
         self._waited = 0.0
         self._started = time.perf_counter()
@@ -55,7 +80,8 @@ class Meter:
     def copy(self) -> "Meter":
         """A meter that goes on from the same sums, to return to when a step is left out."""
         meter = copy.copy(self)
-        meter._sums, meter._image_sums = dict(self._sums), dict(self._image_sums)
+        meter._sums = {name: values.copy() for name, values in self._sums.items()}
+        meter._image_sums = {m: values.copy() for m, values in self._image_sums.items()}
         return meter
 
     def pause(self, seconds: float) -> None:
@@ -63,14 +89,16 @@ class Meter:
         self._started += seconds
 
     def add(self, name: str, value: Tensor) -> None:
-        """Add a detached scalar."""
-        value = value.detach().double()
-        self._sums[name] = self._sums[name] + value if name in self._sums else value
+        """Add a scalar, which keeps its value."""
+        if name not in self._sums:
+            self._sums[name] = _Sum()
+        self._sums[name].add(value)
 
     def add_images(self, metric: Metric, value: Tensor) -> None:
         """Add a sum over images, of which the report has the mean."""
-        value, sums = value.detach().double(), self._image_sums
-        sums[metric] = sums[metric] + value if metric in sums else value
+        if metric not in self._image_sums:
+            self._image_sums[metric] = _Sum()
+        self._image_sums[metric].add(value)
 
     def count(self, images: int, waited: float) -> None:
         """Count a micro-batch and the seconds spent waiting for it."""
@@ -84,7 +112,8 @@ class Meter:
     def report(self, lr: float) -> Report:
         """Means over ranks and steps; then start anew."""
         names = sorted(self._sums)
-        local = torch.stack([*(self._sums[name] for name in names), *self._image_sums.values()])
+        sums = [*(self._sums[name] for name in names), *self._image_sums.values()]
+        local = torch.stack([values.total() for values in sums])
         ranks = self._accelerator.num_processes
         means = (sum_over_ranks(local) / ranks / self.steps).tolist()
         elapsed = time.perf_counter() - self._started

@@ -132,6 +132,8 @@ def _make(groups: list[dict[str, Any]], settings: OptimizerSection) -> Optimizer
             momentum=settings.momentum,
             nesterov=settings.nesterov,
             weight_decay=settings.weight_decay,
+            # One kernel for all parameters; on the CPU PyTorch's own choice.
+            fused=all(p.is_cuda for group in groups for p in group["params"]) or None,
         )
     from timm.optim import create_optimizer_v2  # a second or two
 

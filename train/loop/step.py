@@ -3,7 +3,6 @@
 import time
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
 from data_pipelines.images.batch import Batch
@@ -35,7 +34,7 @@ def gradients(
     teacher's term comes to it; what is logged of the task is its loss without that weight.
     """
     method.before_step(step)
-    total = torch.zeros((), device=engine.accelerator.device)
+    losses = []
     for micro in range(accumulation):
         asked = time.perf_counter()
         with part("load"):
@@ -45,7 +44,8 @@ def gradients(
         with engine.micro_batch(last=last):
             with part("forward"):
                 loss, outputs = task.loss(engine.forward, batch)
-                loss = loss / accumulation
+                if accumulation > 1:
+                    loss = loss / accumulation
             with part("log"):
                 meter.add("task", loss)
                 for metric, over_images in task.training_sums(batch, outputs).items():
@@ -57,14 +57,18 @@ def gradients(
                         taught = distillation.term(batch[0], outputs) / accumulation
                         meter.add("distillation", taught)
                         loss = distillation.task_share * loss + taught
-                terms = {name: term / accumulation for name, term in terms.items()}
+                if accumulation > 1:
+                    terms = {name: term / accumulation for name, term in terms.items()}
                 if last:
-                    terms |= method.loss_terms()
+                    terms = terms | method.loss_terms()
                 for name, term in terms.items():
                     meter.add(name, term)
                     loss = loss + term
             with part("backward"):
                 engine.backward(loss, last=last)
-        total += loss.detach()
+        losses.append(loss.detach())
+    total = losses[0]
+    for one in losses[1:]:
+        total = total + one
     meter.add("loss", total)
     return total

@@ -29,6 +29,7 @@ from train.config.config import steps_for
 from train.config.intervals import Interval
 from train.config.sections import MODEL_FILE
 from train.distributed.accelerator import make_engine
+from train.distributed.arithmetic import compile_network
 from train.distributed.collectives import EveryRankError, from_main_rank, led_by_main_rank
 from train.distributed.engine import Engine
 from train.distributed.stopping import Reached, Stopped, message_of
@@ -212,6 +213,7 @@ class TrainingStage:
         self._start = progress.start if state else self._measure_start()
         self._distillation = self._teaching.beside(network, progress.teacher)
         method.prepare(network, self._context(plan))
+        compile_network(network, self._training.compile)
         self._engine: Engine = make_engine(
             run.accelerator,
             network,
