@@ -139,7 +139,9 @@ def measured(
         zeroed = turns(dense, plan, growth)
         with torch.no_grad():
             for layer in plan.active_layers:
-                dense.get_submodule(layer).weight[plan.pruned[layer]] = 0  # so that no note is due
+                dense.get_parameter(f"{layer}.weight")[plan.pruned[layer]] = (
+                    0  # so that no note is due
+                )
         small = prune_model(dense, plan)
         images = torch.randn(batch, 3, side, side).to(device, memory_format=torch.channels_last)
         labels = torch.randint(0, 1000, (batch,)).to(device)

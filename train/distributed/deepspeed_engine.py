@@ -54,11 +54,12 @@ class DeepSpeedEngine(Engine):
         # Stage 0 leaves the optimiser as it is.
         self._is_zero = self.saves_together = self.model.zero_optimization_stage() > 0
 
-    def _prepare(self, network: nn.Module, optimizer: Optimizer) -> None:
+    def _prepare(self, network: nn.Module, optimizer: Optimizer) -> tuple[Any, Any]:
         for parameter in network.parameters():
             # It looks at their bytes in one row, which channels last are not (findings/).
             parameter.data = parameter.data.contiguous()
-        self.model, self._optimizer = self.accelerator.prepare(network, optimizer)
+        model, wrapped = self.accelerator.prepare(network, optimizer)
+        return model, wrapped
 
     def micro_batch(self, *, last: bool) -> contextlib.AbstractContextManager[Any]:
         """Let DeepSpeed know whether it is the step's last one."""

@@ -171,13 +171,11 @@ class Engine:
         self._parameters = [p for p in network.parameters() if p.requires_grad]
         self._norm: Tensor | None = None
         self._numbers = numbers_of(network, optimizer)
-        self.model: Any = None
-        self._optimizer: Any = None
-        self._prepare(network, optimizer)
+        self.model, self._optimizer = self._prepare(network, optimizer)
         self._forward = forward_pass(self.model, accelerator)
 
-    def _prepare(self, network: nn.Module, optimizer: Optimizer) -> None:
-        self.model, self._optimizer = distribute(network, self.accelerator), optimizer
+    def _prepare(self, network: nn.Module, optimizer: Optimizer) -> tuple[Any, Any]:
+        return distribute(network, self.accelerator), optimizer
 
     def set_learning_rate(self, lr: float) -> None:
         """The learning rate of the step to come, of which each group has its share."""
