@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tarfile
@@ -105,6 +106,35 @@ def test_table_1_with_its_array_refused(stub: Path) -> None:
     (no, error) = done.stderr.splitlines()
     assert no == "sbatch: no" and "refuses the array of shared stages s1-9" in error
     assert "job 17 of the dense network is in the queue: scancel 17" in error
+
+
+def test_table_1_with_several_runs_a_task(stub: Path) -> None:
+    """What is asked of SLURM, and what a task that SLURM starts so does with its number."""
+    asked, python = stub.parent / "asked", stub / "python"
+    write(
+        python,
+        'case "$*" in *--pending*"--only 0") ;; *--pending*s1-) printf "s1-2\\ns3\\n" ;; '
+        '*--pending*) printf "1-2\\n4,7\\n9\\n" ;; *) echo "does $*" ;; esac',
+    )
+    write(stub / "sbatch", f'printf "%q " "$@" >>"{asked}"; echo >>"{asked}"; echo 5')
+    done = table1(stub, "seed=1", JOBS="2", PARALLEL="3", PYTHON=str(python))
+    assert done.stdout.startswith("shared stages s1-2, s3: job 5\nruns 1-2, 4,7, 9: job 5\n")
+    shared, runs = asked.read_text().splitlines()
+    assert "--array=1,3%3" in shlex.split(shared) and "--array=1,4,9%3" in shlex.split(runs)
+    assert "--cpus-per-task=2" in shared
+    for line, number, only in ((shared, 1, "s1-2"), (shared, 3, "s3"), (runs, 4, "4,7")):
+        command = line[line.index("slurm/table1.sh") :]
+        task = bash(stub, "-c", f"bash {command}", cwd=ROOT, SLURM_ARRAY_TASK_ID=str(number))
+        assert task.stdout.startswith("does -m train.sweep --config"), task.stderr
+        assert task.stdout.rstrip().endswith(f"seed=1 --jobs 2 --only {only}")
+
+
+def test_table_1_with_one_run_a_task(stub: Path) -> None:
+    write(stub / "does", 'echo "does $*"')
+    for prefix, only in (("", "4"), ("s", "s4")):
+        script = ROOT / "slurm" / "table1.sh"
+        task = bash(stub, script, prefix, "", stub / "does", "x", SLURM_ARRAY_TASK_ID="4")
+        assert task.stdout == f"does x --only {only}\n"
 
 
 def test_table_1_without_a_jobs_id(stub: Path) -> None:
