@@ -24,6 +24,7 @@ import torch
 import yaml
 
 from tpp.common.errors import UserError, run_command
+from tpp.common.paths import user_path
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "sweep.json"
@@ -89,7 +90,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="only show that it runs")
     parser.add_argument("--jobs", type=int, default=8 if gpu else 2, help="runs at once")
     parser.add_argument("--repeats", type=int, default=3, help="of each (default: 3)")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="file of the results")
+    parser.add_argument("--output", type=user_path, default=RESULTS, help="file of the results")
     arguments = parser.parse_args()
     if arguments.jobs < 1 or arguments.repeats < 1:
         raise UserError("--jobs and --repeats: at least 1")

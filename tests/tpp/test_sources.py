@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from tpp.channels.removal import prune_model
-from tpp.checkpoints import sources
+from tpp.checkpoints import training_state
 from tpp.checkpoints.model_file import (
     load_model,
     load_optimizer_state,
@@ -323,7 +323,7 @@ def test_a_training_checkpoint_that_cannot_be_read_now(tmp_path, monkeypatch):
     def stale(path):
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), place)
 
-    monkeypatch.setattr(sources, "read_state", stale)
+    monkeypatch.setattr(training_state, "read_state", stale)
     with pytest.raises(UserError, match=rf"{place}: cannot be read: Stale file handle"):
         read_source(folder)
 
