@@ -233,7 +233,7 @@ def run(network: str, rounds: int, steps: int) -> Result:
                 if name == "stays":
                     config["method"]["remove_at_zero"] = False
                 path = folder / f"{name}{turn}.yaml"
-                path.write_text(yaml.safe_dump(config))
+                path.write_text(yaml.safe_dump(config, sort_keys=False))
                 command = [sys.executable, str(ROOT / "train" / "main.py"), "--config", str(path)]
                 done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
                 if done.returncode:
