@@ -52,8 +52,8 @@ class TrainingSection(Section):
         cudnn_benchmark: whether cuDNN looks for the fastest algorithm for each shape. What it finds
             may differ from start to start, and so then does the last bit.
         compile: the network's forward and backward pass by ``torch.compile``: ``default``, or
-            ``max-autotune``, which tries kernels out and captures CUDA graphs. Compiled anew after
-            filters went, and kept in the run folder.
+            ``max-autotune``, which tries kernels out. Compiled anew after filters went, and kept in
+            the run folder.
         channels_last: memory format of images and convolution weights.
         sync_batchnorm: BatchNorm statistics over all ranks; by default each rank's own, with
             rank 0's running statistics.

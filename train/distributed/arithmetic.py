@@ -12,6 +12,8 @@ from train.config.sections import OFF, TrainingSection
 
 COMPILED = "compiled"  # in the run folder
 _CACHE = "TORCHINDUCTOR_CACHE_DIR"
+# Without PyTorch's own CUDA graphs, whose gradients the next micro-batch overwrites.
+_MODES = {"default": "default", "max-autotune": "max-autotune-no-cudagraphs"}
 
 
 def settle_arithmetic(training: TrainingSection, device: torch.device, folder: Path) -> None:
@@ -66,13 +68,13 @@ def compile_network(network: nn.Module, mode: str) -> None:
 
     Args:
         network: placed; another one than was compiled before, as after filters went.
-        mode: of ``torch.compile``, or ``off``.
+        mode: as ``training.compile`` says.
     """
     if mode == OFF:
         return
     # What was compiled for a network that is gone would count against a limit of eight.
     torch._dynamo.reset()
-    network.compile(mode=mode)
+    network.compile(mode=_MODES[mode])
 
 
 def is_compiled(network: nn.Module) -> bool:

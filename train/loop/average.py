@@ -16,8 +16,8 @@ class WeightAverage:
     timm's ``ModelEmaV3`` computes it: floating-point buffers, such as BatchNorm's running
     statistics, are averaged like weights; whole numbers, such as how many batches were tracked, are
     copied. It holds no second network, only the tensors: what a method has put on the network
-    (hooks, parametrisations) need not be copied. Every rank keeps its own; the weights are the same
-    on all of them, and so are their averages.
+    (hooks, parametrisations) need not be copied. Every rank keeps its own: of weights, which are
+    the same on all of them, and of its own running statistics, of which the main rank's count.
 
     Args:
         network: as it is when the average begins.
