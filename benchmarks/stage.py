@@ -22,7 +22,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from benchmarks.penalty import CONFIGS, RUNS
+from benchmarks.step import seconds_of
 from data_pipelines.demo import generate_demo
 from data_pipelines.settings import DemoData
 from tpp.channels.removal import prune_model
@@ -52,16 +53,8 @@ from tpp.selection.selection import select_filters
 from train.config.config import Config, load_config
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIGS = ROOT / "configs" / "imagenet"
 RESULTS = Path(__file__).parent / "results" / "stage.json"
 PARTS = ("counted", "measured", "run")
-RUNS = {
-    "ResNet-50 1.49x": "resnet50_tpp_1.49x",
-    "ResNet-50 2.31x": "resnet50_tpp_2.31x",
-    "ResNet-50 2.56x": "resnet50_tpp_2.56x",
-    "ResNet-50 3.06x": "resnet50_tpp_3.06x",
-    "ResNet-34 1.32x": "resnet34_tpp_1.32x",
-}
 # Forward pass, and gradients of activations and of weights.
 PASSES = 3
 
@@ -166,12 +159,9 @@ def measured(
             for name, (model, step) in ways.items():
                 if step is not None:
                     regularizer.before_step(step)
-                seconds = _seconds(
-                    _step(model, optimizers[id(model)], images, labels, precision, regularizer)
-                    if step is not None
-                    else _step(model, optimizers[id(model)], images, labels, precision, None),
-                    device,
-                )
+                penalised = regularizer if step is not None else None
+                step_of = _step(model, optimizers[id(model)], images, labels, precision, penalised)
+                seconds = seconds_of(step_of, device)
                 if turn:
                     taken[name].append(seconds)
         median = {name: statistics.median(times) for name, times in taken.items()}
@@ -209,16 +199,6 @@ def _step(
         optimizer.zero_grad(set_to_none=True)
 
     return step
-
-
-def _seconds(step: Callable[[], None], device: str) -> float:
-    """From an idle device to an idle device."""
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    wait()
-    started = time.perf_counter()
-    step()
-    wait()
-    return time.perf_counter() - started
 
 
 def run(network: str, rounds: int, steps: int) -> Result:

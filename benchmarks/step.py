@@ -175,7 +175,7 @@ def make_step(
     return step
 
 
-def _seconds(step: Callable[[], Any], device: str) -> float:
+def seconds_of(step: Callable[[], Any], device: str) -> float:
     """From an idle device to an idle device."""
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     wait()
@@ -198,7 +198,7 @@ def steps(setup: Setup, kinds: Mapping[str, Kind] = KINDS) -> Result:
     taken: dict[str, list[float]] = {name: [] for name in made}
     for turn in range(setup.rounds + 2):
         for name, step in made.items():
-            seconds = _seconds(step, setup.device)
+            seconds = seconds_of(step, setup.device)
             if turn > 1:  # the first ones make the optimiser's state and the first average
                 taken[name].append(seconds)
     return _beside_plain({name: statistics.median(times) for name, times in taken.items()}, "step")
