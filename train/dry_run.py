@@ -111,7 +111,7 @@ def _say_removal(
     method, counts_zeros = config.stage_method(name), what_counts_zeros(config, name)
     steps = method.removes_after(dense, plan, counts_zeros=counts_zeros)
     total = method.steps()
-    if steps is not None and total is not None:
+    if steps is not None and total is not None and steps < total:
         console.print(
             f"{name}: after {steps:,} of {total:,} steps all filters that go are at zero, and are "
             f"removed: {100 * (1 - steps / total):.0f}% of the stage train the smaller network",

@@ -213,6 +213,10 @@ def what_counts_zeros(config: Config, name: str) -> str | None:
             return f"training.{key}, as the gradient's norm takes in that of filters at zero"
     if not is_elementwise(optimizer):
         return f"stages.{name}.optimizer.name: {optimizer.name} looks at whole tensors"
+    for later, stage in config.stages.items():
+        if stage.input == name and stage.does.makes_network and not stage.does.removes:
+            # Whatever picks filters behind it would pick from those that are left.
+            return f"stage {later!r}, which takes its network before it is pruned"
     return None
 
 

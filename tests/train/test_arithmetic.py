@@ -14,8 +14,8 @@ from train.config.config import Config
 from train.config.sections import TrainingSection
 from train.distributed.arithmetic import (
     compile_network,
+    eagerly,
     is_compiled,
-    run_eagerly,
     settle_arithmetic,
 )
 from train.distributed.engine import Engine
@@ -29,7 +29,7 @@ def test_a_compiled_run_is_the_eager_one_but_for_rounding(tiny_config, run_main,
     tiny_config["stages"] = {"regularize": {"optimizer": {"lr": 0.001}}, "prune": {}}
     compiled = copy.deepcopy(tiny_config)
     compiled["output"] += "-compiled"
-    compiled["training"]["compile"] = "default"
+    compiled["training"] |= {"compile": "default", "trainability_every": 10}
     run_main(tiny_config)
     printed = run_main(compiled).stdout
     assert "step 17: 56 filters removed" in printed
@@ -53,7 +53,8 @@ def test_a_compiled_network_runs_eagerly_where_it_is_evaluated():
     compile_network(network, "default")
     assert is_compiled(network) and list(network.state_dict()) == names
     torch._dynamo.utils.counters.clear()
-    assert run_eagerly(network, images).equal(truth)
+    with eagerly(network):
+        assert network(images).equal(truth)
     assert not torch._dynamo.utils.counters["frames"], "something was compiled"
     assert not is_compiled(copy.deepcopy(network))
 

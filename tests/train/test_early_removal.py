@@ -15,6 +15,7 @@ import tpp
 from tpp.channels.removal import prune_model
 from tpp.channels.survey import survey_channels
 from tpp.checkpoints.training_state import TrainingState
+from tpp.methods import available_methods
 from tpp.methods.base import TrainingContext
 from tpp.methods.tpp import TPP, Settings
 from tpp.models.architecture import build_model, example_input_for
@@ -198,6 +199,32 @@ def test_a_run_removes_by_default_and_ends_with_the_same_network(tiny_config, tm
     )
 
 
+class Spoilt(TPP):
+    """The loss of the 16th step, the last but one before the removal, is not finite."""
+
+    name = "spoilt"
+
+    def before_step(self, step: int) -> bool:
+        self._spoils = step == LAST - 2
+        return super().before_step(step)
+
+    def loss_terms(self) -> dict[str, Tensor]:
+        terms = super().loss_terms()
+        if self._spoils:
+            terms["decay"] = terms["decay"] * float("nan")
+        return terms
+
+
+def test_a_bad_step_before_the_removal_is_named(tiny_config, run_inside, monkeypatch, capsys):
+    """Though no report was due between the two."""
+    monkeypatch.setitem(available_methods(), "spoilt", Spoilt)
+    tiny_config["method"]["name"] = "spoilt"
+    tiny_config["training"]["log_every"] = 100
+    tiny_config["stages"] = {"regularize": {"optimizer": {"lr": 0.01}}, "prune": {}}
+    run_inside(tiny_config, expect=2)
+    assert capsys.readouterr().err.startswith(f"error: stage regularize: step {LAST - 1}: ")
+
+
 @pytest.mark.parametrize(
     ("settings", "why"),
     [
@@ -225,6 +252,19 @@ def test_filters_stay_where_something_counts_them(tiny_config, settings, why, ca
     dry_run(Config.model_validate(tiny_config))
     said = capsys.readouterr().out
     assert f"regularize: after {LAST} of 20 steps all filters that go are at zero" in said
+
+
+def test_filters_stay_for_a_stage_that_would_pick_again(tiny_config):
+    stages = tiny_config["stages"]
+    between = {"kind": "finetune", "epochs": 1, "optimizer": {"lr": 0.02}}
+    tiny_config["stages"] = {
+        "regularize": stages["regularize"],
+        "between": between,
+        "prune": stages["prune"],
+    }
+    assert "between" in (what_counts_zeros(Config.model_validate(tiny_config), "regularize") or "")
+    tiny_config["stages"] = {"regularize": stages["regularize"], "evaluate": {}, "prune": {}}
+    assert what_counts_zeros(Config.model_validate(tiny_config), "regularize") is None
 
 
 class Normed(nn.Module):

@@ -1,11 +1,12 @@
 """How a device computes: TF32, cuDNN's search for algorithms, compiled networks."""
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tpp.common.errors import UserError, reason_of
 from train.config.sections import OFF, TrainingSection
@@ -82,9 +83,8 @@ def is_compiled(network: nn.Module) -> bool:
     return network._compiled_call_impl is not None
 
 
-def run_eagerly(network: nn.Module, inputs: Tensor) -> Any:
-    """A forward pass of a network as it was written, compiled or not."""
+def eagerly(network: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """Within it a network runs as it was written, compiled or not."""
     if not is_compiled(network):
-        return network(inputs)
-    with torch.compiler.set_stance("force_eager"):
-        return network(inputs)
+        return contextlib.nullcontext()
+    return torch.compiler.set_stance("force_eager")

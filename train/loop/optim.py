@@ -17,15 +17,23 @@ from train.config.optimizer import SGD, OptimizerSection
 from train.distributed.engine import portable
 
 
-def make_optimizer(model: nn.Module, settings: OptimizerSection) -> Optimizer:
+def make_optimizer(
+    model: nn.Module, settings: OptimizerSection, *, scaled: bool = False
+) -> Optimizer:
     """The optimiser of all of a network's parameters, in its groups.
 
     Each group's ``lr_scale`` says what the stage's learning rate is multiplied with.
 
+    Args:
+        model: the network, on its device.
+        settings: of the stage.
+        scaled: whether a gradient scaler (fp16) may leave steps out. PyTorch's fused SGD is then
+            called all the same, and begins with a momentum that nobody has written.
+
     Raises:
         UserError: the settings do not go with the network, or with each other; names the key.
     """
-    return _make(parameter_groups(model, settings), settings)
+    return _make(parameter_groups(model, settings), settings, may_fuse=not scaled)
 
 
 def parameter_groups(model: nn.Module, settings: OptimizerSection) -> list[dict[str, Any]]:
@@ -124,7 +132,9 @@ def learning_rate(settings: OptimizerSection, epoch: float, total_epochs: float)
     return lr
 
 
-def _make(groups: list[dict[str, Any]], settings: OptimizerSection) -> Optimizer:
+def _make(
+    groups: list[dict[str, Any]], settings: OptimizerSection, *, may_fuse: bool = True
+) -> Optimizer:
     if settings.name == SGD:
         return torch.optim.SGD(
             groups,
@@ -133,7 +143,8 @@ def _make(groups: list[dict[str, Any]], settings: OptimizerSection) -> Optimizer
             nesterov=settings.nesterov,
             weight_decay=settings.weight_decay,
             # One kernel for all parameters; on the CPU PyTorch's own choice.
-            fused=all(p.is_cuda for group in groups for p in group["params"]) or None,
+            fused=(may_fuse and all(p.is_cuda for group in groups for p in group["params"]))
+            or None,
         )
     from timm.optim import create_optimizer_v2  # a second or two
 

@@ -15,7 +15,7 @@ from tpp.models.architecture import (
 )
 from tpp.models.fitting import assign_tensors, fill_buffers, fitted
 from train.config.sections import MODEL_FILE, StageSection
-from train.distributed.arithmetic import run_eagerly
+from train.distributed.arithmetic import eagerly
 from train.distributed.collectives import broadcast_buffers, sum_over_ranks
 from train.distributed.engine import forward_pass
 from train.run import Run
@@ -63,13 +63,13 @@ def evaluate_network(run: Run, model: nn.Module, image_size: int | None = None) 
     broadcast_buffers(model)
     training, accelerator = run.config.training, run.accelerator
     local_batch = training.batch_size // (accelerator.num_processes * training.accumulation)
-    model.eval()
-    return run.task.evaluate(
-        forward_pass(lambda images: run_eagerly(model, images), accelerator),
-        run.data.eval_batches(training.evaluate_batch_size or local_batch, image_size),
-        device=accelerator.device,
-        over_ranks=sum_over_ranks,
-    )
+    with eagerly(model):
+        return run.task.evaluate(
+            forward_pass(model.eval(), accelerator),
+            run.data.eval_batches(training.evaluate_batch_size or local_batch, image_size),
+            device=accelerator.device,
+            over_ranks=sum_over_ranks,
+        )
 
 
 def dense_network(run: Run, name: str | None) -> nn.Module:

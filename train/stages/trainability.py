@@ -1,7 +1,6 @@
 """Trainability of the network while it trains: measured at the same images in every stage."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -13,6 +12,7 @@ from data_pipelines.images.order import Int64s
 from data_pipelines.loaders import eval_batches
 from data_pipelines.loading.augment import ImageTransform
 from tpp.measure.trainability import Trainability, measure_trainability
+from train.distributed.arithmetic import eagerly
 
 
 class TrainabilityProbe:
@@ -53,7 +53,7 @@ class TrainabilityProbe:
 
     def __call__(self, network: nn.Module) -> Trainability:
         """Measure ``network``, the module inside whatever wraps it; it is left as it was."""
-        with _plain_forward(network):
+        with eagerly(network):
             return measure_trainability(network, self._images)
 
 
@@ -70,17 +70,3 @@ def probe_images(index: ImageIndex, count: int) -> Int64s:
     if count < classes:
         return order[np.arange(count) * classes // count]
     return order[:count]
-
-
-@contextmanager
-def _plain_forward(network: nn.Module) -> Iterator[None]:
-    """Take away the autocast that Accelerate sets on the network itself, for a while.
-
-    Singular values are to be those of the float32 weights whatever the precision of training.
-    """
-    patched = network.__dict__.pop("forward", None)
-    try:
-        yield
-    finally:
-        if patched is not None:
-            network.__dict__["forward"] = patched

@@ -217,7 +217,7 @@ class TrainingStage:
         self._engine: Engine = make_engine(
             run.accelerator,
             network,
-            make_optimizer(network, self._optim),
+            make_optimizer(network, self._optim, scaled=run.accelerator.scaler is not None),
             clip=self._training.clip_gradient_norm,
         )
         self._throughput = Throughput(
@@ -463,6 +463,9 @@ class TrainingStage:
             self._average.update(step)
         plan = self._method.shrink(step)
         if plan is not None:
+            # What has been seen of the steps until now goes with the network.
+            if not self._check.at_once and (bad := self._check.first_bad()) is not None:
+                self._bad_steps(bad)
             raise _Shrink(step, plan)
         return self._after_step(step)
 
