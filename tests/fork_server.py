@@ -61,17 +61,18 @@ def rank_environments(ranks: int) -> list[dict[str, str]]:
 class Fork:
     """One process; like subprocess.Popen as far as it goes."""
 
-    def __init__(self, forks: "Forks", pid: int, out: Path, err: Path) -> None:
+    def __init__(self, forks: "Forks", number: int, pid: int, out: Path, err: Path) -> None:
         self.pid = pid
-        self._forks, self._out, self._err = forks, out, err
+        # By its own number: in a long test run a pid comes round again.
+        self._forks, self._number, self._out, self._err = forks, number, out, err
 
     def poll(self) -> int | None:
         """The exit code, negative for a signal; None while it runs."""
-        return self._forks.ended(self.pid, 0)
+        return self._forks.ended(self._number, 0)
 
     def wait(self, timeout: float) -> int:
         """The exit code; killed where it takes longer than ``timeout`` seconds."""
-        code = self._forks.ended(self.pid, timeout)
+        code = self._forks.ended(self._number, timeout)
         if code is None:
             self.kill()
             raise subprocess.TimeoutExpired(str(self.pid), timeout, *self.output())
@@ -119,9 +120,9 @@ class Forks:
         assert self._server.stdin is not None
         self._server.stdin.write(json.dumps(request) + "\n")
         self._server.stdin.flush()
-        while "started" not in (answer := self._answer()):
-            self._codes[answer["pid"]] = answer["code"]
-        return Fork(self, answer["started"], out, err)
+        while "pid" not in (answer := self._answer()):
+            self._codes[answer["ended"]] = answer["code"]
+        return Fork(self, self._count, answer["pid"], out, err)
 
     def start_ranks(
         self, ranks: int, script: Path | str, arguments: list[str], cwd: Path, env: dict[str, str]
@@ -138,18 +139,18 @@ class Forks:
         started = self.start_ranks(ranks, script, arguments, cwd, environment)
         return wait_for_all(started, timeout)
 
-    def ended(self, pid: int, timeout: float) -> int | None:
-        """The exit code of a process, None where it still runs after ``timeout`` seconds."""
+    def ended(self, number: int, timeout: float) -> int | None:
+        """The exit code of the n-th process, None where it still runs after ``timeout`` seconds."""
         assert self._server is not None
         assert self._server.stdout is not None
         deadline = time.monotonic() + timeout
-        while pid not in self._codes:
+        while number not in self._codes:
             left = max(0.0, deadline - time.monotonic())
             if not select.select([self._server.stdout], [], [], left)[0]:
                 return None
             answer = self._answer()
-            self._codes[answer["pid"]] = answer["code"]
-        return self._codes[pid]
+            self._codes[answer["ended"]] = answer["code"]
+        return self._codes[number]
 
     def _answer(self) -> dict[str, int]:
         assert self._server is not None
@@ -206,11 +207,13 @@ def _serve(requests: IO[bytes], answers: int) -> dict[str, Any]:
     def tell(**answer: int) -> None:
         os.write(answers, json.dumps(answer).encode() + b"\n")
 
+    count = 0
+    running: dict[int, int] = {}  # which one has the pid now
     while True:
         if readable in select.select([requests, readable], [], [])[0]:
             os.read(readable, 4096)
             while (ended := _reap()) is not None:
-                tell(pid=ended[0], code=os.waitstatus_to_exitcode(ended[1]))
+                tell(ended=running.pop(ended[0]), code=os.waitstatus_to_exitcode(ended[1]))
             continue
         line = requests.readline()
         if not line:
@@ -222,7 +225,9 @@ def _serve(requests: IO[bytes], answers: int) -> dict[str, Any]:
             for number in (readable, writable, answers):
                 os.close(number)
             return json.loads(line)
-        tell(started=pid)
+        count += 1
+        running[pid] = count
+        tell(pid=pid)
 
 
 def _reap() -> tuple[int, int] | None:

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from fork_server import Forks
@@ -75,3 +76,21 @@ def test_this_one_is_guarded(request):
     assert request.node.get_closest_marker("no_process")
     with pytest.raises(pytest.fail.Exception):
         os.system("true")
+
+
+def test_a_pid_that_is_used_again_is_another_process(forks, tmp_path):
+    last = Path("/proc/sys/kernel/ns_last_pid")
+    if not os.access(last, os.W_OK):
+        pytest.skip("choosing the next pid takes root")
+    script = tmp_path / "end.py"
+    script.write_text("import sys; sys.exit(int(sys.argv[1]))")
+    first = forks.start(script, ["3"], tmp_path, dict(os.environ))
+    assert first.wait(60) == 3
+    for _ in range(100):  # another process may get it first
+        last.write_text(str(first.pid - 1))
+        second = forks.start(script, ["0"], tmp_path, dict(os.environ))
+        assert second.wait(60) == 0
+        if second.pid == first.pid:
+            break
+    assert second.pid == first.pid
+    assert first.poll() == 3
