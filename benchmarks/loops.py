@@ -35,6 +35,7 @@ from tpp.models.architecture import build_model
 from train.config.optimizer import OptimizerSection
 from train.distributed.accelerator import make_engine
 from train.loop.bad_steps import StepCheck
+from train.loop.graphs import CudaGraphs
 from train.loop.loop import LoopSettings, train
 from train.loop.meter import Report
 from train.loop.optim import make_optimizer
@@ -59,6 +60,7 @@ class Setting:
         device: ``cpu`` or ``cuda``.
         precision: ``fp32`` or ``bf16`` autocast.
         compiled: whether the network is compiled.
+        captured: whether our loop replays its steps from a CUDA graph, as no other one does.
     """
 
     network: str
@@ -70,11 +72,18 @@ class Setting:
     device: str
     precision: str = "fp32"
     compiled: bool = False
+    captured: bool = False
 
     @property
     def name(self) -> str:
         """As results have it."""
-        return f"{self.network}, {self.precision}, {'compiled' if self.compiled else 'eager'}"
+        return f"{self.network}, {self.precision}, {self.way}"
+
+    @property
+    def way(self) -> str:
+        """How steps are made."""
+        compiled = "compiled" if self.compiled else "eager"
+        return f"{compiled}, captured" if self.captured else compiled
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """For forward passes."""
@@ -212,8 +221,9 @@ def our_loop(
     """Training with ``train.loop``: call it with batches, a number of steps, and what comes after
     each step, as a stage's ``on_step``; it returns the last report.
     """
-    network = contestant.network
-    engine = make_engine(_accelerator(contestant.setting), network, contestant.optimizer())
+    network, setting = contestant.network, contestant.setting
+    accelerator = make_accelerator(setting.device, setting.precision)
+    engine = make_engine(accelerator, network, contestant.optimizer())
     task, method = Classification(Classification.settings_type()), Method(Settings())
     check = StepCheck(network, max_norm=None, at_once=False)
 
@@ -224,9 +234,13 @@ def our_loop(
             batches,
             task,
             method,
-            LoopSettings(lr=lambda step: LEARNING_RATE, finished=lambda step: step >= steps),
+            LoopSettings(
+                lr=lambda step: LEARNING_RATE,
+                finished=lambda step: step >= steps,
+                recorder=CudaGraphs(torch.device(setting.device)) if setting.captured else None,
+            ),
             check=check,
-            on_bad_step=_refuse,
+            on_bad_step=refuse,
             on_report=lambda step, report: reports.append(report),
             on_step=on_step,
         )
@@ -235,17 +249,18 @@ def our_loop(
     return run
 
 
-def _refuse(bad: Any) -> None:
+def refuse(bad: Any) -> None:
+    """No step of a benchmark may be bad."""
     raise RuntimeError(f"a bad step: {bad}")
 
 
-def _accelerator(setting: Setting) -> Accelerator:
+def make_accelerator(device: str, precision: str) -> Accelerator:
     """A new one: by itself Accelerate keeps to the precision that it was first asked for."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     return Accelerator(
-        cpu=setting.device == "cpu",
-        mixed_precision="bf16" if setting.precision == "bf16" else "no",
+        cpu=device == "cpu",
+        mixed_precision="bf16" if precision == "bf16" else "no",
         dynamo_backend=DynamoBackend.NO,
     )
 

@@ -1,16 +1,18 @@
 """ResNet-56 on CIFAR-10 at pruning ratio 0.9 by the published schedules, on one GPU in minutes.
 
-The network is so small that a GPU waits for its launches; so forward and backward, the penalty
-included, are captured once as a CUDA graph and replayed, and the images stay on the GPU. Model,
-pruning, penalty and every setting are those that train/main.py uses with the same configurations
-(``configs/cifar10/resnet56_*_pr0.9.yaml``); loader and loop are this script's own.
+Model, pruning, method, loop and every setting are those of train/main.py with the same
+configurations (``configs/cifar10/resnet56_*_pr0.9.yaml``). The network is so small that a GPU waits
+for its launches, so steps are captured (``training.capture``), and the images stay on the GPU: the
+loader is this script's own.
 
 Work is cut into stages that write their network when done, and a state to resume from when the
 time is up.
 """
 
+import itertools
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,17 +24,22 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import pil_to_tensor
 
+from benchmarks.loops import make_accelerator, refuse
 from data_pipelines.images.image_index import ImageIndex, scan_class_folders
 from tpp.channels.removal import prune_model
 from tpp.common.errors import UserError
-from tpp.models.architecture import build_model
+from tpp.methods.base import Method, Settings, TrainingContext
+from tpp.models.architecture import build_model, example_input_for
 from tpp.plan import PruningPlan
-from tpp.regularization.regularizer import Regularizer
-from tpp.regularization.schedule import GrowthSchedule
 from tpp.selection.selection import select_filters
 from train.config.config import Config, load_config
 from train.config.optimizer import OptimizerSection
+from train.distributed.accelerator import make_engine
+from train.loop.bad_steps import StepCheck
+from train.loop.graphs import CudaGraphs
+from train.loop.loop import LoopSettings, train
 from train.loop.optim import learning_rate, make_optimizer
+from train.tasks.classification import Classification
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "cifar10"
 METHODS = ("tpp", "l1", "greg1")
@@ -86,45 +93,65 @@ def random_images(count: int, device: torch.device) -> Images:
 
 
 class Trainer:
-    """One network in training, as a CUDA graph where there is CUDA.
+    """One network in training, by the loop of a run, with images that are on the device already.
 
     Args:
         model: on its device.
+        method: of the stage, prepared.
         optim: of the configuration's stage.
         data: the images.
         config: mean, deviation, batch and seed.
-        penalty: added to the loss; called once for the graph.
+        length: of the stage, in steps, for the learning rate.
     """
 
     def __init__(
         self,
         model: nn.Module,
+        method: Method,
         optim: OptimizerSection,
         data: Images,
         config: Config,
-        penalty: Callable[[], Tensor] | None,
+        length: int,
     ) -> None:
-        self.model, self.data, self.config, self.penalty = model, data, config, penalty
-        self.optimizer = make_optimizer(model, optim)
-        device = data.train.device
-        batch = config.training.batch_size
-        self._scale = torch.tensor([[config.data.mean], [config.data.std]], device=device)
-        self._images = torch.zeros(batch, 3, 32, 32, device=device).contiguous(
-            memory_format=torch.channels_last
-        )
-        self._labels = torch.zeros(batch, dtype=torch.int64, device=device)
-        self._graph = self._capture() if device.type == "cuda" else None
+        self.model, self.method, self.data, self.config = model, method, data, config
+        self._device = data.train.device
+        on_gpu = self._device.type == "cuda"
+        accelerator = make_accelerator(self._device.type, "bf16" if on_gpu else "fp32")
+        self.engine = make_engine(accelerator, model, make_optimizer(model, optim))
+        self._recorder = CudaGraphs(self._device) if on_gpu else None
+        self._optim, self._length = optim, length
+        self._scale = torch.tensor([[config.data.mean], [config.data.std]], device=self._device)
 
-    def step(self, step: int, lr: float) -> None:
-        """Optimiser step number ``step``, on a batch that is a function of it."""
-        self._next_batch(step)
-        if self._graph is not None:
-            self._graph.replay()
-        else:
-            self._forward_backward()
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
+    def train(self, start: int, last: int, deadline: float) -> int:
+        """Train from step ``start`` to ``last``, or until the time is up; returns that step."""
+        if time.monotonic() > deadline:
+            return start
+        late = False
+        epochs_per_step = self.config.training.batch_size / len(self.data.train)
+        epochs = self._length * epochs_per_step
+
+        def on_step(step: int) -> bool:
+            nonlocal late
+            late = step % 200 == 0 and time.monotonic() > deadline
+            return False
+
+        return train(
+            self.engine,
+            self._batches(start),
+            Classification(Classification.settings_type()),
+            self.method,
+            LoopSettings(
+                lr=lambda step: learning_rate(self._optim, step * epochs_per_step, epochs),
+                finished=lambda step: late or step >= last,
+                seed=self.config.seed,
+                recorder=self._recorder,
+            ),
+            check=StepCheck(self.model, max_norm=None, at_once=False),
+            start_step=start,
+            on_bad_step=refuse,
+            on_report=lambda step, report: None,
+            on_step=on_step,
+        )
 
     @torch.no_grad()
     def accuracy(self) -> float:
@@ -133,26 +160,24 @@ class Trainer:
         correct = 0
         for start in range(0, len(self.data.test), 1000):
             images = self._normalise(self.data.test[start : start + 1000])
-            with self._autocast():
-                predicted = self.model(images).argmax(1)
+            predicted = self.engine.forward(images).argmax(1)
             correct += int((predicted == self.data.test_labels[start : start + 1000]).sum())
-        self.model.train()
         return 100.0 * correct / len(self.data.test)
-
-    def _autocast(self) -> torch.autocast:
-        kind = self.data.train.device.type
-        return torch.autocast(kind, dtype=torch.bfloat16, enabled=kind == "cuda")
 
     def _normalise(self, images: Tensor) -> Tensor:
         mean, std = self._scale.view(2, 1, 3, 1, 1)
         images = (images.float() / 255 - mean) / std
         return images.contiguous(memory_format=torch.channels_last)
 
-    def _next_batch(self, step: int) -> None:
-        """Random crop of the image padded with black, and flip, seeded by seed and step."""
-        data, size = self.data, len(self.data.train)
-        device = data.train.device
-        batch = len(self._labels)
+    def _batches(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """From a 0-based step on; each is a function of its step."""
+        for number in itertools.count(step):
+            yield self._batch(number)
+
+    def _batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """Random crops of the images padded with black, and flips, seeded by seed and step."""
+        data, size, device = self.data, len(self.data.train), self._device
+        batch = self.config.training.batch_size
         epoch, first = divmod(step * batch, size)
         order = torch.Generator(device).manual_seed(self.config.seed * 1_000_003 + epoch)
         permutation = torch.randperm(size, generator=order, device=device)
@@ -166,77 +191,80 @@ class Trainer:
         padded = F.pad(data.train[chosen], [PADDING] * 4)
         each = torch.arange(batch, device=device)[:, None, None]
         crops = padded.permute(0, 2, 3, 1)[each, rows[:, :, None], columns[:, None, :]]
-        self._images.copy_(self._normalise(crops.permute(0, 3, 1, 2)))
-        self._labels.copy_(data.train_labels[chosen])
-
-    def _forward_backward(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-        with self._autocast():
-            logits = self.model(self._images)
-        loss = F.cross_entropy(logits.float(), self._labels)
-        if self.penalty is not None:
-            loss = loss + self.penalty()
-        loss.backward()
-
-    def _capture(self) -> torch.cuda.CUDAGraph:
-        before = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):  # lets cuDNN choose and the indices reach the device
-                self._forward_backward()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        self.optimizer.zero_grad(set_to_none=True)
-        with torch.cuda.graph(graph):
-            self._forward_backward()
-        self.model.load_state_dict(before)  # the BatchNorms have seen the warm-up
-        return graph
+        return self._normalise(crops.permute(0, 3, 1, 2)), data.train_labels[chosen]
 
 
-def run(data: Images, folder: Path, *, minutes: float, steps_limit: int | None = None) -> Result:
+def run(
+    data: Images,
+    folder: Path,
+    *,
+    minutes: float,
+    seeds: Sequence[int] = (0,),
+    steps_limit: int | None = None,
+) -> Result:
     """Do what is not done yet of dense training, TPP, L1 and GReg-1, until the time is up.
 
     Args:
         data: CIFAR-10.
         folder: where networks and states are kept between calls.
         minutes: stop and save after so many.
+        seeds: of the runs of each method, all from one dense network, as in table1.yaml.
         steps_limit: at most so many steps per stage, to try the script.
 
     Returns:
-        Per stage its steps and top-1; ``complete`` says whether all are done.
+        By run its steps and top-1; ``complete`` says whether all are done, and ``top1`` is then
+        mean and deviation over the seeds, by stage.
     """
     deadline = time.monotonic() + 60 * minutes
     folder.mkdir(parents=True, exist_ok=True)
-    result: Result = {}
-    stages: list[tuple[str, str, str, str | None]] = [
-        ("dense", "dense", "resnet56_dense.yaml", None)
-    ]
-    for method in METHODS:
-        config_file, before = f"resnet56_{method}_pr0.9.yaml", "dense"
-        if method != "l1":
-            stages.append((f"{method}_regularize", "regularize", config_file, before))
-            before = f"{method}_regularize"
-        stages.append((f"{method}_finetune", "finetune", config_file, before))
-    for name, kind, config_file, source in stages:
-        stage = _Stage(name, kind, load_config(CONFIGS / config_file), source, data, folder)
-        found = stage.run(deadline, steps_limit)
-        result[name] = found
+    runs: Result = {}
+    todo = _stages(data, folder, seeds)
+    for stage in todo:
+        runs[stage.path.stem] = found = stage.run(deadline, steps_limit)
         if not found["done"]:
-            break
-    complete = len(result) == len(stages) and all(found["done"] for found in result.values())
-    return {"complete": complete, "stages": result}
+            return {"complete": False, "runs": runs}
+    top1: dict[str, list[float]] = {}
+    for stage in todo:
+        top1.setdefault(stage.name, []).append(runs[stage.path.stem]["top1"])
+    scores = {
+        name: {"mean": statistics.mean(found), "std": statistics.pstdev(found)}
+        for name, found in top1.items()
+    }
+    return {"complete": True, "runs": runs, "top1": scores}
+
+
+def _stages(data: Images, folder: Path, seeds: Sequence[int]) -> list["_Stage"]:
+    def stage(name: str, kind: str, seed: int, before: Path | None, file: str) -> _Stage:
+        config = load_config(CONFIGS / file, [f"seed={seed}"])
+        path = folder / (f"{name}_seed{seed}.pt" if before else f"{name}.pt")
+        return _Stage(name, kind, config, before, data, path)
+
+    dense = stage("dense", "dense", 0, None, "resnet56_dense.yaml")
+    stages = [dense]
+    for seed in seeds:
+        for method in METHODS:
+            file, before = f"resnet56_{method}_pr0.9.yaml", dense.path
+            if method != "l1":
+                stages.append(stage(f"{method}_regularize", "regularize", seed, before, file))
+                before = stages[-1].path
+            stages.append(stage(f"{method}_finetune", "finetune", seed, before, file))
+    return stages
 
 
 class _Stage:
     """One stage: from the network of the stage before to its own."""
 
     def __init__(
-        self, name: str, kind: str, config: Config, before: str | None, data: Images, folder: Path
+        self,
+        name: str,
+        kind: str,
+        config: Config,
+        before: Path | None,
+        data: Images,
+        path: Path,
     ) -> None:
         self.name, self.kind, self.config, self.data = name, kind, config, data
-        self.path, self.state_path = folder / f"{name}.pt", folder / f"{name}.state.pt"
-        self.before = folder / f"{before}.pt" if before else None
+        self.before, self.path, self.state_path = before, path, path.with_suffix(".state.pt")
 
     def run(self, deadline: float, steps_limit: int | None) -> Result:
         """Train until done or until the time is up."""
@@ -247,53 +275,42 @@ class _Stage:
         model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         optim = self.config.stages[self.kind].optimizer
         assert optim is not None
-        strength = torch.zeros((), device=device)
-        regularizer, steps = None, self._epoch_steps()
+        method, steps = Method(Settings()), self._epoch_steps()
         if self.kind == "regularize":
-            settings: Any = self.config.stage_method("regularize").settings
-            growth: GrowthSchedule = settings.growth
-            regularizer = Regularizer(
-                model, plan, gram_weight=getattr(settings, "gram_weight", 0.0), growth=growth
-            )
-            steps = growth.total_steps
-
-        def penalty() -> Tensor:
-            assert regularizer is not None
-            terms = regularizer.penalty_terms_at(strength)
-            return terms["gram"] + terms["decay"]
-
-        extra = penalty if regularizer is not None else None
-        trainer = Trainer(model, optim, self.data, self.config, extra)
+            method = self.config.stage_method(self.kind)
+            method.prepare(model, self._context(plan, example_input_for(model)))
+            steps = method.steps() or 0
+        trainer = Trainer(model, method, optim, self.data, self.config, steps)
         start = trainer.accuracy()
         step, seconds = 0, 0.0
         if self.state_path.exists():
             state = torch.load(self.state_path, weights_only=True)
             step, start, seconds = state["step"], state["start"], state["seconds"]
             model.load_state_dict(state["model"])
-            trainer.optimizer.load_state_dict(state["optimizer"])
+            trainer.engine.load_state_dict(state["optimizer"])
         last = min(steps, steps_limit or steps)
-        total_epochs = self.config.stages[self.kind].epochs or 1.0
-        epochs_per_step = self.config.training.batch_size / len(self.data.train)
         began = time.monotonic()
-        while step < last:
-            if step % 200 == 0 and time.monotonic() > deadline:
-                break
-            if regularizer is not None:
-                strength.fill_(regularizer.growth.strength(step))
-            trainer.step(step, learning_rate(optim, step * epochs_per_step, total_epochs))
-            if regularizer is not None:
-                regularizer.after_step(step)
-            step += 1
+        step = trainer.train(step, last, deadline)
         top1 = trainer.accuracy()
         seconds += time.monotonic() - began
         result = {"steps": step, "start_top1": start, "top1": top1, "seconds": seconds}
         if step < last:
             state = {"step": step, "start": start, "seconds": seconds, "model": model.state_dict()}
-            _save({**state, "optimizer": trainer.optimizer.state_dict()}, self.state_path)
+            _save({**state, "optimizer": trainer.engine.state_dict()}, self.state_path)
             return {"done": False, **result}
         _save({"model": model.state_dict(), "plan": plan.pruned, "result": result}, self.path)
         self.state_path.unlink(missing_ok=True)
         return {"done": True, **result}
+
+    def _context(self, plan: PruningPlan, example: Tensor) -> TrainingContext:
+        return TrainingContext(
+            stage=self.kind,
+            plan=plan,
+            selection=self.config.selection(self.kind),
+            rank=0,
+            world_size=1,
+            example_input=example,
+        )
 
     def _epoch_steps(self) -> int:
         epochs = self.config.stages[self.kind].epochs or 0.0

@@ -91,7 +91,7 @@ def main() -> None:
             return
         with quick_imports():
             from train.distributed.accelerator import make_accelerator
-            from train.distributed.arithmetic import settle_arithmetic
+            from train.distributed.arithmetic import check_capture, settle_arithmetic
             from train.distributed.collectives import EveryRankError
             from train.distributed.deepspeed_engine import deepspeed_plugin
             from train.distributed.stopping import Reached, Stopped, StopRequest
@@ -100,6 +100,7 @@ def main() -> None:
         plugin = deepspeed_plugin(training)
         # A signal ends what waits for other ranks at once; nothing is lost yet.
         accelerator = make_accelerator(training.precision, training.rank_timeout, plugin=plugin)
+        check_capture(training, accelerator)
         settle_arithmetic(training, accelerator.device, Path(config.output))
         stop = StopRequest()
         stop.listen()

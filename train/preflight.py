@@ -22,6 +22,7 @@ from tpp.plan import PruningPlan
 from tpp.selection.selection import Selection
 from train.config.batch_rule import describe_method
 from train.config.config import Config
+from train.config.optimizer import SGD
 from train.data import RunData, preprocessing_at
 from train.distributed.collectives import from_main_rank
 from train.loop.optim import check_optimizer, is_elementwise, parameter_groups
@@ -196,6 +197,11 @@ def check_optimizers(config: Config, architecture: Architecture, *, splits: bool
             continue
         settings, key = config.stage_optimizer(name), f"stages.{name}.optimizer"
         check_optimizer(settings, key, split=splits)
+        if config.training.capture and settings.name != SGD:
+            raise UserError(
+                f"{key}.name: training.capture records the step of sgd, and not that of "
+                f"{settings.name}; use capture: false"
+            )
         if not settings.asks_network:
             continue
         try:

@@ -97,7 +97,6 @@ def compare(engine_name: str, kind: str) -> None:
         make_task({"kind": "classification"}),
         Method(Settings()),
         Meter(accelerator),
-        0,
         accumulation=4,
         distillation=distillation,
     )

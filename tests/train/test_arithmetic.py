@@ -10,6 +10,8 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import nn
 
+from tpp.common.errors import UserError
+from tpp.models.architecture import Architecture
 from train.config.config import Config
 from train.config.sections import TrainingSection
 from train.distributed.arithmetic import (
@@ -19,6 +21,7 @@ from train.distributed.arithmetic import (
     settle_arithmetic,
 )
 from train.distributed.engine import Engine
+from train.preflight import check_optimizers
 
 CPU = torch.device("cpu")
 
@@ -69,6 +72,29 @@ def test_without_a_compiler_it_is_one_line(tiny_config, run_main, monkeypatch):
     )
     assert "use off" in done.stderr and "Traceback" not in done.stderr
     assert not Path(tiny_config["output"]).exists()
+
+
+def test_a_step_is_captured_on_one_gpu_alone(tiny_config, run_main):
+    tiny_config["training"]["capture"] = True
+    done = run_main(tiny_config, expect=2)
+    assert done.stderr == (
+        "error: training.capture: the steps of one rank on a GPU, without DeepSpeed, can be "
+        "recorded as a CUDA graph, and this is on the CPU; use capture: false\n"
+    )
+    assert not Path(tiny_config["output"]).exists()
+    done = run_main(tiny_config, ranks=2, expect=2)
+    assert "and these are 2 ranks" in done.stderr
+
+
+def test_what_cannot_be_captured_is_found_beforehand(tiny_config):
+    tiny_config["training"] |= {"capture": True, "precision": "fp16"}
+    with pytest.raises(ValueError, match="not possible with precision: fp16"):
+        Config.model_validate(tiny_config)
+    tiny_config["training"]["precision"] = "bf16"
+    tiny_config["stages"]["finetune"]["optimizer"] = {"name": "adamw", "lr": 0.001}
+    config = Config.model_validate(tiny_config)
+    with pytest.raises(UserError, match="records the step of sgd"):
+        check_optimizers(config, Architecture("cifar_resnet8", 4))
 
 
 @pytest.fixture

@@ -110,7 +110,6 @@ def test_the_gradient_is_that_of_the_loss_written_down(kind):
             make_task({"kind": "classification"}),
             Method(Settings()),
             meter,
-            0,
             accumulation=accumulation,
             distillation=distillation,
         )

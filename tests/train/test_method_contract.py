@@ -172,7 +172,7 @@ def test_accumulated_terms_of_activations_have_the_gradient_of_the_whole_batch(w
         batches = zip(images.chunk(accumulation), labels.chunk(accumulation), strict=True)
         task = make_task({"kind": "classification"})
         meter = Meter(accelerator)
-        gradients(engine, batches, task, method, meter, 0, accumulation=accumulation)
+        gradients(engine, batches, task, method, meter, accumulation=accumulation)
         found.append([parameter.grad.clone() for parameter in model.parameters()])
 
     middle = model[1](model[0](images))

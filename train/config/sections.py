@@ -54,6 +54,8 @@ class TrainingSection(Section):
         compile: the network's forward and backward pass by ``torch.compile``: ``default``, or
             ``max-autotune``, which tries kernels out. Compiled anew after filters went, and kept in
             the run folder.
+        capture: the whole step as a CUDA graph, of one rank without DeepSpeed: for networks that
+            are so small that a GPU waits for its launches.
         channels_last: memory format of images and convolution weights.
         sync_batchnorm: BatchNorm statistics over all ranks; by default each rank's own, with
             rank 0's running statistics.
@@ -89,6 +91,7 @@ class TrainingSection(Section):
     tf32: bool | None = None
     cudnn_benchmark: Annotated[bool, MAY_DIFFER] = False
     compile: Annotated[Literal["off", "default", "max-autotune"], MAY_DIFFER] = "off"
+    capture: Annotated[bool, MAY_DIFFER] = False
     channels_last: bool = False
     sync_batchnorm: Annotated[bool, OF_TRAINING] = False
     evaluate_every: Annotated[PositiveFloat, MAY_DIFFER] = 1.0
@@ -111,6 +114,15 @@ class TrainingSection(Section):
             raise ValueError(
                 "batch: reference needs reference_batch_size, the global batch that learning "
                 "rates and steps are written for (256 in the published ImageNet rows)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_captured(self) -> "TrainingSection":
+        if self.capture and self.precision == "fp16":
+            raise ValueError(
+                "capture is not possible with precision: fp16, whose loss scaler looks at every "
+                "step; use bf16"
             )
         return self
 

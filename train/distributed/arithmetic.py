@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate import Accelerator, DistributedType
 from torch import nn
 
 from tpp.common.errors import UserError, reason_of
@@ -39,6 +40,29 @@ def settle_arithmetic(training: TrainingSection, device: torch.device, folder: P
         # First: whatever looks for a compiler sets it to a folder of its own.
         os.environ.setdefault(_CACHE, str((folder / COMPILED).absolute()))
         _check_compiler(device)
+
+
+def check_capture(training: TrainingSection, accelerator: Accelerator) -> None:
+    """Refuse ``training.capture`` where no CUDA graph of a step can be made.
+
+    Raises:
+        UserError: no GPU, several ranks, or DeepSpeed.
+    """
+    if not training.capture:
+        return
+    device, ranks = accelerator.device, accelerator.num_processes
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        found = "this is DeepSpeed"
+    elif ranks > 1:
+        found = f"these are {ranks} ranks"
+    elif device.type != "cuda":
+        found = f"this is on the {device.type.upper()}"
+    else:
+        return
+    raise UserError(
+        "training.capture: the steps of one rank on a GPU, without DeepSpeed, can be recorded as a "
+        f"CUDA graph, and {found}; use capture: false"
+    )
 
 
 def _check_compiler(device: torch.device) -> None:

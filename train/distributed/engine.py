@@ -170,6 +170,7 @@ class Engine:
         self.accelerator, self._clip = accelerator, clip
         self._parameters = [p for p in network.parameters() if p.requires_grad]
         self._norm: Tensor | None = None
+        self._rates: list[Tensor] | None = None
         self._numbers = numbers_of(network, optimizer)
         self.model, self._optimizer = self._prepare(network, optimizer)
         self._forward = forward_pass(self.model, accelerator)
@@ -179,8 +180,14 @@ class Engine:
 
     def set_learning_rate(self, lr: float) -> None:
         """The learning rate of the step to come, of which each group has its share."""
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_scale", 1.0)
+        for number, group in enumerate(self._optimizer.param_groups):
+            rate = lr * group.get("lr_scale", 1.0)
+            group["lr"] = rate if self._rates is None else self._rates[number].fill_(rate)
+
+    def keep_rates_in_tensors(self) -> None:
+        """Have learning rates where a recorded step reads them: in tensors that stay in place."""
+        device = self._parameters[0].device
+        self._rates = [torch.zeros((), device=device) for _ in self._optimizer.param_groups]
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """For what is computed as forward passes are."""
@@ -212,6 +219,11 @@ class Engine:
 
     def step(self) -> None:
         """Clip, let the optimiser make its step, and forget the gradient."""
+        self.update()
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def update(self) -> None:
+        """Clip, and let the optimiser make its step; the gradient stays."""
         if self._clip is not None and self._norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self._parameters, self._clip, self._norm)
         scaler = self.accelerator.scaler
@@ -220,7 +232,6 @@ class Engine:
         else:
             scaler.step(self._optimizer)
             scaler.update()
-        self._optimizer.zero_grad(set_to_none=True)
 
     def drop(self) -> None:
         """Forget the gradient without a step."""

@@ -10,9 +10,10 @@ from tpp.methods.base import Method
 from train.distillation.distillation import Distillation
 from train.distributed.engine import Engine
 from train.loop.bad_steps import BadStep, StepCheck
+from train.loop.graphs import Recorder
 from train.loop.meter import Meter, Report
 from train.loop.parts import part
-from train.loop.step import Batches, gradients
+from train.loop.step import Batches, CapturedStepper, Stepper
 from train.tasks.base import Task
 
 
@@ -27,6 +28,7 @@ class LoopSettings:
         log_every: steps over which a report is averaged.
         seed: of this rank's dropout and the like.
         first_step: 0-based; those before it are left out: only the method's schedule goes on.
+        recorder: records steps and replays them; None to compute each one.
     """
 
     lr: Callable[[int], float]
@@ -35,6 +37,7 @@ class LoopSettings:
     log_every: int = 50
     seed: int = 0
     first_step: int = 0
+    recorder: Recorder | None = None
 
 
 def train(
@@ -72,6 +75,7 @@ def train(
         The number of steps done.
     """
     model, meter = engine.model, Meter(engine.accelerator)
+    stepper = _stepper(engine, batches, task, method, settings, distillation)
     step = start_step
     while step < settings.first_step:
         method.after_step(step)
@@ -88,27 +92,15 @@ def train(
         engine.set_learning_rate(lr)
         check.begin()
         before = meter.copy() if check.at_once else meter
-        loss = gradients(
-            engine,
-            batches,
-            task,
-            method,
-            meter,
-            step,
-            accumulation=settings.accumulation,
-            distillation=distillation,
-        )
-        with part("optimiser"):
-            norm = engine.gradient_norm()
-        meter.add("gradient_norm", norm)
+        loss, norm = stepper.gradients(meter, changed=method.before_step(step))
         check(step, loss, norm)
         bad = check.first_bad() if check.at_once else None
         if bad is None:
             with part("optimiser"):
-                engine.step()
+                stepper.step()
             meter.step()
         else:
-            engine.drop()
+            stepper.drop()
             on_bad_step(bad)
             check.undo()
             meter = before
@@ -124,6 +116,27 @@ def train(
             model.train()
             meter.pause(time.perf_counter() - stopped)
     return step
+
+
+def _stepper(
+    engine: Engine,
+    batches: Batches,
+    task: Task,
+    method: Method,
+    settings: LoopSettings,
+    distillation: Distillation | None,
+) -> Stepper:
+    if settings.recorder is None:
+        return Stepper(
+            *(engine, batches, task, method),
+            accumulation=settings.accumulation,
+            distillation=distillation,
+        )
+    return CapturedStepper(
+        *(settings.recorder, engine, batches, task, method),
+        accumulation=settings.accumulation,
+        distillation=distillation,
+    )
 
 
 def seed(device: torch.device, number: int) -> None:

@@ -36,6 +36,7 @@ from train.distributed.stopping import Reached, Stopped, message_of
 from train.distributed.sync_batchnorm import convert_sync_batchnorm
 from train.loop.average import WeightAverage
 from train.loop.bad_steps import StepCheck
+from train.loop.graphs import CudaGraphs
 from train.loop.loop import LoopSettings, train
 from train.loop.meter import Report
 from train.loop.optim import learning_rate, make_optimizer
@@ -411,7 +412,8 @@ class TrainingStage:
         return self._run.data.train_batches(self._name, first_step, left)
 
     def _loop_settings(self, first_step: int) -> LoopSettings:
-        rank = self._run.accelerator.process_index
+        accelerator = self._run.accelerator
+        rank = accelerator.process_index
         return LoopSettings(
             lr=self._learning_rate,
             finished=self._finished,
@@ -420,6 +422,7 @@ class TrainingStage:
             # Far apart, so that neighbouring ranks do not share dropout masks some steps later.
             seed=(self._run.config.seed * 1_000_003 + rank * 2**40) % 2**62,
             first_step=first_step,
+            recorder=CudaGraphs(accelerator.device) if self._training.capture else None,
         )
 
     def _make_check(self) -> StepCheck:
