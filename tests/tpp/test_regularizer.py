@@ -110,8 +110,9 @@ def test_without_the_gram_term_it_is_decay_alone(world_size):
     expected = reference.penalty(truth, PLAN.pruned, NORMS, 0.25, 0.0)
     expected.backward()
     value = 0.0
-    for regularizer in regularizers(net, world_size, gram_weight=0.0):
-        share = sum(regularizer.penalty_terms_at(0.25).values()) / world_size
+    growth = GrowthSchedule(0.25, 1.0, 2, stabilize_steps=2000)
+    for regularizer in regularizers(net, world_size, gram_weight=0.0, growth=growth):
+        share = regularizer.penalty(2) / world_size
         value += share.item()
         share.backward()
     assert value == pytest.approx(expected.item(), rel=1e-6)  # summed up in float32
@@ -155,16 +156,6 @@ def test_weights_after_200_steps_are_those_of_the_reference(world_size):
     for layer, gone in PLAN.pruned.items():  # all have had their turn
         assert not net.get_submodule(layer).weight[gone].any(), layer
         assert net.get_submodule(layer).weight[PLAN.kept(layer)].abs().min() > 0, layer
-
-
-def test_a_strength_in_a_tensor_can_change_without_another_call():
-    net = network()
-    regularizer = Regularizer(net, PLAN, example_input=EXAMPLE)
-    strength = torch.tensor(0.25, dtype=torch.float64)
-    terms = regularizer.penalty_terms_at(strength)
-    expected = regularizer.penalty_terms_at(0.25)
-    assert terms["gram"].item() == expected["gram"].item()
-    assert terms["decay"].item() == expected["decay"].item()
 
 
 class CountOps(TorchDispatchMode):

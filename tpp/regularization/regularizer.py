@@ -189,17 +189,6 @@ class Regularizer:
         gram, decay = self._sums()
         return {"gram": self._scales[0] * gram, "decay": self._scales[1] * decay}
 
-    def penalty_terms_at(self, strength: float | Tensor) -> dict[str, Tensor]:
-        """The penalty in its parts at a given lambda.
-
-        Args:
-            strength: lambda; a scalar tensor on the model's device where it is to change between
-                replays of a captured CUDA graph.
-        """
-        gram, decay = self._sums()
-        scale = strength * self.world_size
-        return {"gram": self.gram_weight * scale * gram, "decay": scale * decay}
-
     def _sums(self) -> tuple[Tensor, Tensor]:
         """This rank's share of the gram mean squares and of half the squared weights."""
         device = next(self._model.parameters()).device
