@@ -66,12 +66,13 @@ def tiny_sweep(tmp_path: Path) -> Path:
     return tmp_path / "sweep.yaml"
 
 
-def submit(slurm, sweep: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def submit(slurm, sweep: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
     variables = {
         "CONFIG": str(sweep),
         "OUTPUT": str(sweep.parent / "runs"),
         "PYTHON": sys.executable,
         "OMP_NUM_THREADS": "1",
+        **more,
     }
     return subprocess.run(
         ["bash", str(ROOT / "slurm" / "table1.sh"), *arguments],
@@ -146,3 +147,54 @@ def test_runs_are_cancelled_where_the_dense_network_fails(slurm, tiny_sweep: Pat
     slurm.wait_until("end", lambda: ended.items() <= slurm.jobs().items(), 150)
     log = (tiny_sweep.parent / "runs" / "logs" / f"{dense}_0.log").read_text()
     assert "nowhere" in log and "Traceback" not in log
+
+
+@pytest.fixture
+def sharing_sweep(tiny_sweep: Path) -> Path:
+    """KernOrth + L1 at two ratios, which have the regularised stage in common."""
+    sweep, run = (
+        yaml.safe_load((tiny_sweep.parent / name).read_text())
+        for name in ("sweep.yaml", "tpp.yaml")
+    )
+    run["method"] = {"name": "kernorth+l1"}
+    run["stages"]["regularize"]["epochs"] = 40
+    run["model"]["num_classes"] = 4
+    sweep["methods"] = {"kernorth": "kernorth.yaml"}
+    sweep["ratios"]["pr0.7"] = {"layer*.conv1": 0.7}
+    sweep["finetuning"], sweep["seeds"] = {"x": {}}, [0]
+    for name, content in (("kernorth.yaml", run), (tiny_sweep.name, sweep)):
+        (tiny_sweep.parent / name).write_text(yaml.safe_dump(content, sort_keys=False))
+    return tiny_sweep
+
+
+def test_a_shared_stage_whose_job_is_lost_is_taken_over_by_one_of_the_runs(
+    slurm, sharing_sweep: Path
+) -> None:
+    """The runs are one task, two at once on its GPU; the shared stage is another one's."""
+    runs = sharing_sweep.parent / "runs"
+    done = submit(slurm, sharing_sweep, JOBS="2")
+    assert done.returncode == 0, done.stderr
+    dense, shared, array = ids(done.stdout)
+    assert "shared stages s1: job" in done.stdout and "runs 1,2: job" in done.stdout
+    log = runs / "logs" / f"{array}_1.log"
+    slurm.wait_until(
+        "a run that waits", lambda: log.exists() and "waits for" in log.read_text(), 200
+    )
+    (folder,) = (runs / "shared").iterdir()
+    checkpoints = folder / "regularize" / "checkpoints"
+    slurm.wait_until("checkpoint", lambda: any(checkpoints.glob("step-*")), 100)
+    slurm.command("scancel", f"{shared}_1")
+    ended = {f"{dense}_0": "COMPLETED", f"{shared}_1": "CANCELLED", f"{array}_1": "COMPLETED"}
+    slurm.wait_until("end", lambda: jobs_of(slurm, dense, shared, array) == ended, 250)
+
+    text = log.read_text()
+    assert "shared s1 (regularize, of runs 1, 2): waits for" in text
+    taken_over = runs / "logs" / f"{folder.name}.log"
+    assert "regularize: resumed after" in taken_over.read_text()
+    files = []
+    for ratio in ("pr0.5", "pr0.7"):
+        run = runs / f"kernorth_{ratio}_seed0"
+        assert json.loads((run / "results.json").read_text())["status"] == "finished"
+        files.append(load_file(run / "regularize" / "model.safetensors"))
+    one, other = files
+    assert all(one[key].equal(other[key]) for key in one)
