@@ -175,7 +175,7 @@ def test_a_shared_stage_whose_job_is_lost_is_taken_over_by_one_of_the_runs(
     done = submit(slurm, sharing_sweep, JOBS="2")
     assert done.returncode == 0, done.stderr
     dense, shared, array = ids(done.stdout)
-    assert "shared stages s1: job" in done.stdout and "runs 1,2: job" in done.stdout
+    assert "shared stages s1: job" in done.stdout and "runs 1-2: job" in done.stdout
     log = runs / "logs" / f"{array}_1.log"
     slurm.wait_until(
         "a run that waits", lambda: log.exists() and "waits for" in log.read_text(), 200
