@@ -5,7 +5,7 @@
 time   ResNet-50 at 2.31x: file to file (read, check, choose, trace, cut, check, write, read back),
        beside Torch-Pruning's dependency graph doing the same to a model that is in memory already
        (trace, choose, cut, save); seconds and peak memory of each in a fresh process, imports not
-       counted, and the seconds of our whole command
+       counted, and the seconds of our whole command and of `import torch`
 large  a checkpoint of 2.5 GB (ViT-H/14): seconds and peak memory
 cases  every supported architecture: some of the layers that can go, half of the filters of each,
        drawn at random (as many of every group of a convolution in groups): are the logits those
@@ -165,7 +165,8 @@ def in_a_process(side: str, source: Path, target: Path, ratios: dict[str, float]
 def measure_time(rounds: int) -> Result:
     """Both sides in turn, and the whole command."""
     found: dict[str, list[Result]] = {side: [] for side in SIDES}
-    whole = []
+    whole: list[float] = []
+    imports: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
         model = build_model("resnet50", 1000)
@@ -176,13 +177,18 @@ def measure_time(rounds: int) -> Result:
         for _ in range(rounds):
             for side, source in (("ours", ours), ("torch_pruning", theirs)):
                 found[side].append(in_a_process(side, source, Path(folder, side), RATIOS))
-            started = time.perf_counter()
-            command = [sys.executable, "-m", "tpp.prune", "--checkpoint", str(ours)]
+            command = ["-m", "tpp.prune", "--checkpoint", str(ours)]
             command += ["--output", str(Path(folder, "out")), "--overwrite"]
             command += [f"--ratio={pattern}={ratio}" for pattern, ratio in RATIOS.items()]
-            subprocess.run(command, check=True, capture_output=True)
-            whole.append(time.perf_counter() - started)
-    result: Result = {"checkpoint_mb": size, "whole_command_seconds": statistics.median(whole)}
+            for taken, arguments in ((whole, command), (imports, ["-c", "import torch"])):
+                started = time.perf_counter()
+                subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
+                taken.append(time.perf_counter() - started)
+    result: Result = {
+        "checkpoint_mb": size,
+        "whole_command_seconds": statistics.median(whole),
+        "import_torch_seconds": statistics.median(imports),
+    }
     for side, runs in found.items():
         result[side] = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
         result[side]["peak_over_size"] = result[side]["peak_mb"] / size
@@ -330,6 +336,7 @@ def show(results: Result, console: Console) -> None:
                 f"{run['peak_over_size']:.2f}",
             )
         table.add_row("ours, the whole command", f"{found['whole_command_seconds']:.2f}", "", "")
+        table.add_row("import torch", f"{found['import_torch_seconds']:.2f}", "", "")
         console.print(table)
         ratio = found["torch_pruning"]["seconds"] / found["ours"]["seconds"]
         console.print(f"ours takes {1 / ratio:.2f} times Torch-Pruning's time")

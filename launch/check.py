@@ -203,7 +203,7 @@ def main() -> None:
     """Check, from the command line."""
     parser = argparse.ArgumentParser(prog="python -m launch.check", description=__doc__)
     parser.add_argument("--config", type=user_path, required=True, metavar="FILE")
-    parser.add_argument("--until", metavar="STAGE", help="the last stage that is to run")
+    parser.add_argument("--until", metavar="STAGE[:STEP]", help="as of train/main.py")
     parser.add_argument(
         "--script", type=user_path, metavar="FILE", help="whose #SBATCH lines count"
     )
