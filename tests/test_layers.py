@@ -15,6 +15,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("tpp.plan",),
     ("tpp.models",),
     ("tpp.measure", "tpp.channels"),
+    ("tpp.masks",),
     ("tpp.selection", "tpp.regularization", "tpp.checkpoints"),
     ("tpp.methods",),
     ("tpp",),

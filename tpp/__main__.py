@@ -10,6 +10,7 @@ from tpp.common.errors import UserError, run_command
 
 COMMANDS = {
     "prune": "remove filters from a checkpoint",
+    "sparsify": "set weights of a checkpoint to zero, and keep a mask",
     "describe": "show what is in a checkpoint, layer by layer",
     "latency": "time pruned networks beside the dense ones that they came from",
     "export": "write a checkpoint as ONNX or as an exported program of PyTorch",

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from data_pipelines.demo import generate_demo
 from tpp.common.errors import UserError, reason_of
+from tpp.masks import chosen_layers
 from tpp.measure.counts import count
 from tpp.models.architecture import (
     Architecture,
@@ -106,6 +107,7 @@ def check_network(
         UserError: of the checks that follow.
     """
     plan = check_plans(config, architecture)
+    check_masks(config, architecture)
     check_optimizers(config, architecture, splits=splits)
     check_training_size(config, architecture)
     check_image_sizes(config, architecture)
@@ -136,6 +138,21 @@ def check_plans(config: Config, architecture: Architecture) -> PruningPlan | Non
         if config.stages[name].does.regularizes:
             _check_method(config, name, model, known[pruning][1])
     return next(iter(known.values()))[0]
+
+
+def check_masks(config: Config, architecture: Architecture) -> None:
+    """Check that what stages are to mask is there.
+
+    Raises:
+        UserError: a pattern matches no layer; names the key.
+    """
+    for name, stage in config.stages.items():
+        if stage.sparsify is not None:
+            layers = [*prunable_layers(build_on_meta(architecture))]
+            try:
+                chosen_layers(layers, stage.sparsify)
+            except UserError as error:
+                raise UserError(f"stages.{name}.sparsify: {error}") from None
 
 
 def check_training_size(config: Config, architecture: Architecture) -> None:
@@ -223,12 +240,28 @@ def what_counts_zeros(config: Config, name: str) -> str | None:
         if stage.input == name and stage.does.makes_network and not stage.does.removes:
             # Whatever picks filters behind it would pick from those that are left.
             return f"stage {later!r}, which takes its network before it is pruned"
+    return _masks_before(config, name)
+
+
+def _masks_before(config: Config, name: str) -> str | None:
+    """The stage before ``name`` that masks weights, in words; None if there is none."""
+    current = config.stages[name].input
+    while current is not None:
+        if config.stages[current].does.masks:
+            return f"stage {current!r}, whose mask is of the filters that there are"
+        current = config.stages[current].input
     return None
 
 
 def _check_method(config: Config, name: str, model: nn.Module, plan: PruningPlan) -> None:
+    method, masks = config.stage_method(name), _masks_before(config, name)
     try:
-        config.stage_method(name).check(model, plan)
+        method.check(model, plan)
+        if masks and method.removes_after(model, plan, counts_zeros=masks) is not None:
+            raise UserError(
+                f"stages.{name}: filters cannot be removed in the middle of it because of {masks}; "
+                "leave method.remove_at_zero out"
+            )
     except UserError as error:
         # The numbers that it names may not be those that the user wrote.
         rule = describe_method(config, name)

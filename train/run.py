@@ -1,13 +1,15 @@
 """A run's folder: done markers that let stages be skipped, and results.json."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from torch import Tensor
 
+from tpp.masks import sparsity_of
 from tpp.measure.counts import Counts
 from tpp.models.architecture import Architecture
 from train.config.config import Config
@@ -64,13 +66,21 @@ class Run:
         """Where a stage keeps its files."""
         return self.folder / stage
 
-    def count_fields(self, counts: Counts) -> dict[str, Any]:
-        """A network's size, and its speedup over the dense one, for its stage's results."""
-        return {
+    def count_fields(self, counts: Counts, mask: Mapping[str, Tensor]) -> dict[str, Any]:
+        """A network's size, and its speedup over the dense one, for its stage's results.
+
+        Masked weights are counted in, and beside these figures stand those without them.
+        """
+        fields: dict[str, Any] = {
             "parameters": counts.parameters,
             "macs": counts.macs,
             "speedup": self.dense.macs / counts.macs,
         }
+        if mask:
+            left = sparsity_of(counts, mask)
+            fields |= {"nonzero_parameters": left.parameters, "nonzero_macs": left.macs}
+            fields["sparsity"] = left.sparsity
+        return fields
 
 
 def say_bad_images(new: list[tuple[str, str]], tell: Callable[[str], None]) -> None:

@@ -73,7 +73,7 @@ class Report:
 
 
 @dataclass(frozen=True)
-class _Dense:
+class Dense:
     """A checkpoint to prune: its tensors, and the network they belong to on the meta device."""
 
     path: PathLike
@@ -92,7 +92,7 @@ def read_dense(
     *,
     images: Mapping[str, Any] | None = None,
     image_size: int | None = None,
-) -> _Dense:
+) -> Dense:
     """Read a checkpoint.
 
     Args:
@@ -134,7 +134,7 @@ def read_dense(
         preparation = Preparation(dict(said or {})).changed(image_size=image_size) if told else None
     if preparation is not None:
         set_preprocessing(model, preparation.values)
-    return _Dense(path, source.tensors, companions, source.info, model, preparation, tuple(notes))
+    return Dense(path, source.tensors, companions, source.info, model, preparation, tuple(notes))
 
 
 def _preparation(
@@ -164,8 +164,8 @@ def _agreed(path: PathLike, source: Source, named: Architecture | None) -> Archi
 
 
 def write_pruned(
-    dense: _Dense, plan: PruningPlan, path_out: PathLike, *, trials: Trials | None = None
-) -> tuple[nn.Module, _Dense]:
+    dense: Dense, plan: PruningPlan, path_out: PathLike, *, trials: Trials | None = None
+) -> tuple[nn.Module, Dense]:
     """Write the pruned checkpoint; the network in it, on the meta device, and what to note.
 
     ``trials`` are of the dense network, where it may have been traced already.
@@ -177,7 +177,7 @@ def write_pruned(
         cut_tensors(dense.tensors, cuts),
         pruned,
         preprocessing=dense.preparation.values if dense.preparation else None,
-        extra=_extra_after(dense),
+        extra=extra_after(dense),
         companions=companions,
     )
     said = (not_at_zero(dense.tensors, plan), inexact)
@@ -186,7 +186,7 @@ def write_pruned(
 
 
 def _cut_companions(
-    dense: _Dense, cuts: Mapping[str, list[Cut]]
+    dense: Dense, cuts: Mapping[str, list[Cut]]
 ) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
     """The companions of what stays, and notes on what had to be left out."""
     result: dict[str, dict[str, Tensor]] = {}
@@ -207,8 +207,8 @@ def _cut_companions(
     return result, notes
 
 
-def _extra_after(dense: _Dense) -> dict[str, Any]:
-    """What a pruned checkpoint says: figures of the dense one are no longer its own."""
+def extra_after(dense: Dense, stage: str = "prune", key: str = "pruned_from") -> dict[str, Any]:
+    """What a changed checkpoint says: figures of the one before are no longer its own."""
     before = dict(dense.info.extra) if dense.info else {}
     classes = {"classes": before.pop("classes")} if "classes" in before else {}
-    return {"stage": "prune", "pruned_from": {"file": Path(dense.path).name, **before}, **classes}
+    return {"stage": stage, key: {"file": Path(dense.path).name, **before}, **classes}

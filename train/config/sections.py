@@ -16,6 +16,7 @@ from tpp.common.settings import (
     Section,
     UserPath,
 )
+from tpp.masks import SparsifySection
 from tpp.selection.settings import PruningSection
 from train.config.ema import EmaSection
 from train.config.intervals import Interval
@@ -191,6 +192,7 @@ class StageSection(Section):
         method: another method than the configuration's, for this stage.
         augment: another ``data.augment``, as a whole, for this stage.
         pruning: another ``pruning``, as a whole, for this stage.
+        sparsify: of a ``sparsify`` stage, which weights stay (:class:`tpp.masks.SparsifySection`).
         image_sizes: of an ``evaluate`` stage, further sides of the images, in pixels, at which the
             same network is evaluated (docs/rival.md); null for none.
     """
@@ -207,6 +209,7 @@ class StageSection(Section):
     method: dict[str, Any] | None = None
     augment: AugmentSection | None = None
     pruning: PruningSection | None = None
+    sparsify: SparsifySection | None = None
     image_sizes: Annotated[list[PositiveInt], Field(min_length=1)] | None = None
 
     @property
@@ -229,6 +232,12 @@ class StageSection(Section):
             raise ValueError("bce_threshold goes with loss: bce")
         if self.does.needs_epochs and self.epochs is None:
             raise ValueError(f"a {self.kind} stage needs epochs")
+        if self.does.masks and self.sparsify is None:
+            raise ValueError(
+                f"a {self.kind} stage needs sparsify, such as sparsify: {{sparsity: 0.9}}"
+            )
+        if self.sparsify is not None and not self.does.masks:
+            raise ValueError(f"stages of kind {self.kind} take no sparsify")
         if self.image_sizes is not None:
             if trains or not self.does.needs_images:
                 raise ValueError(f"stages of kind {self.kind} take no image_sizes: evaluate does")

@@ -21,6 +21,7 @@ class StageKind:
             from.
         regularizes: whether it readies the network for the removal of filters.
         removes: whether it takes filters out.
+        masks: whether it sets weights to zero for good.
         is_dense: whether its network is the run's dense one.
         is_final: whether its network is what published figures are of.
     """
@@ -33,6 +34,7 @@ class StageKind:
     has_method: bool = True
     regularizes: bool = False
     removes: bool = False
+    masks: bool = False
     is_dense: bool = False
     is_final: bool = False
 
@@ -41,6 +43,7 @@ KINDS = {
     "dense": StageKind(trains=True, needs_epochs=True, has_method=False, is_dense=True),
     "regularize": StageKind(trains=True, needs_plan=True, regularizes=True),
     "prune": StageKind(needs_plan=True, needs_images=False, removes=True),
+    "sparsify": StageKind(needs_images=False, has_method=False, masks=True),
     "finetune": StageKind(trains=True, needs_epochs=True, is_final=True),
     "evaluate": StageKind(makes_network=False),
 }

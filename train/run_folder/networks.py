@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from tpp.checkpoints.model_file import Companions, load_model, read_checkpoint, save_model
+from tpp.common.errors import UserError
+from tpp.masks import COMPANION, Mask, hold_mask
 from tpp.models.architecture import (
     Architecture,
     architecture_of,
@@ -16,7 +18,7 @@ from tpp.models.architecture import (
 from tpp.models.fitting import assign_tensors, fill_buffers, fitted
 from train.config.sections import MODEL_FILE, StageSection
 from train.distributed.arithmetic import eagerly
-from train.distributed.collectives import broadcast_buffers, sum_over_ranks
+from train.distributed.collectives import EveryRankError, broadcast_buffers, sum_over_ranks
 from train.distributed.engine import forward_pass
 from train.run import Run
 from train.run_folder.log import say
@@ -84,6 +86,30 @@ def companion_of_input(run: Run, stage: StageSection, name: str) -> dict[str, Te
         return {}
     _, companions, _ = read_checkpoint(_file_of(run, stage.input))
     return dict(companions.get(name, {}))
+
+
+def hold_mask_of_input(run: Run, name: str, network: nn.Module) -> Mask:
+    """Hold the mask that a training stage's input has, see :func:`tpp.masks.hold_mask`.
+
+    Args:
+        run: the run.
+        name: of the stage.
+        network: on its device, with what the method adds, before the engine is made.
+
+    Returns:
+        the mask; empty where the input has none.
+
+    Raises:
+        EveryRankError: the network that trains has other weights.
+    """
+    mask = companion_of_input(run, run.config.stages[name], COMPANION)
+    try:
+        hold_mask(network, mask)
+    except UserError as error:
+        raise EveryRankError(
+            f"stages.{name}: its input has masked weights, which cannot be held: {error}"
+        ) from None
+    return mask
 
 
 def _file_of(run: Run, stage: str) -> Path:

@@ -57,6 +57,8 @@ def _summary(run: Run, result: StageResult) -> str:
     parts.append(f"{result.parameters:,} parameters")
     if result.speedup != 1:
         parts.append(f"{result.speedup:.4f}x fewer MACs")
+    if result.sparsity is not None:
+        parts.append(f"{result.nonzero_parameters:,} not masked ({result.sparsity:.2%} sparse)")
     if result.removed_magnitude is not None:
         parts.append(f"largest weight removed {result.removed_magnitude:.3g}")
     return ", ".join((*parts, f"{result.wall_seconds:.0f} s"))

@@ -75,6 +75,8 @@ class StageResult(NetworkResult):
             not of; None where no average was kept.
         speedup: dense MACs over this network's.
         sizes: of the same network at other sizes of the images; None where nobody asked.
+        nonzero_parameters, nonzero_macs: without masked weights; None where there is no mask.
+        sparsity: share of the weights of masked layers that are masked.
         removed_magnitude: largest absolute weight of the filters that it removed.
     """
 
@@ -89,6 +91,9 @@ class StageResult(NetworkResult):
     epochs: float | None = None
     speedup: float | None = None
     sizes: list[SizeResult] | None = None
+    nonzero_parameters: int | None = None
+    nonzero_macs: int | None = None
+    sparsity: float | None = None
     removed_magnitude: float | None = None
     wall_seconds: float | None = None
 

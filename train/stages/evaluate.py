@@ -4,20 +4,25 @@ from typing import Any
 
 from torch import nn
 
+from tpp.masks import COMPANION
 from tpp.measure.counts import count
 from tpp.models.architecture import set_preprocessing
 from train.data import preprocessing_at
 from train.run import Run, say_bad_images
 from train.run_folder.log import say
-from train.run_folder.networks import evaluate_network, load_input, place
+from train.run_folder.networks import companion_of_input, evaluate_network, load_input, place
 
 
 def evaluate_stage(run: Run, name: str) -> dict[str, Any]:
     """Evaluate the network of the input's checkpoint, at other sizes of the images too if asked."""
-    model = place(run, load_input(run, run.config.stages[name].input))
+    stage = run.config.stages[name]
+    model = place(run, load_input(run, stage.input))
     scores = evaluate_network(run, model)
-    results = {**scores.to_dict(), **run.count_fields(count(model))}
-    sizes = [_at_size(run, name, model, size) for size in run.config.stages[name].image_sizes or ()]
+    results = {
+        **scores.to_dict(),
+        **run.count_fields(count(model), companion_of_input(run, stage, COMPANION)),
+    }
+    sizes = [_at_size(run, name, model, size) for size in stage.image_sizes or ()]
     if sizes:
         results["sizes"] = sizes
     say_bad_images(run.data.take_new_bad(), say)

@@ -2,7 +2,14 @@
 
 from typing import Any
 
-from tpp.checkpoints.model_file import load_model, network_of, read_metadata, save_model
+from tpp.checkpoints.model_file import (
+    load_model,
+    network_of,
+    read_checkpoint,
+    read_metadata,
+    save_model,
+)
+from tpp.masks import COMPANION
 from tpp.measure.counts import count
 from tpp.models.layers import filters_removed, layer_widths, prunable_layers
 from tpp.plan import PruningPlan
@@ -40,6 +47,7 @@ def prune_stage(run: Run, name: str) -> dict[str, Any]:
         if method.after_removal(pruned, run.config.seed):
             save_model(output, pruned, extra=read_metadata(output).extra)
     run.accelerator.wait_for_everyone()
+    _, companions, info = read_checkpoint(output)
     layers = prunable_layers(model)
     removed = [
         layers[layer].weight.detach()[plan.pruned[layer]].abs().max().item()
@@ -47,6 +55,8 @@ def prune_stage(run: Run, name: str) -> dict[str, Any]:
     ]
     return {
         **{metric.name: None for metric in run.task.metrics},
-        **run.count_fields(count(network_of(read_metadata(output), source=str(output)))),
+        **run.count_fields(
+            count(network_of(info, source=str(output))), companions.get(COMPANION, {})
+        ),
         "removed_magnitude": max(removed, default=0.0),
     }

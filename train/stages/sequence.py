@@ -20,12 +20,14 @@ from train.run_folder.record import finish_stage, write_results
 from train.run_folder.same_run import take_up_done
 from train.stages.evaluate import evaluate_stage
 from train.stages.prune import prune_stage
+from train.stages.sparsify import sparsify_stage
 from train.stages.training import TrainingStage, clean_up
 from train.weights import note_on_classes, notes_on_images
 
 # What a stage of a kind does, where it does not train; a new kind is a line here.
 _DO: dict[str, Callable[[Run, str], dict[str, Any]]] = {
     "prune": prune_stage,
+    "sparsify": sparsify_stage,
     "evaluate": evaluate_stage,
 }
 

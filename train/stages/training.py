@@ -20,6 +20,7 @@ from tpp.checkpoints.training_state import (
     state_folder,
 )
 from tpp.common.errors import UserError
+from tpp.masks import COMPANION
 from tpp.measure.counts import count
 from tpp.methods.base import Method, Settings, TrainingContext
 from tpp.models.architecture import Architecture, architecture_of, example_input_for
@@ -49,6 +50,7 @@ from train.run_folder.networks import (
     companion_of_input,
     dense_network,
     evaluate_network,
+    hold_mask_of_input,
     load_input,
     network_of_shapes,
     place,
@@ -208,6 +210,7 @@ class TrainingStage:
         if state is not None:
             self._load(network, state)
         place(run, network)
+        self._mask = hold_mask_of_input(run, name, network)
         if self._training.sync_batchnorm:
             network = convert_sync_batchnorm(network)
         self._network = network
@@ -383,12 +386,15 @@ class TrainingStage:
         if run.is_main:
             network = networks.pop(chosen)
             companions = {weights: other.state_dict() for weights, other in networks.items()}
+            if self._mask:
+                companions[COMPANION] = self._mask
             path = self._folder / MODEL_FILE
             save_network(run, self._name, path, network, scores, companions)
+        counts = count(network_of_shapes(run, run.architecture, self._shapes))
         return {
             **scores.to_dict(),
             **{weights: found.to_dict() for weights, found in self._scores.others.items()},
-            **run.count_fields(count(network_of_shapes(run, run.architecture, self._shapes))),
+            **run.count_fields(counts, self._mask),
             "start": self._start,
             "steps": steps,
             "epochs": steps * self._epochs_per_step,

@@ -1,0 +1,39 @@
+"""The stage that sets weights of a checkpoint to zero."""
+
+from typing import Any
+
+from tpp.checkpoints.model_file import network_of, read_checkpoint
+from tpp.checkpoints.sparsify_file import sparsify_checkpoint
+from tpp.common.errors import UserError
+from tpp.masks import COMPANION
+from tpp.measure.counts import count
+from train.config.sections import MODEL_FILE
+from train.run import Run
+from train.run_folder.log import say
+from train.run_folder.networks import load_input, save_network
+
+
+def sparsify_stage(run: Run, name: str) -> dict[str, Any]:
+    """Mask weights of the input checkpoint: no data, no GPU, one rank."""
+    stage, folder = run.config.stages[name], run.stage_folder(name)
+    output = folder / MODEL_FILE
+    assert stage.sparsify is not None
+    if run.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        if stage.input is not None:
+            source = run.stage_folder(stage.input) / MODEL_FILE
+        else:  # straight from the starting weights, whatever kind of file they came in
+            source = folder / "dense.safetensors"
+            save_network(run, name, source, load_input(run, None), None)
+        try:
+            found = sparsify_checkpoint(source, stage.sparsify, output)
+        except UserError as error:
+            raise UserError(f"stages.{name}.sparsify: {error}") from None
+        for note in found.notes:
+            say(f"{name}: {note}")
+    run.accelerator.wait_for_everyone()
+    _, companions, info = read_checkpoint(output)
+    return {
+        **{metric.name: None for metric in run.task.metrics},
+        **run.count_fields(count(network_of(info, source=str(output))), companions[COMPANION]),
+    }
