@@ -34,6 +34,7 @@ from tpp.methods.base import Method
 from tpp.models.settings import MODEL_REPLACED, ModelSection
 from tpp.selection.selection import Selection
 from tpp.selection.settings import PRUNING_REPLACED, PruningSection, another_budget
+from train.config.cycles import written_out
 from train.config.ema import EmaSection
 from train.config.optimizer import OptimizerSection
 from train.config.profile import ProfileSection
@@ -124,7 +125,7 @@ class Config(Section):
         if not isinstance(stages, dict):
             return stages
         named = {}
-        for name, stage in stages.items():
+        for name, stage in written_out(stages).items():
             if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", name):
                 raise ValueError(f"stage name {name!r}: use a string of letters, digits, . _ + -")
             # A stage's name is that of its folder.

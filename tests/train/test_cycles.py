@@ -1,0 +1,122 @@
+"""Cycles of stages are plain stages by the time a configuration is read."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tpp.checkpoints.model_file import read_checkpoint
+from train.config.config import Config
+
+
+@pytest.fixture
+def cycled(tiny_config):
+    """Dense, then twice: mask, retrain; in the end 75% of the weights are zero."""
+    stages = tiny_config["stages"]
+    tiny_config["method"] = {"name": "l1"}
+    retrain = {"kind": "finetune", "epochs": 1, "optimizer": {"lr": 0.02}}
+    tiny_config["stages"] = {
+        "dense": stages["dense"],
+        "imp": {
+            "kind": "cycle",
+            "times": 2,
+            "stages": {"sparsify": {"sparsify": {"sparsity": 0.75}}, "retrain": retrain},
+        },
+        "evaluate": {},
+    }
+    return tiny_config
+
+
+def test_a_cycle_is_its_stages_one_after_the_other(cycled):
+    """The same configuration, written by hand."""
+    stages = cycled["stages"]
+    inner = stages["imp"]["stages"]
+    by_hand = {
+        **cycled,
+        "stages": {
+            "dense": stages["dense"],
+            "imp1_sparsify": {"kind": "sparsify", "sparsify": {"fraction": 0.5}},
+            "imp1_retrain": inner["retrain"],
+            "imp2_sparsify": {"kind": "sparsify", "sparsify": {"fraction": 0.5}},
+            "imp2_retrain": inner["retrain"],
+            "evaluate": {},
+        },
+    }
+    found = Config.model_validate(cycled)
+    assert found == Config.model_validate(by_hand)
+    assert Config.model_validate(found.model_dump()) == found, "as a run folder's config.yaml"
+    inputs = [stage.input for stage in found.stages.values()]
+    assert inputs == [
+        None,
+        "dense",
+        "imp1_sparsify",
+        "imp1_retrain",
+        "imp2_sparsify",
+        "imp2_retrain",
+    ]
+
+
+def test_inputs_within_a_round_and_from_outside(cycled):
+    stages = cycled["stages"]
+    stages["other"] = {"kind": "finetune", "epochs": 1, "optimizer": {"lr": 0.1}, "input": "dense"}
+    stages["imp"]["stages"]["again"] = {
+        "kind": "finetune",
+        "input": "sparsify",
+        "epochs": 1,
+        "optimizer": {"lr": 0.1},
+    }
+    stages["more"] = {"kind": "cycle", "times": 1, "input": "imp", "stages": {"sparsify": {
+        "sparsify": {"sparsity": 0.5}}}}  # fmt: skip
+    stages["check"] = {"kind": "evaluate", "input": "imp"}
+    found = Config.model_validate(cycled).stages
+    assert found["imp1_again"].input == "imp1_sparsify"
+    assert found["imp2_sparsify"].input == "imp1_again"
+    assert found["more1_sparsify"].input == found["check"].input == "imp2_again"
+    assert found["more1_sparsify"].sparsify.fraction == 0.5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"times": 0}, r"stages\.imp\.times: input should be greater than or equal to 1"),
+        ({"tims": 2}, r"stages\.imp\.tims: unknown key; did you mean 'times'"),
+        ({"stages": {}}, r"stages\.imp\.stages"),
+        ({"stages": {"train": {}}}, r"stages\.imp\.stages\.train\.kind: .* not 'train'"),
+        ({"stages": {"x": {"kind": "cycle"}}}, r"stages\.imp\.stages\.x\.kind: .* not 'cycle'"),
+        ({"stages": {"evaluate": {}}}, "none of them makes a network"),
+        (
+            {"stages": {"sparsify": {"sparsify": {"sparsity": 1.5}}}},
+            "imp1_sparsify.*less than 1|less",
+        ),
+        ({"input": "nowhere"}, "'nowhere' is no earlier stage"),
+    ],
+)
+def test_mistakes_in_a_cycle_name_the_key(cycled, change, message):
+    cycled["stages"]["imp"] |= change
+    with pytest.raises(ValueError, match=message):
+        Config.model_validate(cycled)
+
+
+def test_a_stage_of_the_same_name_is_refused(cycled):
+    cycled["stages"]["imp1_retrain"] = {"kind": "evaluate"}
+    with pytest.raises(ValueError, match=r"stages\.imp1_retrain: a cycle is written out into"):
+        Config.model_validate(cycled)
+
+
+def test_rounds_reach_the_sparsity_with_nested_masks(cycled, run_main):
+    """Broken off in the second round, and gone on with."""
+    folder = Path(cycled["output"])
+    run_main(cycled, kill_when=folder / "imp2_sparsify" / "model.safetensors", expect=None)
+    run_main(cycled)
+    masks = [
+        read_checkpoint(folder / stage / "model.safetensors")[1]["mask"]
+        for stage in ("imp1_retrain", "imp2_retrain")
+    ]
+    total = sum(mask.numel() for mask in masks[0].values())
+    gone = [sum(int((~mask.bool()).sum()) for mask in of.values()) for of in masks]
+    assert abs(gone[0] - 0.5 * total) <= 1 and abs(gone[1] - 0.75 * total) <= 2
+    for key, first in masks[0].items():
+        assert not torch.any(masks[1][key].bool() & ~first.bool()), key
+    results = json.loads((folder / "results.json").read_text())
+    assert results["stages"]["evaluate"]["sparsity"] == pytest.approx(0.75, abs=1e-3)
