@@ -31,7 +31,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("train.distributed",),
     ("train.data", "train.weights", "train.loop.optim"),
     ("train.teachers",),
-    ("train.loop", "train.run", "train.preflight"),
+    ("train.loop", "train.run", "train.preflight", "train.schedules"),
     ("train.run_folder",),
     ("train.monitor", "train.grid"),
     ("train.stages", "train.reporting"),

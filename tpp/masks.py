@@ -4,8 +4,9 @@ A mask is to weights what a plan is to filters: shapes stay, and what is masked 
 have it as their companion ``mask``, by parameter, and the pruner cuts it along with the weights.
 """
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from fractions import Fraction
@@ -237,6 +238,11 @@ class _Hold:
 
     def __call__(self, gradient: Tensor) -> Tensor:
         return gradient.masked_fill(self._gone, 0)
+
+
+def norm_of(values: Iterable[Tensor]) -> float:
+    """L2 norm of all of several tensors together, added up in float64."""
+    return math.sqrt(sum(value.detach().double().square().sum().item() for value in values))
 
 
 @dataclass(frozen=True)

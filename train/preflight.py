@@ -23,7 +23,7 @@ from tpp.plan import PruningPlan
 from tpp.selection.selection import Selection
 from train.config.batch_rule import describe_method
 from train.config.config import Config
-from train.config.optimizer import SGD
+from train.config.optimizer import SGD, OptimizerSection
 from train.data import RunData, preprocessing_at
 from train.distributed.collectives import from_main_rank
 from train.loop.optim import check_optimizer, is_elementwise, parameter_groups
@@ -219,12 +219,35 @@ def check_optimizers(config: Config, architecture: Architecture, *, splits: bool
                 f"{key}.name: training.capture records the step of sgd, and not that of "
                 f"{settings.name}; use capture: false"
             )
+        _check_retraining(config, name, settings)
         if not settings.asks_network:
             continue
         try:
             parameter_groups(build_on_meta(architecture), settings)
         except UserError as error:
             raise UserError(f"{key}.{error}") from None
+
+
+def _check_retraining(config: Config, name: str, settings: OptimizerSection) -> None:
+    """Find before anything is trained what a retraining schedule will miss."""
+    key, stage = f"stages.{name}.optimizer.schedule: {settings.schedule}", config.stages[name]
+    if settings.schedule == "allr":
+        current = stage.input
+        while current is not None:
+            does = config.stages[current].does
+            if does.removes or does.masks:
+                return
+            current = config.stages[current].input
+        raise UserError(
+            f"{key} goes by what a stage before it took, and none before {name!r} prunes or "
+            "sparsifies; use llr"
+        )
+    reference = settings.reference
+    if settings.schedule == "lrw" and reference and (stage.epochs or 0) > reference.epochs:
+        raise UserError(
+            f"{key} goes through the last {stage.epochs:g} epochs of the dense network's training, "
+            f"which had {reference.epochs:g}"
+        )
 
 
 def what_counts_zeros(config: Config, name: str) -> str | None:

@@ -1,7 +1,6 @@
 """Masking weights of a checkpoint, with what an optimiser and averages keep of them."""
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ from tpp.masks import (
     SparsifySection,
     Sparsity,
     apply_mask,
+    norm_of,
     select_mask,
     sparsity_of,
 )
@@ -104,15 +104,10 @@ def sparsify_checkpoint(
         counts=counts,
         sparsity=sparsity_of(counts, mask),
         removed=1 - kept / kept_before if kept_before else 0.0,
-        norm_before=_norm([tensors[name] for name in trained]),
-        norm_after=_norm([masked[name] for name in trained]),
+        norm_before=norm_of(tensors[name] for name in trained),
+        norm_after=norm_of(masked[name] for name in trained),
         notes=(*found.notes, *_left_dense(tensors, mask, settings)),
     )
-
-
-def _norm(values: Sequence[Tensor]) -> float:
-    squares = [value.double().square().sum() for value in values]
-    return math.sqrt(sum(square.item() for square in squares))
 
 
 def _left_dense(

@@ -38,6 +38,7 @@ from train.config.cycles import written_out
 from train.config.ema import EmaSection
 from train.config.optimizer import OptimizerSection
 from train.config.profile import ProfileSection
+from train.config.references import with_references
 from train.config.sections import (
     OF_THE_RUN,
     CheckpointsSection,
@@ -125,7 +126,7 @@ class Config(Section):
         if not isinstance(stages, dict):
             return stages
         named = {}
-        for name, stage in written_out(stages).items():
+        for name, stage in with_references(written_out(stages)).items():
             if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", name):
                 raise ValueError(f"stage name {name!r}: use a string of letters, digits, . _ + -")
             # A stage's name is that of its folder.

@@ -22,6 +22,41 @@ _SQUARE_ROOT = {
 }
 
 
+# Of a network that lost weights, named as Zimmer et al. 2023 do; see train/schedules.py.
+RETRAINING = ("llr", "allr", "slr", "clr", "lrw", "ft")
+# Those whose learning rates are the reference's own.
+_AS_IT_WAS = ("slr", "lrw", "ft")
+
+
+class ReferenceSection(Section):
+    """How the dense network was trained, which retraining schedules go by.
+
+    Attributes:
+        epochs: its length.
+        lr, schedule, milestones, gamma, min_lr, warmup_epochs, warmup_from, warmup_prefix: as of
+            its optimiser.
+    """
+
+    epochs: PositiveFloat
+    lr: PositiveFloat
+    schedule: Literal["constant", "step", "cosine", "linear"] = "constant"
+    milestones: list[PositiveFloat] = []
+    gamma: PositiveFloat = 0.1
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
+    warmup_from: Annotated[float, Field(ge=0, le=1)] = 0.0
+    warmup_prefix: bool = False
+
+    @model_validator(mode="after")
+    def _is_a_schedule(self) -> "ReferenceSection":
+        self.optimizer()
+        return self
+
+    def optimizer(self) -> "OptimizerSection":
+        """The settings of an optimiser with this learning rate."""
+        return OptimizerSection(**self.model_dump(exclude={"epochs"}))
+
+
 class OptimizerSection(Section):
     """An optimiser and its learning rate over a stage.
 
@@ -40,8 +75,11 @@ class OptimizerSection(Section):
         layer_decay: of networks of timm: the learning rate of each layer as a share of that of the
             layer above it; null for the same of all.
         head_lr_factor: what the learning rate of the classifier is multiplied with.
-        schedule: ``constant``, ``step`` (times ``gamma`` at each milestone) or ``cosine`` (to
-            ``min_lr``).
+        schedule: ``constant``, ``step`` (times ``gamma`` at each milestone), ``cosine`` or
+            ``linear`` (to ``min_lr``); or, of a network that lost weights, ``llr``, ``allr``,
+            ``slr``, ``clr``, ``lrw`` or ``ft`` (docs/retraining.md).
+        reference: of these last ones, how the dense network was trained. A configuration may name
+            its stage instead: ``like: dense``.
         milestones: in epochs.
         min_lr: the schedule goes no lower.
         warmup_epochs: linear warm-up.
@@ -61,13 +99,37 @@ class OptimizerSection(Section):
     decay_norms_and_biases: bool = True
     layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
     head_lr_factor: PositiveFloat = 1.0
-    schedule: Literal["constant", "step", "cosine"] = "constant"
+    schedule: Literal[
+        "constant", "step", "cosine", "linear", "llr", "allr", "slr", "clr", "lrw", "ft"
+    ] = "constant"
+    reference: ReferenceSection | None = None
     milestones: list[PositiveFloat] = []
     gamma: PositiveFloat = 0.1
     min_lr: Annotated[float, Field(ge=0)] = 0.0
     warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
     warmup_from: Annotated[float, Field(ge=0, le=1)] = 0.0
     warmup_prefix: bool = False
+
+    @model_validator(mode="after")
+    def _reference_goes_with_retraining(self) -> "OptimizerSection":
+        if not self.retrains:
+            if self.reference is not None:
+                raise ValueError(f"reference goes with schedule: {', '.join(RETRAINING)}")
+            return self
+        for key in ("warmup_epochs", "min_lr"):
+            if getattr(self, key):
+                raise ValueError(f"{key}: schedule {self.schedule} has its own")
+        if self.reference is None and self.schedule != "llr":
+            raise ValueError(
+                f"schedule {self.schedule} goes by how the dense network was trained: like: STAGE "
+                "names its stage, or reference: {lr, epochs, ...} says it"
+            )
+        if self.schedule in _AS_IT_WAS and self.reference and self.lr != self.reference.lr:
+            raise ValueError(
+                f"lr: schedule {self.schedule} has the learning rates of the reference "
+                f"({self.reference.lr}); leave it out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _is_known(self) -> "OptimizerSection":
@@ -131,6 +193,11 @@ class OptimizerSection(Section):
         return self
 
     @property
+    def retrains(self) -> bool:
+        """Whether the schedule is one of a network that lost weights."""
+        return self.schedule in RETRAINING
+
+    @property
     def asks_network(self) -> bool:
         """Whether a network may have no answer to it: which layers it has, which classifier."""
         return self.layer_decay is not None or self.head_lr_factor != 1
@@ -164,7 +231,10 @@ class OptimizerSection(Section):
                 "it for this batch, and training.batch=as_given"
             )
         changes: dict[str, Any] = {"lr": self.lr * times, "min_lr": self.min_lr * times}
-        if factor > 1 and not self.warmup_epochs:
+        if self.reference is not None:
+            like = {"lr": self.reference.lr * times, "min_lr": self.reference.min_lr * times}
+            changes["reference"] = ReferenceSection(**{**dict(self.reference), **like})
+        if factor > 1 and not self.warmup_epochs and not self.retrains:
             if stage_epochs is not None:
                 warmup_epochs = min(warmup_epochs, float(LONGEST_WARMUP) * stage_epochs)
             if warmup_epochs:

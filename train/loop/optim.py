@@ -113,6 +113,8 @@ def is_elementwise(settings: OptimizerSection) -> bool:
 def learning_rate(settings: OptimizerSection, epoch: float, total_epochs: float) -> float:
     """Learning rate at the fractional ``epoch`` of a stage of ``total_epochs``.
 
+    Of a network that lost weights see :mod:`train.schedules`.
+
     Linear warm-up over ``warmup_epochs``, from ``warmup_from`` to 1, scales whatever the schedule
     says at that epoch: at the stage's, or, with ``warmup_prefix``, at those since the warm-up.
     """
@@ -126,6 +128,9 @@ def learning_rate(settings: OptimizerSection, epoch: float, total_epochs: float)
     elif settings.schedule == "cosine":
         done = min(since / total_epochs, 1.0) if total_epochs else 0.0
         lr = floor + (lr - floor) * (0.5 * (1.0 + math.cos(math.pi * done)))
+    elif settings.schedule == "linear":
+        done = min(since / total_epochs, 1.0) if total_epochs else 0.0
+        lr = floor + (lr - floor) * (1.0 - done)
     if epoch < settings.warmup_epochs:
         start = settings.warmup_from
         lr *= start + (1.0 - start) * (epoch / settings.warmup_epochs)

@@ -77,6 +77,8 @@ class StageResult(NetworkResult):
         sizes: of the same network at other sizes of the images; None where nobody asked.
         nonzero_parameters, nonzero_macs: without masked weights; None where there is no mask.
         sparsity: share of the weights of masked layers that are masked.
+        removed_share: of the weights that were there, what the stage removed or masked.
+        norm_before, norm_after: L2 norm of all trained values before and after that.
         removed_magnitude: largest absolute weight of the filters that it removed.
     """
 
@@ -94,6 +96,9 @@ class StageResult(NetworkResult):
     nonzero_parameters: int | None = None
     nonzero_macs: int | None = None
     sparsity: float | None = None
+    removed_share: float | None = None
+    norm_before: float | None = None
+    norm_after: float | None = None
     removed_magnitude: float | None = None
     wall_seconds: float | None = None
 

@@ -1,6 +1,9 @@
 """The stage that removes filters from a checkpoint."""
 
+from collections.abc import Mapping
 from typing import Any
+
+from torch import Tensor, nn
 
 from tpp.checkpoints.model_file import (
     load_model,
@@ -9,14 +12,15 @@ from tpp.checkpoints.model_file import (
     read_metadata,
     save_model,
 )
-from tpp.masks import COMPANION
+from tpp.masks import COMPANION, norm_of
 from tpp.measure.counts import count
 from tpp.models.layers import filters_removed, layer_widths, prunable_layers
 from tpp.plan import PruningPlan
 from train.config.sections import MODEL_FILE
+from train.distributed.collectives import from_main_rank
 from train.run import Run
 from train.run_folder.log import say
-from train.run_folder.networks import load_input, save_network
+from train.run_folder.networks import companion_of_input, load_input, save_network
 from train.run_folder.plans import choose_plan
 
 
@@ -28,13 +32,16 @@ def prune_stage(run: Run, name: str) -> dict[str, Any]:
     if run.is_main:
         folder.mkdir(parents=True, exist_ok=True)
     model = load_input(run, stage.input)
+    mask = companion_of_input(run, stage, COMPANION)
     plan = choose_plan(run, name, model, method)
     assert plan is not None
     widths = layer_widths(model)
     removed_before = filters_removed(model, plan)
     if removed_before:  # the stage that drove them to zero did it, and nothing is left to do
         plan = PruningPlan.from_indices({layer: widths[layer][1] for layer in plan.filters}, {})
-    if run.is_main:
+
+    def remove() -> float:
+        """Write the checkpoint; the norm of what is left of the weights."""
         if removed_before:
             say(f"{name}: stage {stage.input!r} has removed the filters already")
         if stage.input is not None:
@@ -44,10 +51,14 @@ def prune_stage(run: Run, name: str) -> dict[str, Any]:
             save_network(run, name, source, model, None)
         method.remove(source, plan, output)
         pruned = load_model(output)
+        left = norm_of(pruned.parameters())
         if method.after_removal(pruned, run.config.seed):
             save_model(output, pruned, extra=read_metadata(output).extra)
-    run.accelerator.wait_for_everyone()
+        return left
+
+    norm_after = from_main_rank(run.accelerator, remove)
     _, companions, info = read_checkpoint(output)
+    pruned, left = network_of(info, source=str(output)), companions.get(COMPANION, {})
     layers = prunable_layers(model)
     removed = [
         layers[layer].weight.detach()[plan.pruned[layer]].abs().max().item()
@@ -55,8 +66,18 @@ def prune_stage(run: Run, name: str) -> dict[str, Any]:
     ]
     return {
         **{metric.name: None for metric in run.task.metrics},
-        **run.count_fields(
-            count(network_of(info, source=str(output))), companions.get(COMPANION, {})
-        ),
+        **run.count_fields(count(pruned), left),
+        "removed_share": 1 - _weights_of(pruned, left) / _weights_of(model, mask),
+        "norm_before": norm_of(model.parameters()),
+        "norm_after": norm_after,
         "removed_magnitude": max(removed, default=0.0),
     }
+
+
+def _weights_of(model: nn.Module, mask: Mapping[str, Tensor]) -> int:
+    """How many weights of Conv2d and Linear layers are not masked."""
+    weights = {f"{name}.weight": layer.weight for name, layer in prunable_layers(model).items()}
+    return sum(
+        int(mask[key].bool().sum()) if key in mask else weight.numel()
+        for key, weight in weights.items()
+    )

@@ -8,6 +8,7 @@ from tpp.common.errors import UserError
 from tpp.masks import COMPANION
 from tpp.measure.counts import count
 from train.config.sections import MODEL_FILE
+from train.distributed.collectives import from_main_rank
 from train.run import Run
 from train.run_folder.log import say
 from train.run_folder.networks import load_input, save_network
@@ -17,8 +18,11 @@ def sparsify_stage(run: Run, name: str) -> dict[str, Any]:
     """Mask weights of the input checkpoint: no data, no GPU, one rank."""
     stage, folder = run.config.stages[name], run.stage_folder(name)
     output = folder / MODEL_FILE
-    assert stage.sparsify is not None
-    if run.is_main:
+    settings = stage.sparsify
+    assert settings is not None
+
+    def mask() -> dict[str, float]:
+        """Write the checkpoint; what that took."""
         folder.mkdir(parents=True, exist_ok=True)
         if stage.input is not None:
             source = run.stage_folder(stage.input) / MODEL_FILE
@@ -26,14 +30,21 @@ def sparsify_stage(run: Run, name: str) -> dict[str, Any]:
             source = folder / "dense.safetensors"
             save_network(run, name, source, load_input(run, None), None)
         try:
-            found = sparsify_checkpoint(source, stage.sparsify, output)
+            found = sparsify_checkpoint(source, settings, output)
         except UserError as error:
             raise UserError(f"stages.{name}.sparsify: {error}") from None
         for note in found.notes:
             say(f"{name}: {note}")
-    run.accelerator.wait_for_everyone()
+        return {
+            "removed_share": found.removed,
+            "norm_before": found.norm_before,
+            "norm_after": found.norm_after,
+        }
+
+    taken = from_main_rank(run.accelerator, mask)
     _, companions, info = read_checkpoint(output)
     return {
         **{metric.name: None for metric in run.task.metrics},
         **run.count_fields(count(network_of(info, source=str(output))), companions[COMPANION]),
+        **taken,
     }

@@ -40,7 +40,7 @@ from train.loop.bad_steps import StepCheck
 from train.loop.graphs import CudaGraphs
 from train.loop.loop import LoopSettings, train
 from train.loop.meter import Report
-from train.loop.optim import learning_rate, make_optimizer
+from train.loop.optim import make_optimizer
 from train.monitor import Monitor
 from train.preflight import what_counts_zeros
 from train.run import Run, say_bad_images
@@ -63,6 +63,7 @@ from train.stages.bad_steps import BadSteps, RollBack
 from train.stages.observers import JacobianObserver, LayerObserver, ScoreObserver, look
 from train.stages.profile import ProfileObserver
 from train.stages.progress import Progress
+from train.stages.rates import rate_of
 from train.stages.shrinking import shrunk, shrunk_shapes
 from train.stages.teaching import Teaching
 from train.stages.throughput import Throughput, macs_in_training
@@ -110,6 +111,8 @@ class TrainingStage:
         self._total = steps_for(epochs, images, batch) if epochs else self._method.steps()
         self._length = epochs or (self._total or 0) * self._epochs_per_step
         self._optim = run.config.stage_optimizer(name, self._length)
+        assert self._total is not None  # a stage has epochs, or its method knows its steps
+        self._rate = rate_of(run, name, self._optim, self._total)
 
     def train(self) -> dict[str, Any]:
         """Train to the end, save the network, and return the stage's results.
@@ -318,7 +321,7 @@ class TrainingStage:
                 self._checkpoints, run.config.checkpoints, say=monitor.say
             )
         self._bad_steps = BadSteps(
-            run, self._name, self._learning_rate, monitor, self._writer, progress.bad_steps
+            run, self._name, self._rate, monitor, self._writer, progress.bad_steps
         )
         images = len(run.data.train.index)
         evaluate_steps = steps_for(training.evaluate_every, images, training.batch_size)
@@ -421,7 +424,7 @@ class TrainingStage:
         accelerator = self._run.accelerator
         rank = accelerator.process_index
         return LoopSettings(
-            lr=self._learning_rate,
+            lr=self._rate,
             finished=self._finished,
             accumulation=self._training.accumulation,
             log_every=self._training.log_every,
@@ -441,9 +444,6 @@ class TrainingStage:
 
     def _finished(self, step: int) -> bool:
         return self._method.finished(step) if self._total is None else step >= self._total
-
-    def _learning_rate(self, step: int) -> float:
-        return learning_rate(self._optim, step * self._epochs_per_step, self._length)
 
     def _on_report(self, step: int, report: Report) -> None:
         values = {
