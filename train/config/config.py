@@ -197,6 +197,8 @@ class Config(Section):
                     f"stages.{name}: pruning.ratios says of no layer what goes, and there is no "
                     "pruning.budget"
                 )
+            if stage.carry_optimizer:
+                self._check_carried(name)
             if stage.augment is not None:
                 check_augment(stage.augment, self.data, f"stages.{name}.augment")
             method = self.stage_method(name)
@@ -265,6 +267,28 @@ class Config(Section):
         while name is not None and not self.stages[name].does.is_dense:
             name = self.stages[name].input
         return name
+
+    def trained_before(self, name: str) -> str | None:
+        """The training stage that stage ``name`` comes from, if there is one."""
+        current = self.stages[name].input
+        while current is not None and not self.stages[current].does.trains:
+            current = self.stages[current].input
+        return current
+
+    def _check_carried(self, name: str) -> None:
+        before = self.trained_before(name)
+        if before is None:
+            raise ValueError(
+                f"stages.{name}.carry_optimizer: no stage before it trains, so there is no "
+                "optimiser's state"
+            )
+        own, other = self.stages[name].optimizer, self.stages[before].optimizer
+        assert own is not None and other is not None
+        if own.name != other.name:
+            raise ValueError(
+                f"stages.{name}.carry_optimizer: {own.name} cannot go on with the state of "
+                f"{other.name}, the optimiser of stage {before!r}"
+            )
 
     def selection(self, stage: str | None = None) -> Selection:
         """How the filters that go are chosen: in a stage, or where none says otherwise."""

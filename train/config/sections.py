@@ -192,6 +192,8 @@ class StageSection(Section):
         method: another method than the configuration's, for this stage.
         augment: another ``data.augment``, as a whole, for this stage.
         pruning: another ``pruning``, as a whole, for this stage.
+        carry_optimizer: whether the optimiser goes on with the state (momentum) that it had at the
+            end of the training stage before, cut and masked along with the weights.
         sparsify: of a ``sparsify`` stage, which weights stay (:class:`tpp.masks.SparsifySection`).
         image_sizes: of an ``evaluate`` stage, further sides of the images, in pixels, at which the
             same network is evaluated (docs/rival.md); null for none.
@@ -209,6 +211,7 @@ class StageSection(Section):
     method: dict[str, Any] | None = None
     augment: AugmentSection | None = None
     pruning: PruningSection | None = None
+    carry_optimizer: bool = False
     sparsify: SparsifySection | None = None
     image_sizes: Annotated[list[PositiveInt], Field(min_length=1)] | None = None
 
@@ -232,6 +235,8 @@ class StageSection(Section):
             raise ValueError("bce_threshold goes with loss: bce")
         if self.does.needs_epochs and self.epochs is None:
             raise ValueError(f"a {self.kind} stage needs epochs")
+        if self.carry_optimizer and not trains:
+            raise ValueError(f"stages of kind {self.kind} take no carry_optimizer: they train none")
         if self.does.masks and self.sparsify is None:
             raise ValueError(
                 f"a {self.kind} stage needs sparsify, such as sparsify: {{sparsity: 0.9}}"

@@ -44,6 +44,7 @@ from train.loop.optim import make_optimizer
 from train.monitor import Monitor
 from train.preflight import what_counts_zeros
 from train.run import Run, say_bad_images
+from train.run_folder.carried import fitting, state_to_carry, take_up_carried
 from train.run_folder.checkpoints import CHECKPOINTS, CheckpointWriter, newest_state
 from train.run_folder.log import say
 from train.run_folder.networks import (
@@ -234,6 +235,8 @@ class TrainingStage:
             self._training.precision,
             self._training.peak_tflops,
         )
+        if state is None and stage.carry_optimizer:
+            take_up_carried(run, name, network, self._engine)
         ema = run.config.stage_ema(name)
         self._average = WeightAverage(network, ema) if ema is not None else None
         if state is not None:
@@ -383,12 +386,14 @@ class TrainingStage:
         if self._average is not None:
             networks["ema"] = self._averaged_network(self._average)
             chosen = self._average.settings.chosen
+        carried = state_to_carry(run.config, self._name, self._network, self._engine)
         self._method.restore(self._network)
         if self._method.plan is not None:
             save_plan(run, self._name, self._method.plan)
         if run.is_main:
             network = networks.pop(chosen)
             companions = {weights: other.state_dict() for weights, other in networks.items()}
+            companions |= fitting(carried, self._network)
             if self._mask:
                 companions[COMPANION] = self._mask
             path = self._folder / MODEL_FILE
