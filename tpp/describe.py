@@ -177,6 +177,8 @@ def _facts(path: str, info: "CheckpointInfo", dense: "Counts", counts: "Counts")
         "MACs": f"{in_short(counts.macs)} of {in_short(dense.macs)} for {counts.of_image}",
         "speedup": f"{dense.macs / counts.macs:.4f}x",
     }
+    if "mask" in info.companions:
+        facts["masked"] = _masked(path, counts)
     if info.companions:
         facts["companions"] = ", ".join(info.companions)
     if info.preprocessing:
@@ -189,6 +191,19 @@ def _facts(path: str, info: "CheckpointInfo", dense: "Counts", counts: "Counts")
     for key, value in facts.items():
         table.add_row(escape(printable(key)), escape(printable(value)))
     return table
+
+
+def _masked(path: str, counts: "Counts") -> str:
+    """What a checkpoint's mask leaves."""
+    from tpp.checkpoints.model_file import read_checkpoint
+    from tpp.masks import COMPANION, sparsity_of
+
+    _, companions, _ = read_checkpoint(path)
+    left = sparsity_of(counts, companions[COMPANION])
+    return (
+        f"{left.sparsity:.2%} of the weights of masked layers; {left.parameters:,} parameters and "
+        f"{in_short(left.macs)} MACs are not"
+    )
 
 
 def _plain(value: Any, limit: int = 300) -> str:

@@ -260,20 +260,25 @@ class Sparsity:
     sparsity: float
 
 
+def share_masked(mask: Mapping[str, Tensor]) -> float:
+    """Of the weights of masked layers."""
+    total = sum(stays.numel() for stays in mask.values())
+    return sum(int((~stays.bool()).sum()) for stays in mask.values()) / max(total, 1)
+
+
 def sparsity_of(counts: Counts, mask: Mapping[str, Tensor]) -> Sparsity:
     """Count what a mask leaves of a network of these counts.
 
     Each weight of a layer takes part in as many multiply-accumulates as any other one.
     """
     masked = {key: int((~stays.bool()).sum()) for key, stays in mask.items()}
-    sizes = {key: stays.numel() for key, stays in mask.items()}
     saved = 0
     for layer in counts.layers:
         key = f"{layer.name}.weight"
         if key in masked:
-            saved += layer.macs * masked[key] // sizes[key]
+            saved += layer.macs * masked[key] // mask[key].numel()
     return Sparsity(
         parameters=counts.parameters - sum(masked.values()),
         macs=counts.macs - saved,
-        sparsity=sum(masked.values()) / max(sum(sizes.values()), 1),
+        sparsity=share_masked(mask),
     )

@@ -81,6 +81,8 @@ def _network_cells(row: SummaryRow, rows: Sequence[SummaryRow], task: type[Task]
     dense = rows[0].parameters if rows[0].network == "Dense" else None
     if dense and row.parameters is not None and row.parameters != dense:
         parameters += f" (-{100 * (1 - row.parameters / dense):.1f}%)"
+    if row.sparsity is not None:
+        parameters += f", {100 * row.sparsity:.1f}% masked"
     return [
         row.network,
         *(metric.number(row.scores.get(metric.name)) for metric in _judging(task)),

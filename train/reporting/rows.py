@@ -29,7 +29,8 @@ class SummaryRow:
         stage: the stage that the figures are from; None for the dense network.
         final: False for a network on its way, which no published figure compares with.
         scores: by the names of the task's metrics; None where nobody measured.
-        parameters, macs: counts; MACs are those of one image.
+        parameters, macs: counts; MACs are those of one image. Masked weights are counted in.
+        sparsity: share of the weights of masked layers that are masked; None for no mask.
         speedup: dense MACs over this network's.
         aside: whether it is of other weights, or other sizes of the images, of a network above;
             headlines leave it out.
@@ -43,6 +44,7 @@ class SummaryRow:
     macs: int | None
     speedup: float | None
     aside: bool = False
+    sparsity: float | None = None
 
     @property
     def score(self) -> float | None:
@@ -236,14 +238,19 @@ def _branch_ends(stages: Mapping[str, StageResult]) -> Iterator[tuple[str, str |
 
 
 def method_title(stages: Mapping[str, StageResult], name: str) -> str | None:
-    """Title of the method that pruned, or is about to prune, the network that a stage made."""
+    """Title of the method that pruned, or is about to prune, the network that a stage made.
+
+    Masks are named with it, or alone.
+    """
     chain = chain_of(stages, name)
+    masked = any(_kind_of(stages[ancestor]).masks for ancestor in chain)
     removed = [ancestor for ancestor in chain if _kind_of(stages[ancestor]).removes]
     regularized = [ancestor for ancestor in chain if _kind_of(stages[ancestor]).regularizes]
     if not (removed or regularized):
-        return None
+        return "Masked" if masked else None
     last = (removed or regularized)[-1]
-    return stages[last].title or stages[last].method or last
+    title = stages[last].title or stages[last].method or last
+    return f"{title}, masked" if masked else title
 
 
 def _dense_row(dense: NetworkResult) -> SummaryRow:
@@ -278,6 +285,7 @@ def _row(stages: Mapping[str, StageResult], name: str, made_by: str) -> SummaryR
         parameters=stage.parameters,
         macs=stage.macs,
         speedup=stage.speedup,
+        sparsity=stage.sparsity,
     )
 
 

@@ -20,7 +20,7 @@ from tpp.checkpoints.training_state import (
     state_folder,
 )
 from tpp.common.errors import UserError
-from tpp.masks import COMPANION
+from tpp.masks import COMPANION, share_masked
 from tpp.measure.counts import count
 from tpp.methods.base import Method, Settings, TrainingContext
 from tpp.models.architecture import Architecture, architecture_of, example_input_for
@@ -463,6 +463,7 @@ class TrainingStage:
             "data_wait": report.data_wait,
             # Seconds that the steps since the last report stood still for checkpoints.
             "checkpoint_stall": self._stalled,
+            **({"sparsity": share_masked(self._mask)} if self._mask else {}),
             **(self._throughput.figures(report.images_per_second) if self._run.is_main else {}),
         }
         self._stalled = 0.0
