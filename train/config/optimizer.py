@@ -77,7 +77,7 @@ class OptimizerSection(Section):
         head_lr_factor: what the learning rate of the classifier is multiplied with.
         schedule: ``constant``, ``step`` (times ``gamma`` at each milestone), ``cosine`` or
             ``linear`` (to ``min_lr``); or, of a network that lost weights, ``llr``, ``allr``,
-            ``slr``, ``clr``, ``lrw`` or ``ft`` (docs/retraining.md).
+            ``slr``, ``clr``, ``lrw`` or ``ft`` (docs/masks.md).
         reference: of these last ones, how the dense network was trained. A configuration may name
             its stage instead: ``like: dense``.
         milestones: in epochs.
