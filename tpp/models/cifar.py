@@ -1,10 +1,13 @@
-"""The networks of the CIFAR experiments: ResNet-6n+2 with option-A shortcuts, and VGG-19."""
+"""The networks of the CIFAR experiments: ResNet-6n+2 with option-A shortcuts, and VGG."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Widths of VGG-19's convolutions, one list per resolution; a 2x2 max-pool stands in between.
-_VGG19_STAGES = ([64] * 2, [128] * 2, [256] * 4, [512] * 4, [512] * 4)
+# Widths of VGG's convolutions, by depth, one list per resolution; a 2x2 max-pool stands in between.
+_VGG_STAGES = {
+    16: ([64] * 2, [128] * 2, [256] * 3, [512] * 3, [512] * 3),
+    19: ([64] * 2, [128] * 2, [256] * 4, [512] * 4, [512] * 4),
+}
 
 
 class CifarBlock(nn.Module):
@@ -57,14 +60,17 @@ class CifarResNet(nn.Module):
         return self.linear(x.mean((2, 3)))
 
 
-class CifarVGG19(nn.Module):
-    """VGG-19 with BatchNorm for 32x32 images: 16 convolutions and one linear classifier."""
+class CifarVGG(nn.Module):
+    """VGG with BatchNorm for 32x32 images: the convolutions of VGG-``depth``, and one classifier.
 
-    def __init__(self, num_classes: int) -> None:
+    VGG-16's 13 convolutions or VGG-19's 16; the three linear layers of the original are one.
+    """
+
+    def __init__(self, depth: int, num_classes: int) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         in_channels = 3
-        for stage, widths in enumerate(_VGG19_STAGES):
+        for stage, widths in enumerate(_VGG_STAGES[depth]):
             if stage:
                 layers.append(nn.MaxPool2d(2))
             for channels in widths:
