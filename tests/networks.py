@@ -31,6 +31,7 @@ NETWORKS: dict[str, tuple[int, int, dict[str, Any], tuple[int, int]]] = {
     "mnasnet0_5": (20, 52, {}, (64, 80)),
     "cifar_resnet20": (9, 9, {}, (16, 24)),
     "cifar_resnet56": (27, 27, {}, (16, 24)),
+    "cifar_vgg16_bn": (13, 13, {}, (32, 64)),
     "cifar_vgg19_bn": (16, 16, {}, (32, 64)),
     "mlp7_linear": (6, 6, {}, (28, 28)),
 }

@@ -37,7 +37,10 @@ RECIPES: dict[str, tuple[int, int | None, float | None, float | None]] = {
     "vit_small_tpp": (4_241_218_560, 2_846_874_624, None, None),
 }
 # Of the related systems: nothing published could be read that they are to come to.
-RELATED = ("resnet56_l1_llr_pr0.9", "resnet56_imp_allr", "resnet56_bimp", "resnet50_imp_allr")
+RELATED = (
+    *("resnet56_l1_llr_pr0.9", "resnet56_imp_allr", "resnet56_bimp", "resnet50_imp_allr"),
+    "resnet56_ffr_pr0.5",
+)
 ROWS = [
     path
     for path in COMPLETE
@@ -518,3 +521,17 @@ def test_cycles_come_to_the_sparsity(name):
     retrained = [stage for stage in stages.values() if stage.kind == "finetune"]
     assert len(retrained) == 3
     assert all(stage.optimizer.lr == stage.optimizer.reference.lr == 0.1 for stage in retrained)
+
+
+def test_ffr_trains_as_the_dense_network_and_finetunes_as_l1() -> None:
+    (path,) = [path for path in COMPLETE if path.stem == "resnet56_ffr_pr0.5"]
+    config, dense, l1 = load_config(path), load("resnet56_dense"), load("resnet56_l1_pr0.5")
+    assert config.published is None and "nothing published" in head(path)
+    assert list(config.stages) == ["regularize", "prune", "finetune", "evaluate"]
+    (stage, plain) = (config.stages["regularize"], dense.stages["dense"])
+    assert (stage.epochs, stage.optimizer) == (plain.epochs, plain.optimizer)
+    assert config.stages["finetune"] == l1.stages["finetune"]
+    assert (config.pruning, config.data, config.training) == (l1.pruning, l1.data, l1.training)
+    before, after = sizes(config, 10)
+    assert after is not None
+    assert round(before.macs / after.macs, 3) == PUBLISHED["resnet56_l1_pr0.5"][4]

@@ -23,13 +23,17 @@ from train.tasks import make_task
 ROOT = Path(__file__).resolve().parents[2]
 MAIN = Path(__file__).with_name("toy_main.py")
 ZERO1 = ROOT / "launch" / "deepspeed" / "zero1.json"
-METHODS = ("toy_gate", "toy_activity", "toy_mask", "toy_melting", "toy_distilled")
+METHODS = ("toy_gate", "toy_activity", "toy_mask", "toy_melting", "toy_distilled", "toy_flow")
+SETTINGS = {
+    # Four features of one shape in each block.
+    "toy_flow": {"length": 0.3, "curvature": 0.3, "features": ["*.conv?", "*.bn?"]},
+}
 
 
 def stages_of(name: str, grave: Path | None) -> dict[str, Any]:
     """The stages of one method; with a ``grave`` it is killed after three steps of one."""
     late = name in ("toy_mask", "toy_distilled")
-    method: dict[str, Any] = {"name": name}
+    method: dict[str, Any] = {"name": name, **SETTINGS.get(name, {})}
     if grave is not None:
         dies_in = "finetune" if late else "regularize"
         method |= {"dies_at": 5, "grave": str(grave / name), "dies_in": dies_in}
@@ -131,6 +135,9 @@ def check_what_they_made(run: Path) -> None:
     assert [e["step"] for e in log if e["event"] == "shrink"] == [2, 4]
 
     assert "loss/distillation" in terms["toy_distilled_finetune"]
+
+    assert {"loss/flow_length", "loss/flow_curvature"} <= terms["toy_flow_regularize"]
+    assert not any("flow" in term for term in terms["toy_flow_finetune"])
 
 
 class Smooth(Method):

@@ -30,6 +30,7 @@ REGULARIZED: dict[str, dict[str, Any]] = {  # settings for a dozen steps, and th
     },
     "kernorth+l1": {"epochs": 1},
     "orthconv+l1": {"epochs": 1},
+    "ffr": {"epochs": 1, "length": 0.3, "curvature": 0.3, "features": ["*.conv?", "*.bn?"]},
 }
 # Those whose outcome is written down below; a further one has a test of its own beside its file.
 METHODS = (
@@ -137,7 +138,10 @@ def test_every_method_here_from_the_dense_network_to_a_finetuned_smaller_one(
             torch.testing.assert_close(values, torch.ones_like(values), msg=key)
 
 
-TERMS = {"loss/gram", "loss/decay", "loss/kept_decay", "loss/orthogonality"}
+TERMS = {
+    *("loss/gram", "loss/decay", "loss/kept_decay", "loss/orthogonality"),
+    *("loss/flow_length", "loss/flow_curvature"),
+}
 EXPECTED = {
     "tpp": {"regularize": {"loss/gram", "loss/decay"}},
     "greg1": {"regularize": {"loss/decay"}},
@@ -182,8 +186,8 @@ def plan_in(checkpoint: Path) -> Any:
 
 
 def test_one_rank_and_two_ranks_give_the_same_trajectory(tiny_config, run_main):
-    """With BatchNorm over all ranks; terms are shared out, plans agreed on without a word."""
-    methods = ["kernorth+l1", "orthconv+l1", "greg2"]
+    """With BatchNorm over all ranks; terms are shared or means, plans agreed on without a word."""
+    methods = ["kernorth+l1", "orthconv+l1", "greg2", "ffr"]
     tiny_config["training"] |= {"sync_batchnorm": True}
     tiny_config["stages"] = {"dense": tiny_config["stages"]["dense"]}
     for name in methods:
