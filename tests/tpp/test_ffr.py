@@ -17,8 +17,10 @@ from tpp.common.errors import UserError
 from tpp.methods import base, method_class
 from tpp.methods.ffr import FFR, Settings, curvature, length, steps_of, trajectories
 from tpp.models.architecture import Architecture, build_model, build_on_meta, example_input_for
+from tpp.models.edsr import ResidualBlock
 from tpp.plan import PruningPlan
 from tpp.selection.selection import Selection
+from train.distributed.arithmetic import compile_network, is_compiled
 from train.distributed.engine import Engine
 from train.loop.meter import Meter
 from train.loop.step import gradients
@@ -438,3 +440,23 @@ def test_features_that_are_no_trajectory_are_one_line(network, given, message):
 def test_settings_out_of_bounds(given):
     with pytest.raises(ValueError):
         method_class("ffr").settings_type(**{"length": 1.0, "curvature": 1.0, **given})
+
+
+@pytest.mark.processes  # the compiler's
+def test_a_compiled_network_keeps_the_same_features():
+    """In float64, where rounding takes no step over a kink; hooks are part of the one graph."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(*(ResidualBlock(4) for _ in range(3))))
+    plain.double()
+    found = []
+    for model, mode in ((plain, "off"), (copy.deepcopy(plain), "default")):
+        method = prepared(model, length=0.3, curvature=0.7)
+        compile_network(model, mode)
+        for seed in (0, 1, 0):
+            asked_for = asked(model, method, draw(seed, 2, 3, 8, 8))
+        model.zero_grad()
+        sum(asked_for.values()).backward()
+        found.append([*asked_for.values(), *(p.grad for p in model.parameters())])
+    assert is_compiled(model) and not is_compiled(plain)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    torch.testing.assert_close(found[0], found[1], rtol=1e-10, atol=1e-13)

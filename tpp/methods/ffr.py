@@ -7,11 +7,13 @@ which drives filters to zero; these go afterwards. The earlier abstract names gr
 of the flow. All else is inferred:
 
 - Which features: outputs of residual blocks, and what goes into the first one; in a plain network
-  convolutions after their activation. A trajectory ends where the shape changes.
+  convolutions after their activation. A trajectory ends where the shape changes. In networks whose
+  blocks have parallel branches, such as GoogLeNet, only the user can say what follows on what.
 - Length: the sum of the norms of the steps from one feature to the next. Curvature: that of the
   norms of the differences of successive steps (``second_difference``), or of the angles between
   them (``angle``). Both are means over the images.
 - The norm, that the 1-norm is divided by the number of elements, and all values of the weights.
+  The gradient of an angle grows as the steps beside it shrink: the second difference's does not.
 - Filters are picked after it, as the configuration's ``pruning`` says, and not by a threshold.
 """
 
@@ -348,9 +350,10 @@ def _calls(model: nn.Module, names: Sequence[str]) -> list[_Call]:
         model.get_submodule(name).register_forward_hook(functools.partial(note, name))
         for name in names
     ]
+    images = example_input_for(model, "meta").to(next(model.parameters()).dtype)
     try:
         with torch.inference_mode(False), torch.no_grad(), ShapesOnly():
-            model(example_input_for(model, "meta"))
+            model(images)
     except (RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:
         raise UserError(f"{type(model).__name__} does not run: {reason_of(error)}") from None
     finally:
