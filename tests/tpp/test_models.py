@@ -64,11 +64,18 @@ def test_the_option_a_shortcut_subsamples_and_pads():
     torch.testing.assert_close(block(x), expected)
 
 
-def test_vgg19_is_16_convolutions_and_one_classifier():
-    model = build_model("cifar_vgg19_bn", 100)
+@pytest.mark.parametrize(("depth", "parameters"), [(16, 14_770_212), (19, 20_081_188)])
+def test_vgg_is_convolutions_and_one_classifier(depth, parameters):
+    """Parameters of 3x3 convolutions, BatchNorm's two per filter, and 513 per class, by hand."""
+    model = build_model(f"cifar_vgg{depth}_bn", 100)
     convs = [m for m in model.features if isinstance(m, nn.Conv2d)]
-    widths = [64] * 2 + [128] * 2 + [256] * 4 + [512] * 8
+    more = depth == 19
+    widths = [64] * 2 + [128] * 2 + [256] * (3 + more) + [512] * (6 + 2 * more)
     assert [conv.out_channels for conv in convs] == widths
+    by_hand = 513 * 100 + sum(
+        9 * before * after + 2 * after for before, after in zip([3, *widths], widths, strict=False)
+    )
+    assert sum(p.numel() for p in model.parameters()) == by_hand == parameters
     assert model.features[0] is convs[0]
     assert model.classifier.in_features == 512
 

@@ -37,7 +37,10 @@ RECIPES: dict[str, tuple[int, int | None, float | None, float | None]] = {
     "vit_small_tpp": (4_241_218_560, 2_846_874_624, None, None),
 }
 # Of the related systems: nothing published could be read that they are to come to.
-RELATED = ("resnet56_l1_llr_pr0.9", "resnet56_imp_allr", "resnet56_bimp", "resnet50_imp_allr")
+RELATED = (
+    *("resnet56_l1_llr_pr0.9", "resnet56_imp_allr", "resnet56_bimp", "resnet50_imp_allr"),
+    "resnet56_ffr_pr0.5",
+)
 ROWS = [
     path
     for path in COMPLETE

@@ -99,12 +99,15 @@ class Method:
             ``before`` it, by ``select``; ``during`` it, by the method itself, which then shows
             them as ``plan``; or ``after`` it, when the pruning stage calls ``select``. Without a
             regularised stage the pruning stage always calls ``select``.
+        faithful: whether it is as published; not so where only an abstract could be read, which
+            ``--dry-run`` and the report say.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     settings_type: ClassVar[type[Settings]] = Settings
     picks: ClassVar[Literal["before", "during", "after"]] = "before"
+    faithful: ClassVar[bool] = True
 
     def __init__(self, settings: Any) -> None:
         self.settings = settings

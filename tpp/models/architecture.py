@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from tpp.common.errors import UserError, reason_of
 from tpp.common.imports import quick_imports
 from tpp.models import edsr
-from tpp.models.cifar import CifarResNet, CifarVGG19
+from tpp.models.cifar import CifarResNet, CifarVGG
 from tpp.models.meta_runs import ShapesOnly
 from tpp.models.mlp import LinearMLP
 
@@ -30,7 +30,7 @@ _OWN_MODELS: dict[str, Callable[..., nn.Module]] = {
         f"cifar_resnet{depth}": functools.partial(CifarResNet, depth)
         for depth in (8, 14, 20, 32, 44, 56, 110)
     },
-    "cifar_vgg19_bn": CifarVGG19,
+    **{f"cifar_vgg{depth}_bn": functools.partial(CifarVGG, depth) for depth in (16, 19)},
     "mlp7_linear": LinearMLP,
 }
 
@@ -162,7 +162,7 @@ def build_model(name: str, num_classes: int | None, **args: Any) -> nn.Module:
     """Build a network with random weights.
 
     Args:
-        name: ``cifar_resnet{8,14,20,32,44,56,110}``, ``cifar_vgg19_bn``, ``mlp7_linear``, a
+        name: ``cifar_resnet{8,14,20,32,44,56,110}``, ``cifar_vgg{16,19}_bn``, ``mlp7_linear``, a
             classification network of torchvision by its plain name (``resnet50``), one of timm as
             ``timm:NAME``, or ``edsr``, whose output is an image.
         num_classes: number of outputs; None where the output is an image.

@@ -4,7 +4,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # Widths of VGG-19's convolutions, one list per resolution; a 2x2 max-pool stands in between.
-_VGG19_STAGES = ([64] * 2, [128] * 2, [256] * 4, [512] * 4, [512] * 4)
+_VGG_STAGES = {
+    16: ([64] * 2, [128] * 2, [256] * 3, [512] * 3, [512] * 3),
+    19: ([64] * 2, [128] * 2, [256] * 4, [512] * 4, [512] * 4),
+}
 
 
 class CifarBlock(nn.Module):
@@ -57,14 +60,19 @@ class CifarResNet(nn.Module):
         return self.linear(x.mean((2, 3)))
 
 
-class CifarVGG19(nn.Module):
-    """VGG-19 with BatchNorm for 32x32 images: 16 convolutions and one linear classifier."""
+class CifarVGG(nn.Module):
+    """VGG with BatchNorm for 32x32 images: 13 or 16 convolutions and one linear classifier.
 
-    def __init__(self, num_classes: int) -> None:
+    Args:
+        depth: 16 or 19, the layers of the networks for ImageNet that they come from.
+        num_classes: outputs.
+    """
+
+    def __init__(self, depth: int, num_classes: int) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         in_channels = 3
-        for stage, widths in enumerate(_VGG19_STAGES):
+        for stage, widths in enumerate(_VGG_STAGES[depth]):
             if stage:
                 layers.append(nn.MaxPool2d(2))
             for channels in widths:
