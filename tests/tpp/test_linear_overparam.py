@@ -327,9 +327,7 @@ def test_the_term_is_the_sum_over_the_layers_of_each_micro_batch(expand):
         seen: dict[str, list[torch.Tensor]] = {name: [] for name in names}
         plain = copy.deepcopy(model)
         for network, name in itertools.product((plain, its), names):
-            network.get_submodule(name).register_forward_hook(
-                lambda module, x, y, name=name: seen[name].append(y.detach())
-            )
+            network.get_submodule(name).register_forward_hook(_appending(seen[name]))
         plain(batch[0]), its(batch[0])
         for mine, dense in seen.values():
             truth += similarity_loss(similarities(mine), similarities(dense)).item()
@@ -340,6 +338,10 @@ def test_the_term_is_the_sum_over_the_layers_of_each_micro_batch(expand):
     assert not teacher.training
     assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
     assert all(t.equal(weights[name]) for name, t in teacher.state_dict().items())
+
+
+def _appending(outputs):
+    return lambda module, x, y: outputs.append(y.detach())
 
 
 def test_it_pulls_the_network_towards_its_teacher():
@@ -397,7 +399,7 @@ def test_outputs_changed_in_place_and_layers_of_no_single_image():
 def test_masked_weights_are_refused_where_they_would_not_stay_masked():
     mask = {"conv1.weight": torch.ones(1)}
     model, method = expanded(pruned_network())
-    with pytest.raises(UserError, match="masked weights.*use expand: false"):
+    with pytest.raises(UserError, match=r"masked weights.*use expand: false"):
         prepare(model, method, mask=mask)
     model, method = expanded(pruned_network(), expand=False)
     prepare(model, method, mask=mask)
