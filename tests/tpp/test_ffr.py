@@ -13,7 +13,6 @@ from tpp.common.errors import UserError
 from tpp.methods.base import TrainingContext
 from tpp.methods.ffr import FFR, Settings, curvature, followed, length
 from tpp.models.architecture import Architecture, build_model, build_on_meta
-from tpp.plan import PruningPlan
 from tpp.selection.selection import Selection
 
 FORMS = ("second_difference", "angle")
@@ -204,14 +203,17 @@ def test_without_weights_nothing_is_looked_at():
 
 @pytest.mark.parametrize(
     ("features", "message"),
-    [(["blocks.*"], "'blocks.*' matches no module"), (["layer1.0"], None), (["bn1"], "same shape")],
+    [
+        (["blocks.*"], "features: 'blocks.*' matches no module"),
+        (["layer1.0"], None),
+        (["bn1"], "same shape"),
+    ],
 )
 def test_what_is_to_be_followed_is_checked_beforehand(features, message):
     model = build_on_meta(Architecture("cifar_resnet8", 4, {}))
     method = FFR(Settings(features=features))
-    plan = PruningPlan({}, {})
     if message is None:  # from what goes into the block to what comes out
-        method.check(model, plan)
+        method.check_network(model, "regularize")
         return
     with pytest.raises(UserError, match=message.replace("*", r"\*")):
-        method.check(model, plan)
+        method.check_network(model, "regularize")

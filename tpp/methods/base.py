@@ -126,6 +126,14 @@ class Method:
     def check(self, model: nn.Module, plan: PruningPlan) -> None:
         """Raise UserError if the settings do not suit this model and plan (before training)."""
 
+    def check_network(self, model: nn.Module, stage: str) -> None:
+        """Raise UserError if the settings do not suit this network (before anything is trained).
+
+        Args:
+            model: the dense network, without its weights (on the meta device).
+            stage: kind of the training stage that asks.
+        """
+
     def steps(self) -> int | None:
         """Length of the regularised stage in steps, where it is known beforehand."""
         return None

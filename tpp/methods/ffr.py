@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from tpp.common.errors import UserError
 from tpp.methods import base
 from tpp.models.architecture import example_input_for, meta_copy
-from tpp.plan import PruningPlan
 
 
 class Settings(base.Settings):
@@ -58,15 +57,17 @@ class FFR(base.Method):
         super().__init__(settings)
         self._seen: list[_Seen] = []
 
-    def check(self, model: nn.Module, plan: PruningPlan) -> None:
+    def check_network(self, model: nn.Module, stage: str) -> None:
         """Raise UserError where no two successive features have one shape."""
+        if stage != "regularize":
+            return
         copy = meta_copy(model).eval()
         self._follow(copy)
         with torch.no_grad():
             copy(example_input_for(model, "meta").to(next(copy.parameters()).dtype))
         if not any(len(path) > 1 for path in _paths(self._take())):
             raise UserError(
-                "method.features: no two features one after the other are of the same shape, so "
+                "features: no two features one after the other are of the same shape, so "
                 "nothing flows; name modules whose outputs have one shape"
             )
 
@@ -132,7 +133,7 @@ def followed(model: nn.Module, patterns: Sequence[str] | None) -> list[str]:
     if patterns is not None:
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in modules if name):
-                raise UserError(f"method.features: {pattern!r} matches no module")
+                raise UserError(f"features: {pattern!r} matches no module")
         return [n for n in modules if n and any(fnmatchcase(n, pattern) for pattern in patterns)]
     in_sequence = {
         f"{name}.{child}" if name else child: module
@@ -148,7 +149,7 @@ def followed(model: nn.Module, patterns: Sequence[str] | None) -> list[str]:
     activations = [name for name, module in in_sequence.items() if isinstance(module, kinds)]
     if not activations:
         raise UserError(
-            f"method.features: {type(model).__name__} has neither blocks nor activations in "
+            f"features: {type(model).__name__} has neither blocks nor activations in "
             "sequences; name the modules whose outputs are to be followed"
         )
     return activations
