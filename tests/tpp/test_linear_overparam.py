@@ -270,7 +270,7 @@ def test_first_step_is_that_of_the_weight_and_two_terms_more(excess):
 
 
 def test_weight_decay_of_the_products_is_that_of_plain_finetuning():
-    """With the outer factors frozen; the ranks' shares are one whole, and the optimiser's is off."""
+    """With the outer factors frozen; the ranks' shares are one whole, the optimiser's is off."""
     pruned = pruned_network()
     model, method = expanded(pruned, expansion=2, weight_decay=5e-3)
     prepare(model, method)
@@ -333,6 +333,7 @@ def test_similarity_loss_against_the_formula_and_its_invariances():
     wider = torch.linalg.qr(torch.randn(9, 5).double()).Q  # orthonormal, into a wider layer
     mixed = 300 * torch.einsum("pc,ncxy->npxy", wider, features)
     assert loss(mixed, features) < 1e-30
+    assert loss(1e-9 * features, other) == pytest.approx(truth.item(), rel=1e-12)
     places = torch.randperm(6)
     assert loss(features[places], other[places]) == pytest.approx(truth.item(), rel=1e-12)
     # The features' size that is divided by has no part in the gradient.
@@ -355,6 +356,7 @@ def test_the_term_is_the_sum_over_the_layers_of_each_micro_batch(expand):
         model.eval()(images(5)[0])  # what an evaluation leaves behind is not looked at
         model.train()
         (term,) = method.batch_terms(batch, outputs).values()
+        assert not method._mine and not method._its, "a graph that nobody needs"
         truth, its = 0.0, copy.deepcopy(teacher)
         names = [n for n, _ in prunable_layers(copy.deepcopy(teacher)).items() if "layer" in n]
         seen: dict[str, list[torch.Tensor]] = {name: [] for name in names}

@@ -103,7 +103,7 @@ class LinearOverparam(base.Method):
         if self.settings.expand:
             for name in self._layers:
                 factors = Factors(self.settings.expansion, self.settings.excess)
-                layer = model.get_submodule(name)
+                layer: Any = model.get_submodule(name)
                 parametrize.register_parametrization(layer, "weight", factors)
                 for parameter in layer.parametrizations.parameters():
                     parameter.spared = self.settings.weight_decay is not None
@@ -289,7 +289,7 @@ def _has_factors(layer: nn.Module) -> bool:
     return isinstance(parametrizations["weight"][0], Factors)
 
 
-def _weight(layer: nn.Module) -> Tensor:
+def _weight(layer: Any) -> Tensor:
     weight: Tensor = layer.weight
     return weight
 
