@@ -23,6 +23,8 @@ from tpp.methods.linear_overparam import (
 from tpp.models.architecture import build_model, example_input_for
 from tpp.models.layers import prunable_layers
 from tpp.selection.selection import Selection, select_filters
+from train.config.optimizer import OptimizerSection
+from train.loop.optim import parameter_groups
 
 EXACT = {"rtol": 1e-12, "atol": 2e-14}
 
@@ -47,14 +49,14 @@ def expanded(model: nn.Module, **settings) -> tuple[nn.Module, LinearOverparam]:
     return model, method
 
 
-def prepare(model, method, *, dense=None, stage="finetune", mask=None):
+def prepare(model, method, *, dense=None, stage="finetune", mask=None, rank=0, ranks=1):
     dense = (dense or dense_network()).eval().requires_grad_(False)
     context = base.TrainingContext(
         stage=stage,
         plan=None,
         selection=Selection({}),
-        rank=0,
-        world_size=1,
+        rank=rank,
+        world_size=ranks,
         example_input=example_input_for(model).double(),
         dense=lambda: dense,
         companion=lambda name: mask or {},
@@ -72,8 +74,10 @@ def images(seed: int, n: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def train(model, steps, *, lr=0.02, method=None, weight_decay=5e-3) -> None:
+    """SGD with the groups that a stage makes, and Nesterov's momentum."""
+    settings = OptimizerSection(lr=lr, weight_decay=weight_decay)
     optimizer = torch.optim.SGD(
-        [p for p in model.parameters() if p.requires_grad],
+        parameter_groups(model, settings),
         lr=lr,
         momentum=0.9,
         nesterov=True,
@@ -85,7 +89,8 @@ def train(model, steps, *, lr=0.02, method=None, weight_decay=5e-3) -> None:
         outputs = model.train()(batch[0])
         loss = F.cross_entropy(outputs, batch[1])
         if method is not None:
-            loss = loss + sum(method.batch_terms(batch, outputs).values())
+            terms = method.batch_terms(batch, outputs) | method.loss_terms()
+            loss = loss + sum(terms.values())
         loss.backward()
         optimizer.step()
 
@@ -264,6 +269,34 @@ def test_first_step_is_that_of_the_weight_and_two_terms_more(excess):
     )
 
 
+def test_weight_decay_of_the_products_is_that_of_plain_finetuning():
+    """With the outer factors frozen; the ranks' shares are one whole, the optimiser's is off."""
+    pruned = pruned_network()
+    model, method = expanded(pruned, expansion=2, weight_decay=5e-3)
+    prepare(model, method)
+    groups = parameter_groups(model, OptimizerSection(lr=0.1, weight_decay=5e-3))
+    decays = {name: g["weight_decay"] for g in groups for name in g["param_names"]}
+    assert {decays[name] for name in decays if "original" in name} == {0.0}
+    assert decays["bn1.weight"] == decays["linear.bias"] == 5e-3
+    (whole,) = method.loss_terms().values()
+    weights = [layer.weight for layer in prunable_layers(pruned).values()]
+    assert whole.item() == pytest.approx(2.5e-3 * sum(w.square().sum().item() for w in weights))
+    shares = []
+    for rank in range(12):  # more than there are layers
+        other = method_of(weight_decay=5e-3)
+        other._layers = method._layers
+        prepare(model, other, rank=rank, ranks=12)
+        shares.append(other.loss_terms()["decay"].item() / 12)
+    assert sum(shares) == pytest.approx(whole.item(), rel=1e-12) and shares.count(0.0) > 0
+    for name, parameter in model.named_parameters():
+        if name.endswith(("original0", "original2")):
+            parameter.requires_grad_(False)
+    train(model, 8, method=method)
+    train(pruned, 8)
+    method.restore(model)
+    assert distance(model, pruned) < 1e-12
+
+
 def trained(excess: float, expansion: int) -> nn.Module:
     model, method = expanded(pruned_network(), expansion=expansion, excess=excess)
     train(model, 8)
@@ -300,6 +333,7 @@ def test_similarity_loss_against_the_formula_and_its_invariances():
     wider = torch.linalg.qr(torch.randn(9, 5).double()).Q  # orthonormal, into a wider layer
     mixed = 300 * torch.einsum("pc,ncxy->npxy", wider, features)
     assert loss(mixed, features) < 1e-30
+    assert loss(1e-9 * features, other) == pytest.approx(truth.item(), rel=1e-12)
     places = torch.randperm(6)
     assert loss(features[places], other[places]) == pytest.approx(truth.item(), rel=1e-12)
     # The features' size that is divided by has no part in the gradient.
@@ -322,6 +356,7 @@ def test_the_term_is_the_sum_over_the_layers_of_each_micro_batch(expand):
         model.eval()(images(5)[0])  # what an evaluation leaves behind is not looked at
         model.train()
         (term,) = method.batch_terms(batch, outputs).values()
+        assert not method._mine and not method._its, "a graph that nobody needs"
         truth, its = 0.0, copy.deepcopy(teacher)
         names = [n for n, _ in prunable_layers(copy.deepcopy(teacher)).items() if "layer" in n]
         seen: dict[str, list[torch.Tensor]] = {name: [] for name in names}

@@ -27,7 +27,7 @@ ZERO1 = ROOT / "launch" / "deepspeed" / "zero1.json"
 METHODS = ("toy_gate", "toy_activity", "toy_mask", "toy_melting", "toy_distilled", "toy_overparam")
 # Those that act while the pruned network is finetuned.
 LATE = ("toy_mask", "toy_distilled", "toy_overparam")
-SETTINGS = {"toy_overparam": {"expansion": 2, "similarity": 10.0}}
+SETTINGS = {"toy_overparam": {"expansion": 2, "similarity": 10.0, "weight_decay": 1e-3}}
 
 
 def stages_of(name: str, grave: Path | None) -> dict[str, Any]:
@@ -137,7 +137,7 @@ def check_what_they_made(run: Path) -> None:
     assert "loss/distillation" in terms["toy_distilled_finetune"]
 
     # Factors were trained, and the file holds a pruned network.
-    assert "loss/similarity" in terms["toy_overparam_finetune"]
+    assert {"loss/similarity", "loss/decay"} <= terms["toy_overparam_finetune"]
     shapes = [
         {key: tensor.shape for key, tensor in load_file(run / f"toy_{kind}" / name).items()}
         for kind, name in (("overparam_prune", MODEL), ("overparam_finetune", MODEL))

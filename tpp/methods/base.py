@@ -171,7 +171,8 @@ class Method:
 
         Gates, factors, a basis: parameters, buffers, parametrisations, forward hooks. Their values
         are those of a stage that begins; of one that goes on they are loaded afterwards. The
-        training state keeps them, the stage's model file does not, see :meth:`restore`.
+        training state keeps them, the stage's model file does not, see :meth:`restore`. Where a
+        parameter's attribute ``spared`` is True, its weight decay is left to the method.
 
         Args:
             model: an ordinary network of its architecture, on the CPU, changed in place.

@@ -15,7 +15,11 @@ grouped ones) and carry the loss (those that are expanded), and its weight.
 
 The factors are not layers of their own: the kernel is multiplied out in every forward pass, in
 float32, and one convolution made with it. Outputs and gradients are those of three convolutions
-whose middle one has stride and padding. Weight decay acts on the factors.
+whose middle one has stride and padding.
+
+Similarities are those among the images of a micro-batch on one rank: more ranks or accumulation at
+the same global batch are another loss. Over the 56 layers of ResNet-56 a weight of 50 is as much as
+the task's loss at the beginning; 1000 trained worse than none in 60 steps.
 """
 
 from collections.abc import Callable
@@ -45,6 +49,9 @@ class Settings(base.Settings):
             :class:`Factors`.
         similarity: weight of the similarity-preserving loss; 0 for none, and for no teacher.
         layers: patterns of the layers' names, of both.
+        weight_decay: of the weights that the factors make, in place of the optimiser's of the
+            factors themselves, which is another regulariser; null for the optimiser's. Nothing
+            without ``expand``.
     """
 
     expand: bool = True
@@ -52,6 +59,7 @@ class Settings(base.Settings):
     excess: Annotated[float, Field(ge=0)] = 1.0
     similarity: Annotated[float, Field(ge=0)] = 0.0
     layers: Annotated[list[str], Field(min_length=1)] = ["*"]
+    weight_decay: Annotated[float, Field(ge=0)] | None = None
 
 
 class LinearOverparam(base.Method):
@@ -66,6 +74,8 @@ class LinearOverparam(base.Method):
         super().__init__(settings)
         self._layers: list[str] = []
         self._hooks: list[Any] = []
+        self._ranks = 1
+        self._decayed: list[nn.Module] | None = None
         self._teacher: nn.Module | None = None
         self._mine: dict[str, Tensor] = {}
         self._its: dict[str, Tensor] = {}
@@ -93,8 +103,10 @@ class LinearOverparam(base.Method):
         if self.settings.expand:
             for name in self._layers:
                 factors = Factors(self.settings.expansion, self.settings.excess)
-                layer = model.get_submodule(name)
+                layer: Any = model.get_submodule(name)
                 parametrize.register_parametrization(layer, "weight", factors)
+                for parameter in layer.parametrizations.parameters():
+                    parameter.spared = self.settings.weight_decay is not None
 
     def restore(self, model: nn.Module) -> None:
         """Multiply the factors out: bit for bit the weights that the last forward pass had."""
@@ -104,7 +116,7 @@ class LinearOverparam(base.Method):
             if not _has_factors(layer):
                 continue
             with torch.no_grad():
-                weight = nn.Parameter(layer.weight.clone())
+                weight = nn.Parameter(_weight(layer).clone())
             parametrize.remove_parametrizations(layer, "weight")
             layer.weight = weight
             # The weight comes first, as the layer's class has it.
@@ -125,6 +137,11 @@ class LinearOverparam(base.Method):
                 f"method {self.name}: the stage's input has masked weights, which are not held at "
                 "zero in a product of factors; use expand: false"
             )
+        self._ranks = context.world_size
+        if self.settings.expand and self.settings.weight_decay:
+            names = self._layers[context.rank :: self._ranks]
+            self._decayed = [model.get_submodule(name) for name in names]
+            self._zero = torch.zeros((), device=next(model.parameters()).device)
         if not self.settings.similarity:
             return
         teacher = self._teacher = context.dense()
@@ -138,6 +155,16 @@ class LinearOverparam(base.Method):
             for network, kept in ((model, self._mine), (teacher, self._its)):
                 hook = _keep(kept, name, training=network is model)
                 self._hooks.append(network.get_submodule(name).register_forward_hook(hook))
+
+    def loss_terms(self) -> dict[str, Tensor]:
+        """Weight decay of the products, this rank's share of the layers."""
+        if self._decayed is None:
+            return {}
+        # Of every rank: there may be more of them than layers, and all log the same names.
+        squares = self._zero
+        for layer in self._decayed:
+            squares = squares + _weight(layer).square().sum()
+        return {"decay": 0.5 * self.settings.weight_decay * self._ranks * squares}
 
     def batch_terms(self, batch: tuple[Tensor, Tensor], outputs: Tensor) -> dict[str, Tensor]:
         """The similarity-preserving loss of the micro-batch, summed over the layers.
@@ -260,6 +287,11 @@ def _has_factors(layer: nn.Module) -> bool:
         return False
     parametrizations: Any = layer.parametrizations
     return isinstance(parametrizations["weight"][0], Factors)
+
+
+def _weight(layer: Any) -> Tensor:
+    weight: Tensor = layer.weight
+    return weight
 
 
 def _keep(kept: dict[str, Tensor], name: str, *, training: bool) -> Callable[..., None]:
