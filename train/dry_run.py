@@ -103,6 +103,13 @@ def _say_plan(
             )
         if stage.does.regularizes:
             _say_removal(config, name, dense, plan, console)
+            cost = method.training_cost(dense, plan)
+            if cost is not None:
+                console.print(
+                    f"{name}: filters go while it trains: {100 * cost:.1f}% of the multiply-adds "
+                    "of a stage that keeps them all",
+                    soft_wrap=True,
+                )
 
 
 def _say_removal(

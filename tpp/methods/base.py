@@ -166,6 +166,14 @@ class Method:
         """Multiply-adds per step of each rank's share of the penalty; None if not known."""
         return None
 
+    def training_cost(self, model: nn.Module, plan: PruningPlan) -> float | None:
+        """Multiply-adds of a stage that removes filters, over those of one that keeps them all.
+
+        By the widths of ``plan`` alone; None for a stage that keeps them, or whose cost is told
+        otherwise (:meth:`removes_after`).
+        """
+        return None
+
     def modify(self, model: nn.Module, stage: str) -> None:
         """Register what a stage trains besides the network's own weights, or in their place.
 
