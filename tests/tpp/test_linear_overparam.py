@@ -213,6 +213,10 @@ def test_grouped_layers_and_those_not_named_stay():
     some = method_of(layers=["2"])
     some.modify(model, "finetune")
     assert [parametrize.is_parametrized(layer) for layer in model] == [False, False, True]
+    tied = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3))
+    tied[2].weight = tied[0].weight
+    method_of().modify(tied, "finetune")
+    assert [parametrize.is_parametrized(layer) for layer in tied] == [False, True, False]
     with pytest.raises(UserError, match=r"layers: '1' is of no convolution without groups"):
         method_of(layers=["*", "1"]).check_network(copy.deepcopy(model), "finetune")
 

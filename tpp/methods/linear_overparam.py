@@ -22,6 +22,7 @@ the same global batch are another loss. Over the 56 layers of ResNet-56 a weight
 the task's loss at the beginning; 1000 trained worse than none in 60 steps.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, ClassVar
@@ -94,10 +95,12 @@ class LinearOverparam(base.Method):
         """Put factors in the place of the weights, if the stage finetunes."""
         if stage != "finetune":
             return
+        users = Counter(id(p) for module in model.modules() for p in module._parameters.values())
         self._layers = [
             name
             for name, layer in prunable_layers(model).items()
             if _is_dense(layer)
+            and users[id(layer.weight)] == 1  # factors of tied weights would part them
             and any(fnmatchcase(name, pattern) for pattern in self.settings.layers)
         ]
         if self.settings.expand:
