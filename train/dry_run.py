@@ -55,6 +55,7 @@ def dry_run(config: Config, *, ranks: int | None = None) -> None:
     for note in notes_on_images(config.model, config.data):
         console.print(note, markup=False)
     console.print(yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True))
+    _say_reconstructions(config, console)
     _say_batch_rule(config, console)
     dense = build_on_meta(architecture)
     set_preprocessing(dense, config.data.preprocessing())
@@ -102,6 +103,13 @@ def _say_plan(
             )
         if stage.does.regularizes:
             _say_removal(config, name, dense, plan, console)
+            cost = method.training_cost(dense, plan)
+            if cost is not None:
+                console.print(
+                    f"{name}: filters go while it trains: {100 * cost:.1f}% of the multiply-adds "
+                    "of a stage that keeps them all",
+                    soft_wrap=True,
+                )
 
 
 def _say_removal(
@@ -162,6 +170,15 @@ def _check_output(folder: Path) -> None:
         raise UserError(
             f"output: {there} cannot be written to; choose another folder with output=..."
         )
+
+
+def _say_reconstructions(config: Config, console: Console) -> None:
+    """One line for each method of which not all is known that was published."""
+    having = [name for name, stage in config.stages.items() if stage.does.has_method]
+    for title in dict.fromkeys(
+        method.title for method in map(config.stage_method, having) if not method.faithful
+    ):
+        console.print(f"{title}: a reconstruction: the published settings are not known")
 
 
 def _say_batch_rule(config: Config, console: Console) -> None:

@@ -108,6 +108,7 @@ def check_network(
     """
     plan = check_plans(config, architecture)
     check_masks(config, architecture)
+    check_methods(config, architecture)
     check_optimizers(config, architecture, splits=splits)
     check_training_size(config, architecture)
     check_image_sizes(config, architecture)
@@ -153,6 +154,22 @@ def check_masks(config: Config, architecture: Architecture) -> None:
                 chosen_layers(layers, stage.sparsify)
             except UserError as error:
                 raise UserError(f"stages.{name}.sparsify: {error}") from None
+
+
+def check_methods(config: Config, architecture: Architecture) -> None:
+    """Check that the methods of the training stages suit the network.
+
+    Raises:
+        UserError: one does not; names the key.
+    """
+    model = build_on_meta(architecture)
+    for name, stage in config.stages.items():
+        if stage.does.trains and stage.does.has_method:
+            key = "method" if stage.method is None else f"stages.{name}.method"
+            try:
+                config.stage_method(name).check_network(model, stage.kind)
+            except UserError as error:
+                raise UserError(f"{key}.{error}") from None
 
 
 def check_training_size(config: Config, architecture: Architecture) -> None:

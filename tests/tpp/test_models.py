@@ -21,7 +21,6 @@ from tpp.models.architecture import (
     ("name", "classes", "args", "shape"),
     [
         ("cifar_resnet20", 10, {}, (3, 32, 32)),
-        ("cifar_vgg16_bn", 10, {}, (3, 32, 32)),
         ("cifar_vgg19_bn", 100, {}, (3, 32, 32)),
         ("mlp7_linear", 10, {}, (1, 28, 28)),
         ("mlp7_linear", 10, {"width": 20, "image_size": 32}, (1, 32, 32)),
@@ -65,22 +64,20 @@ def test_the_option_a_shortcut_subsamples_and_pads():
     torch.testing.assert_close(block(x), expected)
 
 
-@pytest.mark.parametrize(
-    ("depth", "widths", "parameters"),
-    [
-        # 9 * in * out of each convolution, two of each BatchNorm's channels, 513 of each class.
-        (16, [64] * 2 + [128] * 2 + [256] * 3 + [512] * 6, 14_724_042),
-        (19, [64] * 2 + [128] * 2 + [256] * 4 + [512] * 8, 20_035_018),
-    ],
-)
-def test_vgg_is_convolutions_and_one_classifier(depth, widths, parameters):
-    model = build_on_meta(Architecture(f"cifar_vgg{depth}_bn", 10, {}))
+@pytest.mark.parametrize(("depth", "parameters"), [(16, 14_770_212), (19, 20_081_188)])
+def test_vgg_is_convolutions_and_one_classifier(depth, parameters):
+    """Parameters of 3x3 convolutions, BatchNorm's two per filter, and 513 per class, by hand."""
+    model = build_model(f"cifar_vgg{depth}_bn", 100)
     convs = [m for m in model.features if isinstance(m, nn.Conv2d)]
+    more = depth == 19
+    widths = [64] * 2 + [128] * 2 + [256] * (3 + more) + [512] * (6 + 2 * more)
     assert [conv.out_channels for conv in convs] == widths
+    by_hand = 513 * 100 + sum(
+        9 * before * after + 2 * after for before, after in zip([3, *widths], widths, strict=False)
+    )
+    assert sum(p.numel() for p in model.parameters()) == by_hand == parameters
     assert model.features[0] is convs[0]
     assert model.classifier.in_features == 512
-    counted = sum(9 * i * o + 2 * o for i, o in zip([3, *widths], widths, strict=False)) + 513 * 10
-    assert sum(p.numel() for p in model.parameters()) == counted == parameters
 
 
 def test_the_linear_network_is_affine():

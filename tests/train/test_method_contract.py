@@ -22,9 +22,16 @@ from train.tasks import make_task
 
 ROOT = Path(__file__).resolve().parents[2]
 MAIN = Path(__file__).with_name("toy_main.py")
+MODEL = "model.safetensors"
 ZERO1 = ROOT / "launch" / "deepspeed" / "zero1.json"
-METHODS = ("toy_gate", "toy_activity", "toy_mask", "toy_melting", "toy_distilled", "toy_flow")
-SETTINGS = {
+METHODS = (
+    *("toy_gate", "toy_activity", "toy_mask", "toy_melting", "toy_distilled", "toy_overparam"),
+    "toy_flow",
+)
+# Those that act while the pruned network is finetuned.
+LATE = ("toy_mask", "toy_distilled", "toy_overparam")
+SETTINGS: dict[str, dict[str, Any]] = {
+    "toy_overparam": {"expansion": 2, "similarity": 10.0, "weight_decay": 1e-3},
     # Four features of one shape in each block.
     "toy_flow": {"length": 0.3, "curvature": 0.3, "features": ["*.conv?", "*.bn?"]},
 }
@@ -32,7 +39,7 @@ SETTINGS = {
 
 def stages_of(name: str, grave: Path | None) -> dict[str, Any]:
     """The stages of one method; with a ``grave`` it is killed after three steps of one."""
-    late = name in ("toy_mask", "toy_distilled")
+    late = name in LATE
     method: dict[str, Any] = {"name": name, **SETTINGS.get(name, {})}
     if grave is not None:
         dies_in = "finetune" if late else "regularize"
@@ -138,6 +145,15 @@ def check_what_they_made(run: Path) -> None:
 
     assert {"loss/flow_length", "loss/flow_curvature"} <= terms["toy_flow_regularize"]
     assert not any("flow" in term for term in terms["toy_flow_finetune"])
+
+    # Factors were trained, and the file holds a pruned network.
+    assert {"loss/similarity", "loss/decay"} <= terms["toy_overparam_finetune"]
+    shapes = [
+        {key: tensor.shape for key, tensor in load_file(run / f"toy_{kind}" / name).items()}
+        for kind, name in (("overparam_prune", MODEL), ("overparam_finetune", MODEL))
+    ]
+    assert shapes[0].items() <= shapes[1].items()
+    assert not any("original" in key for key in shapes[1] if not key.startswith(("ema:", "raw:")))
 
 
 class Smooth(Method):

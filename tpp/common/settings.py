@@ -104,7 +104,11 @@ def mistakes(error: ValidationError, model: type[BaseModel], prefix: str = "") -
         elif problem["type"] != "value_error":
             message = f"{message[0].lower()}{message[1:]}, not {problem['input']!r}"
         key = printable(key, 200)
-        lines += [f"{key}: {part}" if key else part for part in message.splitlines()]
+        # What names a key inside of this one says where that is itself.
+        lines += [
+            f"{key}: {part}" if key and not part.startswith(f"{key}.") else part
+            for part in message.splitlines()
+        ]
     return lines
 
 

@@ -99,12 +99,15 @@ class Method:
             ``before`` it, by ``select``; ``during`` it, by the method itself, which then shows
             them as ``plan``; or ``after`` it, when the pruning stage calls ``select``. Without a
             regularised stage the pruning stage always calls ``select``.
+        faithful: whether it is as published; not so where only an abstract could be read, which
+            ``--dry-run`` and the report say.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     settings_type: ClassVar[type[Settings]] = Settings
     picks: ClassVar[Literal["before", "during", "after"]] = "before"
+    faithful: ClassVar[bool] = True
 
     def __init__(self, settings: Any) -> None:
         self.settings = settings
@@ -122,6 +125,14 @@ class Method:
 
     def check(self, model: nn.Module, plan: PruningPlan) -> None:
         """Raise UserError if the settings do not suit this model and plan (before training)."""
+
+    def check_network(self, model: nn.Module, stage: str) -> None:
+        """Raise UserError if the settings do not suit this network (before anything is trained).
+
+        Args:
+            model: the dense network, without its weights (on the meta device).
+            stage: kind of the training stage that asks.
+        """
 
     def steps(self) -> int | None:
         """Length of the regularised stage in steps, where it is known beforehand."""
@@ -155,12 +166,21 @@ class Method:
         """Multiply-adds per step of each rank's share of the penalty; None if not known."""
         return None
 
+    def training_cost(self, model: nn.Module, plan: PruningPlan) -> float | None:
+        """Multiply-adds of a stage that removes filters, over those of one that keeps them all.
+
+        By the widths of ``plan`` alone; None for a stage that keeps them, or whose cost is told
+        otherwise (:meth:`removes_after`).
+        """
+        return None
+
     def modify(self, model: nn.Module, stage: str) -> None:
         """Register what a stage trains besides the network's own weights, or in their place.
 
         Gates, factors, a basis: parameters, buffers, parametrisations, forward hooks. Their values
         are those of a stage that begins; of one that goes on they are loaded afterwards. The
-        training state keeps them, the stage's model file does not, see :meth:`restore`.
+        training state keeps them, the stage's model file does not, see :meth:`restore`. Where a
+        parameter's attribute ``spared`` is True, its weight decay is left to the method.
 
         Args:
             model: an ordinary network of its architecture, on the CPU, changed in place.

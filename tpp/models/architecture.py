@@ -162,8 +162,8 @@ def build_model(name: str, num_classes: int | None, **args: Any) -> nn.Module:
     """Build a network with random weights.
 
     Args:
-        name: ``cifar_resnet{8,14,20,32,44,56,110}``, ``cifar_vgg{16,19}_bn``, ``mlp7_linear``,
-            a classification network of torchvision by its plain name (``resnet50``), one of timm as
+        name: ``cifar_resnet{8,14,20,32,44,56,110}``, ``cifar_vgg{16,19}_bn``, ``mlp7_linear``, a
+            classification network of torchvision by its plain name (``resnet50``), one of timm as
             ``timm:NAME``, or ``edsr``, whose output is an image.
         num_classes: number of outputs; None where the output is an image.
         args: further arguments of the network's constructor.

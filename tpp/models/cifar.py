@@ -1,9 +1,9 @@
-"""The networks of the CIFAR experiments: ResNet-6n+2 with option-A shortcuts, and VGG."""
+"""The networks of the CIFAR experiments: ResNet-6n+2 with option-A shortcuts, and VGG-19."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Widths of VGG's convolutions, by depth, one list per resolution; a 2x2 max-pool stands in between.
+# Widths of VGG-19's convolutions, one list per resolution; a 2x2 max-pool stands in between.
 _VGG_STAGES = {
     16: ([64] * 2, [128] * 2, [256] * 3, [512] * 3, [512] * 3),
     19: ([64] * 2, [128] * 2, [256] * 4, [512] * 4, [512] * 4),
@@ -61,9 +61,11 @@ class CifarResNet(nn.Module):
 
 
 class CifarVGG(nn.Module):
-    """VGG with BatchNorm for 32x32 images: the convolutions of VGG-``depth``, and one classifier.
+    """VGG with BatchNorm for 32x32 images: 13 or 16 convolutions and one linear classifier.
 
-    VGG-16's 13 convolutions or VGG-19's 16; the three linear layers of the original are one.
+    Args:
+        depth: 16 or 19, the layers of the networks for ImageNet that they come from.
+        num_classes: outputs.
     """
 
     def __init__(self, depth: int, num_classes: int) -> None:

@@ -53,6 +53,8 @@ def parameter_groups(model: nn.Module, settings: OptimizerSection) -> list[dict[
         for name in _classifier(model):
             scales[name] *= settings.head_lr_factor
     spared = set() if settings.decay_norms_and_biases else _spared(model, named)
+    # What a method has put on the network and regularises itself.
+    spared |= {name for name, parameter in named.items() if getattr(parameter, "spared", False)}
     groups: dict[tuple[bool, float], list[str]] = {}
     for name in named:
         groups.setdefault((name in spared, scales[name]), []).append(name)

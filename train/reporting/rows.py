@@ -9,6 +9,7 @@ from typing import Any
 from tpp.common.errors import UserError
 from tpp.common.reading import read_text
 from tpp.common.yaml_files import LARGEST_YAML, parse_yaml
+from tpp.methods import available_methods
 from train.config.stage_kinds import StageKind, stage_kind
 from train.run_folder.log import LogEntry, read_log
 from train.run_folder.results import NetworkResult, Results, StageResult, read_results
@@ -250,6 +251,9 @@ def method_title(stages: Mapping[str, StageResult], name: str) -> str | None:
         return "Masked" if masked else None
     last = (removed or regularized)[-1]
     title = stages[last].title or stages[last].method or last
+    method = available_methods().get(stages[last].method or "")
+    if method is not None and not method.faithful:
+        title += " (a reconstruction)"
     return f"{title}, masked" if masked else title
 
 

@@ -214,13 +214,13 @@ class TrainingStage:
         if state is not None:
             self._load(network, state)
         place(run, network)
-        self._mask = hold_mask_of_input(run, name, network)
         if self._training.sync_batchnorm:
             network = convert_sync_batchnorm(network)
         self._network = network
         self._start = progress.start if state else self._measure_start()
         self._distillation = self._teaching.beside(network, progress.teacher)
         method.prepare(network, self._context(plan))
+        self._mask = hold_mask_of_input(run, name, network)
         compile_network(network, self._training.compile)
         self._engine: Engine = make_engine(
             run.accelerator,

@@ -1,0 +1,189 @@
+"""Filters removed in the one training run, a few at a time, and no retraining.
+
+Roy, Panda, Srinivasan, Raghunathan, "Pruning Filters while Training for Efficiently Optimizing Deep
+Learning Networks" (IJCNN 2020, arXiv:2003.02800). Only abstract and opening could be read: filters
+of convolutions go while the network trains, by L1 norm (best), mean activation or at random; there
+is no retraining, and the epochs that are left run on an ever smaller network. When, how many at a
+time and from which layers are inferred here, and are settings: a reconstruction. Scores are those
+of ``pruning.criterion``; mean activation is not among them.
+
+Filters are removed at once, with their momentum: that is the same training as one that masks them
+to its end (the weights are equal to rounding), in less time.
+"""
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Annotated, Any, ClassVar
+
+from pydantic import Field, model_validator
+from torch import nn
+
+from tpp.channels.removal import pruned_on_meta
+from tpp.common.errors import UserError
+from tpp.measure.counts import count
+from tpp.methods import base
+from tpp.models.architecture import meta_copy
+from tpp.models.layers import prunable_layers
+from tpp.plan import PruningPlan
+from tpp.selection.selection import same_on_all_ranks
+
+
+class Settings(base.Settings):
+    """When filters go; the values are ours.
+
+    Attributes:
+        events: how often. After event t of T, floor(n t / T) have gone of the n filters of a layer
+            that are to go in the end.
+        start: share of the stage after which the first interval begins; an event is at the end of
+            each.
+        end: share of the stage by which the last event has been.
+    """
+
+    events: Annotated[int, Field(ge=1)] = 10
+    start: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    end: Annotated[float, Field(gt=0, le=1)] = 0.5
+
+    @model_validator(mode="after")
+    def _ends_behind_its_start(self) -> "Settings":
+        if self.end <= self.start:
+            raise ValueError(f"end ({self.end:g}) must be above start ({self.start:g})")
+        return self
+
+    def due(self, step: int, total: int) -> int:
+        """How many events there have been after ``step`` of ``total`` steps."""
+        return sum(self.at(event, total) <= step for event in range(1, self.events + 1))
+
+    def at(self, event: int, total: int) -> int:
+        """The number of steps after which event 1, 2, ... is."""
+        return max(1, round(total * self.share(event)))
+
+    def share(self, event: int) -> float:
+        """The same as a share of the stage."""
+        return self.start + (self.end - self.start) * event / self.events
+
+
+class WhileTraining(base.Method):
+    """Remove filters in the middle of the stage, in the end as many as the selection asks for."""
+
+    name = "while_training"
+    title = "Pruned while training"
+    settings_type: ClassVar[type[base.Settings]] = Settings
+    picks = "during"
+    faithful = False
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        self._model: nn.Module | None = None
+        # By layer: how many filters go in the end, how many there were, which of them are left.
+        self._going: dict[str, int] = {}
+        self._filters: dict[str, int] = {}
+        self._left: dict[str, list[int]] = {}
+
+    @property
+    def plan(self) -> PruningPlan | None:
+        """What has gone of the dense network; None before the first event."""
+        if not any(len(left) < self._filters[layer] for layer, left in self._left.items()):
+            return None
+        gone = {
+            layer: [n for n in range(self._filters[layer]) if n not in {*left}]
+            for layer, left in self._left.items()
+        }
+        return PruningPlan(dict(self._filters), gone)
+
+    def prepare(self, model: nn.Module, context: base.TrainingContext) -> None:
+        """Find out how many filters go of each layer, unless a state says it.
+
+        Raises:
+            UserError: the stage's input has masked weights.
+        """
+        if context.stage != "regularize":
+            return
+        if context.companion("mask"):
+            raise UserError(
+                f"method {self.name}: the stage's input has masked weights, of filters that will "
+                "go in the middle of it"
+            )
+        self._model, self._context = model, context
+
+    def shrink(self, step: int) -> PruningPlan | None:
+        """The filters of the smallest scores, if an event is due; all ranks find the same."""
+        if self._model is None:
+            return None
+        model, context = self._model, self._context
+        assert context.total_steps is not None
+        due = self.settings.due(step, context.total_steps)
+        if not due:
+            return None
+        self._look(model)
+        widths = {name: len(layer.weight) for name, layer in prunable_layers(model).items()}
+        now = {
+            layer: going * due // self.settings.events - (self._filters[layer] - widths[layer])
+            for layer, going in self._going.items()
+        }
+        now = {layer: many for layer, many in now.items() if many > 0}
+        if not now:
+            return None
+        selection = replace(
+            context.selection,
+            ratios={layer: many / widths[layer] for layer, many in now.items()},
+            floors={layer: widths[layer] - many for layer, many in now.items()},
+            round_to=1,
+            budget=None,
+            seed=context.selection.seed + due,
+        )
+        plan = selection.select(model, example_input=context.example_input)
+        if context.world_size > 1:
+            plan = same_on_all_ranks(plan)
+        for layer, gone in plan.pruned.items():
+            here = self._left[layer]
+            self._left[layer] = [original for n, original in enumerate(here) if n not in {*gone}]
+        return plan
+
+    def training_cost(self, model: nn.Module, plan: PruningPlan) -> float | None:
+        r"""Multiply-adds of the stage over those of one that keeps all filters, from widths alone.
+
+        .. math:: \sum_t (s_{t+1} - s_t) M_t / M_0
+
+        with shares s of the stage between events, and M the network's multiply-adds there.
+        """
+        settings = self.settings
+        dense = meta_copy(model)
+        shares = [settings.share(event) for event in range(1, settings.events + 1)]
+        macs = [count(dense).macs]
+        for event in range(1, settings.events + 1):
+            gone = {
+                layer: indices[: len(indices) * event // settings.events]
+                for layer, indices in plan.pruned.items()
+            }
+            _, pruned, _ = pruned_on_meta(
+                dense, PruningPlan(plan.filters, gone), dense.state_dict()
+            )
+            macs.append(count(pruned).macs)
+        borders = [0.0, *shares, 1.0]
+        lengths = [after - before for before, after in itertools.pairwise(borders)]
+        spent = sum(length * of for length, of in zip(lengths, macs, strict=True))
+        return float(spent / macs[0])
+
+    def state_dict(self) -> dict[str, Any]:
+        """What goes in the end, what there was, and what is left."""
+        if self._model is None:
+            return {}
+        self._look(self._model)
+        return {"going": self._going, "filters": self._filters, "left": self._left}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what there was before filters went."""
+        if state:
+            self._going, self._filters = dict(state["going"]), dict(state["filters"])
+            self._left = {layer: list(left) for layer, left in state["left"].items()}
+
+    def _look(self, model: nn.Module) -> None:
+        """Count on the dense network, once."""
+        if self._filters:
+            return
+        context = self._context
+        plan = context.selection.select(model, example_input=context.example_input)
+        self._filters = dict(plan.filters)
+        self._going = {layer: len(gone) for layer, gone in plan.pruned.items()}
+        self._left = {layer: list(range(n)) for layer, n in plan.filters.items()}
