@@ -36,7 +36,7 @@ from torch.nn.utils import parametrize
 from tpp.checkpoints.safetensors_files import sha256_of
 from tpp.common.errors import UserError
 from tpp.methods import base
-from tpp.models.layers import how_computed, prunable_layers
+from tpp.models.layers import how_computed, make_weight_plain, prunable_layers
 
 
 class Settings(base.Settings):
@@ -116,15 +116,8 @@ class LinearOverparam(base.Method):
         for hook in self._hooks:
             hook.remove()
         for layer in model.modules():
-            if not _has_factors(layer):
-                continue
-            with torch.no_grad():
-                weight = nn.Parameter(_weight(layer).clone())
-            parametrize.remove_parametrizations(layer, "weight")
-            layer.weight = weight
-            # The weight comes first, as the layer's class has it.
-            for key in [key for key in layer._parameters if key != "weight"]:
-                layer._parameters[key] = layer._parameters.pop(key)
+            if _has_factors(layer):
+                make_weight_plain(layer)
 
     def prepare(self, model: nn.Module, context: base.TrainingContext) -> None:
         """Read the teacher, and look at what the layers of both networks put out.

@@ -2,9 +2,10 @@
 
 import difflib
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
@@ -40,6 +41,18 @@ def how_computed(layer: Any) -> str | None:
         if isinstance(hook, SpectralNorm):
             return "spectral_norm: call torch.nn.utils.remove_spectral_norm(layer)"
     return "the network's code: make it a parameter"
+
+
+@torch.no_grad()
+def make_weight_plain(layer: nn.Module) -> None:
+    """Make a weight that is parametrised a parameter again, of the value that it has now."""
+    value: Tensor = cast(Any, layer).weight
+    weight = nn.Parameter(value.clone())
+    parametrize.remove_parametrizations(layer, "weight")
+    layer.weight = weight
+    # The weight comes first, as the layer's class has it.
+    for key in [key for key in layer._parameters if key != "weight"]:
+        layer._parameters[key] = layer._parameters.pop(key)
 
 
 def layer_widths(model: nn.Module) -> dict[str, list[int]]:
