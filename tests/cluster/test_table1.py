@@ -157,7 +157,8 @@ def sharing_sweep(tiny_sweep: Path) -> Path:
         for name in ("sweep.yaml", "tpp.yaml")
     )
     run["method"] = {"name": "kernorth+l1"}
-    run["stages"]["regularize"]["epochs"] = 40
+    run["stages"]["regularize"]["epochs"] = 300  # long enough for the runs to begin to wait
+    run["checkpoints"]["every"] = "20 steps"
     run["model"]["num_classes"] = 4
     sweep["methods"] = {"kernorth": "kernorth.yaml"}
     sweep["ratios"]["pr0.7"] = {"layer*.conv1": 0.7}

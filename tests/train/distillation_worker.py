@@ -101,7 +101,6 @@ def compare(engine_name: str, kind: str) -> None:
         distillation=distillation,
     )
     if zero:
-        engine.gradient_norm()
         engine.step()
         found = [(b - p.detach()) / LR for b, p in zip(before, student.parameters(), strict=True)]
         for one, other in zip(found, wanted, strict=True):

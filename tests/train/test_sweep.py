@@ -172,6 +172,7 @@ def test_a_sweep_survives_kills_and_a_run_that_fails(
         assert list(stages["prune"]) == [
             *("kind", "method", "title", "input", "start", "steps", "epochs"),
             *("top1", "top5", "loss", "parameters", "macs", "speedup"),
+            *("removed_share", "norm_before", "norm_after"),
             *("removed_magnitude", "wall_seconds", "images"),  # of the next stage's first look
         ]
         assert stages["finetune"]["input"] == stages["finetune_lr0.002"]["input"] == "prune"

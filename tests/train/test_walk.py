@@ -10,7 +10,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_from_the_command_to_the_forward_pass_are_five_calls(tiny_config, run_inside):
+def test_from_the_command_to_the_forward_pass_are_six_calls(tiny_config, run_inside):
     seen: list[tuple[str, str]] = []
 
     def look(module: nn.Module, inputs: object) -> None:
@@ -34,6 +34,7 @@ def test_from_the_command_to_the_forward_pass_are_five_calls(tiny_config, run_in
         ("train/stages/sequence.py", "run_stages"),
         ("train/stages/training.py", "train"),
         ("train/loop/loop.py", "train"),
+        ("train/loop/step.py", "gradients"),  # the step's, computed or recorded
         ("train/loop/step.py", "gradients"),
         ("train/tasks/classification.py", "loss"),
     ]

@@ -1,5 +1,6 @@
 """One optimiser step's gradients, computed as they come or, on a GPU, recorded and replayed."""
 
+import functools
 import itertools
 import time
 from collections.abc import Callable, Iterator
@@ -51,7 +52,8 @@ def gradients(
     teacher's term comes to it; what is logged of the task is its loss without that weight.
 
     Returns:
-        the loss, detached, and the gradient's norm.
+        the loss, detached, and the gradient's norm, see
+        :meth:`train.distributed.engine.Engine.gradient_norm`.
     """
     losses = []
     for micro in range(accumulation):
@@ -111,8 +113,15 @@ class Stepper:
         accumulation: int,
         distillation: Distillation | None,
     ) -> None:
-        self._engine, self._batches, self._task, self._method = engine, batches, task, method
-        self._accumulation, self._distillation = accumulation, distillation
+        self._engine, self._batches, self._accumulation = engine, batches, accumulation
+        self._compute = functools.partial(
+            gradients,
+            engine,
+            task=task,
+            method=method,
+            accumulation=accumulation,
+            distillation=distillation,
+        )
 
     def gradients(self, meter: Meter, *, changed: bool) -> tuple[Tensor, Tensor]:
         """Gather the gradients of the next step; returns its loss and the gradient's norm.
@@ -121,7 +130,7 @@ class Stepper:
             meter: takes up the step's numbers.
             changed: what :meth:`tpp.methods.base.Method.before_step` said.
         """
-        return self._compute(self._counted(meter), meter)
+        return self._compute(batches=self._counted(meter), sums=meter)
 
     def step(self) -> None:
         """Let the optimiser make the step."""
@@ -130,17 +139,6 @@ class Stepper:
     def drop(self) -> None:
         """Leave the step out."""
         self._engine.drop()
-
-    def _compute(self, batches: Batches, sums: Sums) -> tuple[Tensor, Tensor]:
-        return gradients(
-            self._engine,
-            batches,
-            self._task,
-            self._method,
-            sums,
-            accumulation=self._accumulation,
-            distillation=self._distillation,
-        )
 
     def _counted(self, meter: Meter) -> Batches:
         """The batches, with the time that each is waited for."""
@@ -226,7 +224,7 @@ class CapturedStepper(Stepper):
 
     def _noted(self) -> Tensor:
         self._notes = _Notes()
-        self._compute(iter(self._places), self._notes)
+        self._compute(batches=iter(self._places), sums=self._notes)
         return self._notes.numbers()
 
     def _put(self, batches: Batches) -> bool:
