@@ -195,11 +195,10 @@ def _facts(path: str, info: "CheckpointInfo", dense: "Counts", counts: "Counts")
 
 def _masked(path: str, counts: "Counts") -> str:
     """What a checkpoint's mask leaves."""
-    from tpp.checkpoints.model_file import read_checkpoint
+    from tpp.checkpoints.model_file import read_companion
     from tpp.masks import COMPANION, sparsity_of
 
-    _, companions, _ = read_checkpoint(path)
-    left = sparsity_of(counts, companions[COMPANION])
+    left = sparsity_of(counts, read_companion(path, COMPANION))
     return (
         f"{left.sparsity:.2%} of the weights of masked layers; {left.parameters:,} parameters and "
         f"{in_short(left.macs)} MACs are not"

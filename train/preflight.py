@@ -249,12 +249,9 @@ def _check_retraining(config: Config, name: str, settings: OptimizerSection) -> 
     """Find before anything is trained what a retraining schedule will miss."""
     key, stage = f"stages.{name}.optimizer.schedule: {settings.schedule}", config.stages[name]
     if settings.schedule == "allr":
-        current = stage.input
-        while current is not None:
-            does = config.stages[current].does
-            if does.removes or does.masks:
-                return
-            current = config.stages[current].input
+        before = (config.stages[other].does for other in config.inputs_of(name))
+        if any(does.removes or does.masks for does in before):
+            return
         raise UserError(
             f"{key} goes by what a stage before it took, and none before {name!r} prunes or "
             "sparsifies; use llr"
@@ -285,11 +282,9 @@ def what_counts_zeros(config: Config, name: str) -> str | None:
 
 def _masks_before(config: Config, name: str) -> str | None:
     """The stage before ``name`` that masks weights, in words; None if there is none."""
-    current = config.stages[name].input
-    while current is not None:
-        if config.stages[current].does.masks:
-            return f"stage {current!r}, whose mask is of the filters that there are"
-        current = config.stages[current].input
+    for other in config.inputs_of(name):
+        if config.stages[other].does.masks:
+            return f"stage {other!r}, whose mask is of the filters that there are"
     return None
 
 

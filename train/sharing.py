@@ -153,7 +153,7 @@ def shared_stages(runs: Sequence[SweepRun], configs: SweepConfigs) -> list[Share
                 before=tuple(
                     other
                     for other in found
-                    if first.number in other.runs and other.stage in _inputs(config, name)
+                    if first.number in other.runs and other.stage in config.inputs_of(name)
                 ),
                 starts_from=first.starts_from,
             )
@@ -177,16 +177,6 @@ def _common_parts(config: Config) -> list[tuple[str, int | None]]:
     return parts
 
 
-def _inputs(config: Config, name: str) -> list[str]:
-    """The stages that a stage comes from."""
-    found: list[str] = []
-    current = config.stages[name].input
-    while current is not None:
-        found.append(current)
-        current = config.stages[current].input
-    return found
-
-
 def _key(
     config: Config, name: str, until: int | None, known: dict[str, list[str] | None]
 ) -> str | None:
@@ -196,7 +186,7 @@ def _key(
     for stage in settings["stages"].values():
         stage.pop("pruning", None)
     layers: list[str] | None = []
-    for planned in (name, *_inputs(config, name)):
+    for planned in (name, *config.inputs_of(name)):
         if config.stages[planned].does.needs_plan:
             asked = (config.stages[planned].pruning or config.pruning).model_dump_json()
             place = f"{config.model.model_dump_json()} {config.task} {asked}"

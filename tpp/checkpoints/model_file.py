@@ -229,6 +229,20 @@ def _check_dense_size(path: Path, architecture: Architecture) -> None:
         )
 
 
+def read_companion(path: PathLike, name: str) -> dict[str, Tensor]:
+    """Tensors that a checkpoint holds beside the network's; empty where it has none of that name.
+
+    Without reading the file where its head says so.
+
+    Raises:
+        UserError: as :func:`read_checkpoint`.
+    """
+    if name not in read_metadata(path).companions:
+        return {}
+    _, companions, _ = read_checkpoint(path)
+    return dict(companions[name])
+
+
 def load_optimizer_state(path: PathLike, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Take an optimiser's state out of a checkpoint, so that training goes on where it was.
 

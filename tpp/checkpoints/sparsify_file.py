@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,7 +54,6 @@ def sparsify_checkpoint(
     path_out: PathLike,
     *,
     architecture: Architecture | None = None,
-    extra: Mapping[str, Any] | None = None,
 ) -> Sparsified:
     """Mask weights of a file into a file: zeros in place of them, and the companion ``mask``.
 
@@ -66,7 +64,6 @@ def sparsify_checkpoint(
         path_out: the checkpoint to write. An optimiser's state and moving averages are masked alike
             and carried over as companions.
         architecture: the network of a file that does not say which one it holds.
-        extra: what the file says of itself; by default as after pruning.
 
     Raises:
         UserError: a file cannot be read or written, or the settings do not fit the network. The
@@ -91,7 +88,7 @@ def sparsify_checkpoint(
         masked,
         model,
         preprocessing=found.preparation.values if found.preparation else None,
-        extra=extra_after(found, "sparsify", "sparsified_from") if extra is None else extra,
+        extra=extra_after(found, "sparsify", "sparsified_from"),
         companions={**companions, COMPANION: mask},
     )
     counts = count(model)

@@ -9,7 +9,7 @@ command line (``stages.finetune.epochs=5``) are merged last.
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -270,10 +270,14 @@ class Config(Section):
 
     def trained_before(self, name: str) -> str | None:
         """The training stage that stage ``name`` comes from, if there is one."""
+        return next((n for n in self.inputs_of(name) if self.stages[n].does.trains), None)
+
+    def inputs_of(self, name: str) -> Iterator[str]:
+        """The stages that a stage comes from, the nearest first."""
         current = self.stages[name].input
-        while current is not None and not self.stages[current].does.trains:
+        while current is not None:
+            yield current
             current = self.stages[current].input
-        return current
 
     def _check_carried(self, name: str) -> None:
         before = self.trained_before(name)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tpp.checkpoints.model_file import Companions, load_model, read_checkpoint, save_model
+from tpp.checkpoints.model_file import Companions, load_model, read_companion, save_model
 from tpp.common.errors import UserError
 from tpp.masks import COMPANION, Mask, hold_mask
 from tpp.models.architecture import (
@@ -84,8 +84,7 @@ def companion_of_input(run: Run, stage: StageSection, name: str) -> dict[str, Te
     """Tensors that a stage's input holds beside the network's; empty where it has none such."""
     if stage.input is None:
         return {}
-    _, companions, _ = read_checkpoint(_file_of(run, stage.input))
-    return dict(companions.get(name, {}))
+    return read_companion(_file_of(run, stage.input), name)
 
 
 def hold_mask_of_input(run: Run, name: str, network: nn.Module) -> Mask:

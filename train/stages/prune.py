@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from tpp.checkpoints.model_file import (
     load_model,
     network_of,
-    read_checkpoint,
+    read_companion,
     read_metadata,
     save_model,
 )
@@ -57,8 +57,8 @@ def prune_stage(run: Run, name: str) -> dict[str, Any]:
         return left
 
     norm_after = from_main_rank(run.accelerator, remove)
-    _, companions, info = read_checkpoint(output)
-    pruned, left = network_of(info, source=str(output)), companions.get(COMPANION, {})
+    pruned = network_of(read_metadata(output), source=str(output))
+    left = read_companion(output, COMPANION)
     layers = prunable_layers(model)
     removed = [
         layers[layer].weight.detach()[plan.pruned[layer]].abs().max().item()

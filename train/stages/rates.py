@@ -55,16 +55,16 @@ def damage_before(run: Run, name: str) -> float:
     Raises:
         EveryRankError: an earlier version made it, and does not say what it took.
     """
-    current = run.config.stages[name].input
-    while current is not None:
-        does = run.config.stages[current].does
-        if does.removes or does.masks:
-            done = StageResult.from_dict(run.done[current], run.task.metrics)
-            if done.norm_before is None or done.norm_after is None or done.removed_share is None:
-                break
-            return schedules.relative_damage(done.norm_before, done.norm_after, done.removed_share)
-        current = run.config.stages[current].input
-    raise EveryRankError(
-        f"stages.{name}.optimizer.schedule: allr: stage {current!r} does not say what it took; "
-        f"delete {run.stage_folder(str(current))} to run it again"
+    stages = run.config.stages
+    nearest = next(
+        other
+        for other in run.config.inputs_of(name)
+        if stages[other].does.removes or stages[other].does.masks
     )
+    done = StageResult.from_dict(run.done[nearest], run.task.metrics)
+    if done.norm_before is None or done.norm_after is None or done.removed_share is None:
+        raise EveryRankError(
+            f"stages.{name}.optimizer.schedule: allr: stage {nearest!r} does not say what it took; "
+            f"delete {run.stage_folder(nearest)} to run it again"
+        )
+    return schedules.relative_damage(done.norm_before, done.norm_after, done.removed_share)

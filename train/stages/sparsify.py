@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from tpp.checkpoints.model_file import network_of, read_checkpoint
+from tpp.checkpoints.model_file import network_of, read_companion, read_metadata
 from tpp.checkpoints.sparsify_file import sparsify_checkpoint
 from tpp.common.errors import UserError
 from tpp.masks import COMPANION
@@ -42,9 +42,9 @@ def sparsify_stage(run: Run, name: str) -> dict[str, Any]:
         }
 
     taken = from_main_rank(run.accelerator, mask)
-    _, companions, info = read_checkpoint(output)
+    counts = count(network_of(read_metadata(output), source=str(output)))
     return {
         **{metric.name: None for metric in run.task.metrics},
-        **run.count_fields(count(network_of(info, source=str(output))), companions[COMPANION]),
+        **run.count_fields(counts, read_companion(output, COMPANION)),
         **taken,
     }

@@ -221,6 +221,7 @@ class TrainingStage:
         self._distillation = self._teaching.beside(network, progress.teacher)
         method.prepare(network, self._context(plan))
         self._mask = hold_mask_of_input(run, name, network)
+        self._sparsity = share_masked(self._mask)
         compile_network(network, self._training.compile)
         self._engine: Engine = make_engine(
             run.accelerator,
@@ -463,7 +464,7 @@ class TrainingStage:
             "data_wait": report.data_wait,
             # Seconds that the steps since the last report stood still for checkpoints.
             "checkpoint_stall": self._stalled,
-            **({"sparsity": share_masked(self._mask)} if self._mask else {}),
+            **({"sparsity": self._sparsity} if self._mask else {}),
             **(self._throughput.figures(report.images_per_second) if self._run.is_main else {}),
         }
         self._stalled = 0.0
