@@ -1,5 +1,6 @@
 """The training loop: one for every stage, and it knows nothing of pruning."""
 
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from train.loop.bad_steps import BadStep, StepCheck
 from train.loop.graphs import Recorder
 from train.loop.meter import Meter, Report
 from train.loop.parts import part
-from train.loop.step import Batches, CapturedStepper, Stepper
+from train.loop.step import Batches, CapturedStepper, Stepper, gradients
 from train.tasks.base import Task
 
 
@@ -126,17 +127,17 @@ def _stepper(
     settings: LoopSettings,
     distillation: Distillation | None,
 ) -> Stepper:
-    if settings.recorder is None:
-        return Stepper(
-            *(engine, batches, task, method),
-            accumulation=settings.accumulation,
-            distillation=distillation,
-        )
-    return CapturedStepper(
-        *(settings.recorder, engine, batches, task, method),
+    compute = functools.partial(
+        gradients,
+        engine,
+        task=task,
+        method=method,
         accumulation=settings.accumulation,
         distillation=distillation,
     )
+    if settings.recorder is None:
+        return Stepper(engine, compute, batches)
+    return CapturedStepper(engine, compute, batches, settings.recorder, settings.accumulation)
 
 
 def seed(device: torch.device, number: int) -> None:

@@ -1,6 +1,5 @@
 """One optimiser step's gradients, computed as they come or, on a GPU, recorded and replayed."""
 
-import functools
 import itertools
 import time
 from collections.abc import Callable, Iterator
@@ -99,29 +98,15 @@ class Stepper:
     """Makes optimiser steps: :meth:`gradients`, then :meth:`step` or :meth:`drop`.
 
     Args:
-        engine, task, method, accumulation, distillation: as of :func:`gradients`.
+        engine: the network and its optimiser, over the ranks.
+        compute: :func:`gradients` of this engine; takes ``batches`` and ``sums``.
         batches: ``accumulation`` micro-batches per step.
     """
 
     def __init__(
-        self,
-        engine: Engine,
-        batches: Batches,
-        task: Task,
-        method: Method,
-        *,
-        accumulation: int,
-        distillation: Distillation | None,
+        self, engine: Engine, compute: Callable[..., tuple[Tensor, Tensor]], batches: Batches
     ) -> None:
-        self._engine, self._batches, self._accumulation = engine, batches, accumulation
-        self._compute = functools.partial(
-            gradients,
-            engine,
-            task=task,
-            method=method,
-            accumulation=accumulation,
-            distillation=distillation,
-        )
+        self._engine, self._compute, self._batches = engine, compute, batches
 
     def gradients(self, meter: Meter, *, changed: bool) -> tuple[Tensor, Tensor]:
         """Gather the gradients of the next step; returns its loss and the gradient's norm.
@@ -160,26 +145,21 @@ class CapturedStepper(Stepper):
     then recorded anew.
 
     Args:
+        engine, compute, batches: as of :class:`Stepper`.
         recorder: of the device.
-        engine, batches, task, method, accumulation, distillation: as of :class:`Stepper`.
+        accumulation: micro-batches per step.
     """
 
     def __init__(
         self,
-        recorder: Recorder,
         engine: Engine,
+        compute: Callable[..., tuple[Tensor, Tensor]],
         batches: Batches,
-        task: Task,
-        method: Method,
-        *,
+        recorder: Recorder,
         accumulation: int,
-        distillation: Distillation | None,
     ) -> None:
-        super().__init__(
-            *(engine, batches, task, method),
-            accumulation=accumulation,
-            distillation=distillation,
-        )
+        super().__init__(engine, compute, batches)
+        self._accumulation = accumulation
         engine.keep_rates_in_tensors()
         self._recorder = recorder
         self._places: list[Batch] = []
