@@ -22,6 +22,7 @@ MAIN = Path(__file__).resolve().with_name("main.py")
 # What the sweep sets in every run, so that an override of it would be lost.
 _OF_THE_SWEEP = ("name", "output", "seed", "pruning")
 _LOG_TAIL = 2**16
+AS_CONFIGURED = "as configured"  # the one block of a sweep that sets nothing in finetuning
 Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
 MeanAndStd = Annotated[list[float], Field(min_length=1, max_length=2)]
 
@@ -56,7 +57,8 @@ class Sweep(Section):
             ``evaluate``.
         ratios: a column of the table each: its ``pruning.ratios``.
         finetuning: a block of the table each: what is set in the stage ``finetune``. All of them
-            start from the one network that the run has pruned.
+            start from the one network that the run has pruned. Null for rows that are as their
+            configurations have them, whose names here are then what the table calls them.
         seeds: of the runs.
         overrides: ``key.sub=value`` for every run; see :func:`expand`.
         published: figures to put beside the measured ones.
@@ -67,10 +69,15 @@ class Sweep(Section):
     dense: UserPath | None = None
     methods: Annotated[dict[Label, UserPath], Field(min_length=1)]
     ratios: Annotated[dict[Label, dict[str, Ratio]], Field(min_length=1)]
-    finetuning: Annotated[dict[Label, dict[str, Any]], Field(min_length=1)]
+    finetuning: Annotated[dict[Label, dict[str, Any]], Field(min_length=1)] | None = None
     seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Field(min_length=1)]
     overrides: list[str] = Field(default_factory=list)
     published: PublishedTable | None = None
+
+    @property
+    def blocks(self) -> dict[str, dict[str, Any]]:
+        """What is set in the stage ``finetune``, by block."""
+        return {AS_CONFIGURED: {}} if self.finetuning is None else self.finetuning
 
     @model_validator(mode="after")
     def _published_fits_the_grid(self) -> "Sweep":
@@ -83,7 +90,7 @@ class Sweep(Section):
             "speedup": self.published.speedup,
         }
         for finetuning, methods in self.published.top1.items():
-            _expect_one_of(self.finetuning, finetuning, "published.top1")
+            _expect_one_of(self.blocks, finetuning, "published.top1")
             for method, row in methods.items():
                 _expect_one_of(self.methods, method, f"published.top1.{finetuning}")
                 rows[f"top1.{finetuning}.{method}"] = row
@@ -282,11 +289,15 @@ class _Grid:
         applied = _applied(load_config(path, _as_overrides(fixed)), overrides, unused)
         stages: dict[str, Any] = {}
         evaluations: dict[str, str] = {}
+        if sweep.finetuning is None:
+            config = load_config(path, [*_as_overrides(fixed), *applied])
+            _expect_evaluate(config, path)
+            evaluations[AS_CONFIGURED] = "evaluate"
+            return cls(method, {}, evaluations, applied)
         for label, changes in sweep.finetuning.items():
             fixed["stages"] = {"finetune": changes}
             config = load_config(path, [*_as_overrides(fixed), *applied])
-            if "evaluate" not in config.stages:
-                raise UserError(f"{path}: stages: a sweep needs a stage 'evaluate' at the end")
+            _expect_evaluate(config, path)
             suffix = f"_{label}" if stages else ""
             evaluations[label] = f"evaluate{suffix}"
             stages[f"finetune{suffix}"] = config.stages["finetune"].model_dump()
@@ -297,13 +308,18 @@ class _Grid:
         return cls(config.stage_method("finetune").title, stages, evaluations, applied)
 
 
+def _expect_evaluate(config: Config, path: Path) -> None:
+    if "evaluate" not in config.stages:
+        raise UserError(f"{path}: stages: a sweep needs a stage 'evaluate' at the end")
+
+
 def _published(sweep: Sweep, method: str, ratio: str) -> dict[str, Any] | None:
     """What a run's own report compares with: the table's figures after the first finetuning."""
     published = sweep.published
     if published is None:
         return None
     column = list(sweep.ratios).index(ratio)
-    row = published.top1.get(next(iter(sweep.finetuning)), {}).get(method)
+    row = published.top1.get(next(iter(sweep.blocks)), {}).get(method)
     top1, std = (*row[column], None)[:2] if row else (None, None)
     return {
         "source": f"{published.source}, {ratio}, {method}",

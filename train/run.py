@@ -9,7 +9,7 @@ from typing import Any
 from accelerate import Accelerator
 from torch import Tensor
 
-from tpp.masks import sparsity_of
+from tpp.masks import Sparsity, sparsity_of
 from tpp.measure.counts import Counts
 from tpp.models.architecture import Architecture
 from train.config.config import Config
@@ -20,6 +20,8 @@ from train.tasks.base import Task
 
 # Bad images, or settings that differ, that are named at once; log.jsonl has all of the images.
 MOST_NAMED = 10
+# In a stage's results: what is left of a network that is sparse.
+LEFT = ("nonzero_parameters", "nonzero_macs", "sparsity")
 
 
 @dataclass
@@ -66,10 +68,13 @@ class Run:
         """Where a stage keeps its files."""
         return self.folder / stage
 
-    def count_fields(self, counts: Counts, mask: Mapping[str, Tensor]) -> dict[str, Any]:
+    def count_fields(
+        self, counts: Counts, mask: Mapping[str, Tensor], left: Sparsity | None = None
+    ) -> dict[str, Any]:
         """A network's size, and its speedup over the dense one, for its stage's results.
 
-        Masked weights are counted in, and beside these figures stand those without them.
+        Masked weights are counted in, and beside these figures stand those without them, or what
+        a method says is left (:meth:`tpp.methods.base.Method.left`).
         """
         fields: dict[str, Any] = {
             "parameters": counts.parameters,
@@ -78,8 +83,8 @@ class Run:
         }
         if mask:
             left = sparsity_of(counts, mask)
-            fields |= {"nonzero_parameters": left.parameters, "nonzero_macs": left.macs}
-            fields["sparsity"] = left.sparsity
+        if left is not None:
+            fields |= zip(LEFT, (left.parameters, left.macs, left.sparsity), strict=True)
         return fields
 
 

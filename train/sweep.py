@@ -223,7 +223,7 @@ def main() -> None:
     shared = [] if alone else shared_stages(all_runs, configs)
     asked = still_needed(_chosen_shared(shared, arguments.only), all_runs)
     if arguments.list:
-        _print_list(runs, list(sweep.finetuning), shared, configs)
+        _print_list(runs, list(sweep.blocks), shared, configs)
     elif arguments.pending:
         _print_pending(runs, asked, jobs)
     else:

@@ -234,7 +234,7 @@ def _parse_table(folder: Path, data: bytes) -> None:
     to_markdown(table)
     to_csv(table)
     with contextlib.redirect_stdout(io.StringIO()) as output:
-        sweep._print_list(runs, list(loaded.finetuning), [], SweepConfigs())
+        sweep._print_list(runs, list(loaded.blocks), [], SweepConfigs())
     assert all(line.isprintable() for line in output.getvalue().split("\n")), "escape codes"
 
 

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from tpp.checkpoints.prune_file import prune_checkpoint
 from tpp.common.errors import UserError
+from tpp.masks import Sparsity
+from tpp.measure.counts import Counts
 from tpp.plan import PruningPlan
 from tpp.regularization.regularizer import LayerStatistics
 from tpp.selection.selection import Selection
@@ -171,6 +173,17 @@ class Method:
 
         By the widths of ``plan`` alone; None for a stage that keeps them, or whose cost is told
         otherwise (:meth:`removes_after`).
+        """
+        return None
+
+    def left(self, counts: Counts) -> Sparsity | None:
+        """What is left of the network in the form that the stage trained, at its end.
+
+        None where that is the network's own weights. A network of sparse factors is dense when they
+        are multiplied out: its file alone does not say it.
+
+        Args:
+            counts: of the network that was multiplied out.
         """
         return None
 

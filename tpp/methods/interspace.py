@@ -20,7 +20,8 @@ from torch.nn.utils import parametrize
 from tpp.checkpoints.safetensors_files import sha256_of
 from tpp.common.errors import UserError
 from tpp.common.settings import Ratio
-from tpp.masks import Mask, SparsifySection, select_mask
+from tpp.masks import Mask, SparsifySection, Sparsity, select_mask
+from tpp.measure.counts import Counts
 from tpp.methods import base
 from tpp.models.layers import how_computed, make_weight_plain, prunable_layers
 
@@ -103,10 +104,21 @@ class Interspace(base.Method):
         """The share that is gone, and how many numbers are left, bases counted in."""
         if not self._layers:
             return {}
+        total, left = self._numbers()
+        return {"interspace_sparsity": 1 - left / total, "interspace_left": float(left)}
+
+    def left(self, counts: Counts) -> Sparsity | None:
+        """As :meth:`scalars` has it; multiplied out, filters keep all their multiply-adds."""
+        if not self._layers:
+            return None
+        total, left = self._numbers()
+        return Sparsity(counts.parameters - total + left, counts.macs, 1 - left / total)
+
+    def _numbers(self) -> tuple[int, int]:
+        """Weights of the layers, and the numbers that they are made of, bases counted in."""
         total = sum(combination.stays.numel() for combination in self._layers.values())
         left = sum(int(combination.stays.sum()) for combination in self._layers.values())
-        left += self._in_bases()
-        return {"interspace_sparsity": 1 - left / total, "interspace_left": float(left)}
+        return total, left + self._in_bases()
 
     def _choose(self, coefficients: dict[str, Tensor]) -> Mask:
         total = sum(values.numel() for values in coefficients.values())

@@ -96,7 +96,7 @@ def collect(sweep: Sweep) -> ResultTable:
     results = {run.number: state_of(run).results for run in runs}
     places = [
         (finetuning, method, ratio)
-        for finetuning in sweep.finetuning
+        for finetuning in sweep.blocks
         for method in sweep.methods
         for ratio in sweep.ratios
     ]
@@ -224,7 +224,7 @@ def _headline(table: ResultTable) -> str:
 def _grids(table: ResultTable) -> list[tuple[str, list[_Row]]]:
     return [
         ("Size of the pruned networks", _sizes(table)),
-        *((f"Finetuning: {label}", _block(table, label)) for label in table.sweep.finetuning),
+        *((f"Finetuning: {label}", _block(table, label)) for label in table.sweep.blocks),
     ]
 
 

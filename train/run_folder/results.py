@@ -75,8 +75,9 @@ class StageResult(NetworkResult):
             not of; None where no average was kept.
         speedup: dense MACs over this network's.
         sizes: of the same network at other sizes of the images; None where nobody asked.
-        nonzero_parameters, nonzero_macs: without masked weights; None where there is no mask.
-        sparsity: share of the weights of masked layers that are masked.
+        nonzero_parameters, nonzero_macs: without masked weights, or what its method says is left
+            (:meth:`tpp.methods.base.Method.left`); None where there is neither.
+        sparsity: share of the weights of masked layers that are masked, or the method's.
         removed_share: of the weights that were there, what the stage removed or masked.
         norm_before, norm_after: L2 norm of all trained values before and after that.
         removed_magnitude: largest absolute weight of the filters that it removed.

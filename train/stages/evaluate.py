@@ -8,7 +8,7 @@ from tpp.masks import COMPANION
 from tpp.measure.counts import count
 from tpp.models.architecture import set_preprocessing
 from train.data import preprocessing_at
-from train.run import Run, say_bad_images
+from train.run import LEFT, Run, say_bad_images
 from train.run_folder.log import say
 from train.run_folder.networks import companion_of_input, evaluate_network, load_input, place
 
@@ -18,8 +18,12 @@ def evaluate_stage(run: Run, name: str) -> dict[str, Any]:
     stage = run.config.stages[name]
     model = place(run, load_input(run, stage.input))
     scores = evaluate_network(run, model)
+    # What the stage that made it said of its sparsity: of a network of sparse factors its file
+    # has the dense product alone.
+    made_by = run.done.get(stage.input or "", {})
     results = {
         **scores.to_dict(),
+        **{key: made_by[key] for key in LEFT if key in made_by},
         **run.count_fields(count(model), companion_of_input(run, stage, COMPANION)),
     }
     sizes = [_at_size(run, name, model, size) for size in stage.image_sizes or ()]

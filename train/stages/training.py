@@ -403,7 +403,7 @@ class TrainingStage:
         return {
             **scores.to_dict(),
             **{weights: found.to_dict() for weights, found in self._scores.others.items()},
-            **run.count_fields(counts, self._mask),
+            **run.count_fields(counts, self._mask, self._method.left(counts)),
             "start": self._start,
             "steps": steps,
             "epochs": steps * self._epochs_per_step,
