@@ -44,7 +44,10 @@ RECIPES: dict[str, tuple[int, int | None, float | None, float | None]] = {
 RELATED = {"resnet56_l1_linear_overparam_pr0.9": "resnet56_l1_pr0.9"}
 RETRAINED = ("resnet56_l1_llr_pr0.9", "resnet56_imp_allr", "resnet56_bimp", "resnet50_imp_allr")
 UNPUBLISHED = {*RELATED, *RETRAINED, "resnet56_ffr_pr0.5", "vgg16_while_training_0.8"}
-UNPUBLISHED |= {"resnet56_interspace_0.95"}
+UNPUBLISHED |= {"resnet56_interspace_0.95", "resnet50_interspace_0.9"}
+# At the filters, and in the steps, of a published row of TPP.
+AT_2_56X = ("l1_llr", "tpp_linear_overparam", "while_training")
+UNPUBLISHED |= {f"resnet50_{name}_2.56x" for name in AT_2_56X}
 ROWS = [
     path
     for path in COMPLETE
@@ -350,6 +353,24 @@ def test_related_systems_claim_nothing_and_differ_in_their_method(name: str) -> 
     for stage, other in zip(config.stages.values(), plain.stages.values(), strict=True):
         assert stage.model_copy(update={"method": None}) == other
     check_finetuning(config, 5e-4, (120, [60, 90]))
+
+
+@pytest.mark.parametrize("name", AT_2_56X)
+def test_others_at_the_filters_of_a_row_of_tpp(name: str) -> None:
+    (path,) = [path for path in COMPLETE if path.stem == f"resnet50_{name}_2.56x"]
+    config, tpp = load_config(path), load("resnet50_tpp_2.56x")
+    assert (config.pruning, config.data) == (tpp.pruning, tpp.data)
+    assert config.training == tpp.training
+    assert config.published is None or config.published.top1 is None
+    stages = config.stages
+    if name == "tpp_linear_overparam":
+        assert stages["regularize"] == tpp.stages["regularize"]
+        finetune = stages["finetune"].model_copy(update={"method": None})
+        assert finetune == tpp.stages["finetune"]
+    if name == "l1_llr":
+        steps = tpp.stage_method("regularize").steps() or 0
+        of_tpp = steps / (1_281_167 / 256) + (tpp.stages["finetune"].epochs or 0)
+        assert stages["finetune"].epochs == pytest.approx(of_tpp, abs=0.1)
 
 
 def test_data() -> None:
