@@ -584,13 +584,13 @@ def test_rows_of_the_related_systems_are_trained_alike() -> None:
     """Equal steps from one dense network, and equal numbers that are left."""
     sweep = load_sweep(ROOT / "configs" / "cifar10" / "related.yaml")
     runs = expand(sweep)
-    assert len(runs) == 1 + 9 * 3
+    assert len(runs) == 1 + 10 * 3
     model = build_model("cifar_resnet20", 10)
     weights = {
         f"{name}.weight": layer.weight.detach() for name, layer in prunable_layers(model).items()
     }
     rest = sum(p.numel() for p in model.parameters()) - sum(w.numel() for w in weights.values())
-    for run in runs[1:10]:
+    for run in runs[1:11]:
         config = load_config(run.config, run.overrides)
         assert config.model.checkpoint == str(runs[0].folder / "dense" / "model.safetensors")
         trained = [name for name, stage in config.stages.items() if stage.does.trains]

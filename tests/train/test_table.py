@@ -235,14 +235,14 @@ def test_another_sweep_without_published_figures(
 def related_results(folder: Path) -> None:
     """Two seeds of three rows of related.yaml: filters gone, weights masked, a sparse basis."""
     sizes = {
-        "tpp": {"parameters": 26_470, "macs": 3_760_768, "speedup": 10.78},
+        "tpp+step": {"parameters": 26_470, "macs": 3_760_768, "speedup": 10.78},
         "imp+llr": {"parameters": 269_722, "macs": 40_551_040, "speedup": 1.0},
         "interspace": {"parameters": 269_722, "macs": 40_551_040, "speedup": 1.0},
     }
     for (method, size), (first, second) in zip(
         sizes.items(), ((70.0, 72.0), (75.0, 76.0), (66.0, 66.0)), strict=True
     ):
-        left = {} if method == "tpp" else {"nonzero_parameters": 26_470}
+        left = {} if method == "tpp+step" else {"nonzero_parameters": 26_470}
         for seed, top1 in enumerate((first, second)):
             made = {"kind": "finetune", "steps": 572, "input": "regularize"}
             stages = {
@@ -264,8 +264,8 @@ def test_rows_of_unlike_sizes_each_say_theirs(
     config = ROOT / "configs" / "cifar10" / "related.yaml"
     lines = report(monkeypatch, capsys, "--config", str(config), "--output", str(tmp_path))
     text = (tmp_path / "related.md").read_text()
-    assert "| tpp | 71.00 (1.41) |" in text and "| imp+llr | **75.50 (0.71)** |" in text
-    assert "| tpp | 26,470 | 26,470 | 3,760,768 | 1,172 |" in text
+    assert "| tpp+step | 71.00 (1.41) |" in text and "| imp+llr | **75.50 (0.71)** |" in text
+    assert "| tpp+step | 26,470 | 26,470 | 3,760,768 | 1,172 |" in text
     assert "| imp+llr | 269,722 | 26,470 | 40,551,040 | 1,172 |" in text
     assert "Finetuning" not in text and "/" not in text.split("##")[1]
     assert lines[-1].endswith(f"{tmp_path / 'related.png'}")
@@ -287,7 +287,7 @@ def test_the_picture_has_each_row_over_what_it_costs(tmp_path: Path) -> None:
             for shown in axes.containers
             if len(shown.lines[0].get_xydata())
         }
-        for method, cost, top1 in (("tpp", costs[0], 71.0), ("imp+llr", costs[1], 75.5)):
+        for method, cost, top1 in (("tpp+step", costs[0], 71.0), ("imp+llr", costs[1], 75.5)):
             x, y = points[method]
             assert y == top1
             assert abs(math.log10(x / cost)) < 0.03, "beside its cost, no further"
