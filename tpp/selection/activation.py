@@ -99,14 +99,14 @@ class MeanActivations:
 def _watch(model: nn.Module, channels: LayerChannels, seen: dict[str, Tensor]) -> RemovableHandle:
     """Have the means of every pass in training mode put where they are looked for."""
     layer, norms = channels.layer, channels.norms
-    module = model.get_submodule(norms[0].module if norms else layer)
-    features = 1 if norms or isinstance(module, nn.Conv2d) else -1
+    watched = model.get_submodule(norms[0].module if norms else layer)
+    features = 1 if norms or isinstance(watched, nn.Conv2d) else -1
     positions = norms[0].positions.to(next(model.parameters()).device) if norms else None
 
-    # A function, which a copy of the network shares: a bound method would be copied with all that
-    # it holds.
+    # A function, which copies of the network share, and so know that they are not meant: a bound
+    # method would be copied with all that it holds.
     def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
-        if not module.training:
+        if module is not watched or not module.training:
             return
         values = output.detach()
         dtype = torch.promote_types(values.dtype, torch.float32)
@@ -114,4 +114,4 @@ def _watch(model: nn.Module, channels: LayerChannels, seen: dict[str, Tensor]) -
         means = values.relu().mean(others, dtype=dtype)
         seen[layer] = means if positions is None else means[positions].mean(1)
 
-    return module.register_forward_hook(hook)
+    return watched.register_forward_hook(hook)
