@@ -25,12 +25,13 @@ def network() -> nn.Module:
     return build_model("cifar_resnet14", 4).double()
 
 
-def begun(model, *, companion=None, **settings) -> Interspace:
+def begun(model, *, companion=None, gradients=None, **settings) -> Interspace:
     method = Interspace(Settings(**settings))
     method.modify(model, "finetune")
     context = TrainingContext(
         *("finetune", None, Selection(), 0, 1, torch.zeros(1, 3, 16, 16)),
         companion=lambda name: companion or {},
+        first_gradients=gradients,
     )
     method.prepare(model, context)
     return method
@@ -141,6 +142,42 @@ def test_bases_count_and_are_never_masked(sparsity):
             assert not slices[~some].any(), name
             # A trained basis fills all positions of a kernel that has a coefficient left.
             assert slices[some].abs().gt(0).all(), name
+
+
+@pytest.mark.parametrize("basis", ["random", "standard"])
+def test_snip_keeps_what_the_loss_depends_on_most(basis):
+    """abs(lambda dL/dlambda), with dL/dlambda = <dL/dh, g> of the plain network's weights."""
+    model, plain = network(), network()
+    images, labels = torch.randn(8, 3, 16, 16).double(), torch.arange(8) % 4
+    asked: list[int] = []
+
+    def first_gradients(tensors):
+        asked.append(len(tensors))
+        return torch.autograd.grad(F.cross_entropy(model.train()(images), labels), tensors)
+
+    begun(model, sparsity=0.7, basis=basis, score="snip", gradients=first_gradients)
+    layers = prunable_layers(plain)
+    assert asked == [len(layers)]
+    weights = [layer.weight for layer in layers.values()]
+    slopes = torch.autograd.grad(F.cross_entropy(plain.train()(images), labels), weights)
+    scores = []
+    for name, weight, slope in zip(layers, weights, slopes, strict=True):
+        of = held(model.get_submodule(name))
+        if hasattr(of, "original1"):
+            vectors = of.original1.detach()
+            weight, slope = (values.flatten(2) @ vectors.T for values in (weight, slope))
+        scores.append((weight * slope).detach().abs().flatten())
+    stays = [held(model.get_submodule(name))[0].stays.flatten() for name in layers]
+    kept, everything = torch.cat(stays), torch.cat(scores)
+    assert kept.sum() == len(kept) - round(0.7 * len(kept)) - 13 * 81
+    assert everything[kept].min() >= everything[~kept].max() * (1 - 1e-6)
+    magnitudes = network()
+    begun(magnitudes, sparsity=0.7, basis=basis)
+    assert not torch.equal(stays[4], held(layers_of(magnitudes)[4])[0].stays.flatten())
+
+
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    return [*prunable_layers(model).values()]
 
 
 def test_an_element_of_the_basis_is_in_just_the_filters_that_have_its_coefficient():

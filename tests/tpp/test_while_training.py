@@ -1,6 +1,7 @@
 """Filters that go while a network trains: how many, which, at what cost."""
 
 import copy
+import json
 import math
 
 import pytest
@@ -17,6 +18,8 @@ from tpp.methods.while_training import Settings, WhileTraining
 from tpp.models.architecture import Architecture, build_model, build_on_meta
 from tpp.models.layers import prunable_layers
 from tpp.plan import PruningPlan
+from tpp.selection.activation import MeanActivations
+from tpp.selection.budget import Budget
 from tpp.selection.selection import Selection
 
 TOTAL = 100
@@ -116,6 +119,161 @@ def test_random_filters_are_others_at_each_event_and_the_same_again():
     _, another, _ = removals(Selection({"layer*.conv1": 0.7}, criterion="random", seed=4), events=4)
     assert another.plan != one.plan
     assert len({tuple(plan.pruned["layer3.0.conv1"]) for _, plan, *_ in found}) > 1
+
+
+def brute_force(values):
+    """Mean over images and positions after ReLU, channel by channel; (n, c, ...) or (n, c)."""
+    return [
+        sum(max(0.0, x) for x in values[:, channel].flatten().tolist()) / values[:, channel].numel()
+        for channel in range(values.shape[1])
+    ]
+
+
+class Chain(nn.Module):
+    """A layer without BatchNorm, one whose BatchNorm sees two layers' channels, and a Linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = (nn.Conv2d(3, 4, 3, padding=1) for _ in range(2))
+        self.norm, self.last = nn.BatchNorm2d(8), nn.Conv2d(8, 5, 3)
+        self.hidden, self.head = nn.Linear(5, 6), nn.Linear(6, 4)
+
+    def forward(self, x):
+        x = nn.functional.relu(self.norm(torch.cat([self.one(x), self.other(x)], 1)))
+        x = nn.functional.relu(self.last(x)).mean((2, 3))
+        return self.head(nn.functional.relu(self.hidden(x)))
+
+
+def test_means_of_activations_are_those_of_a_loop():
+    torch.manual_seed(0)
+    model = Chain().double()
+    outputs: dict[str, list[torch.Tensor]] = {name: [] for name in ("norm", "last", "hidden")}
+    for name, found in outputs.items():
+        model.get_submodule(name).register_forward_hook(
+            lambda module, inputs, output, found=found: found.append(output.detach())
+        )
+    layers = ["one", "other", "last", "hidden"]
+    example = torch.zeros(1, 3, 8, 8)
+    watched = MeanActivations(model, layers, lambda values: values, example_input=example)
+    truth = {layer: [] for layer in layers}
+    for step in range(4):
+        for _ in range(2):
+            images = torch.randn(3, 3, 8, 8).double() + step
+            model.train()(images)
+            watched.add()
+            if step in (1, 2):
+                norm = outputs["norm"][-1]
+                for layer, values in (
+                    *(("one", norm[:, :4]), ("other", norm[:, 4:])),
+                    *((name, outputs[name][-1]) for name in ("last", "hidden")),
+                ):
+                    truth[layer].append(brute_force(values))
+            model.eval()(images)  # an evaluation between steps does not count
+        watched.count(keep=step > 0)
+        if step == 2:
+            state = json.loads(json.dumps(watched.state_dict()))
+            watched.count()  # a step that was left out, without a pass
+            model.train()(images * math.nan)  # and a bad one
+            watched.add()
+            watched.count()
+            found = watched.scores()
+    assert state["steps"] == 2 and watched.steps == 3
+    for layer in layers:
+        expected = torch.tensor(truth[layer], dtype=torch.float64).mean(0)
+        torch.testing.assert_close(found[layer], expected, rtol=1e-12, atol=1e-14, msg=layer)
+    watched.load_state_dict(state)
+    assert all(values.equal(found[layer]) for layer, values in watched.scores().items())
+    watched.forget()
+    assert watched.state_dict() == {}
+    watched.remove()
+    model.train()(images)
+    with pytest.raises(KeyError):
+        watched.add()
+
+
+def test_the_least_active_since_the_last_event_go():
+    """Also where a state is taken up between events, and the same to the bit."""
+    selection = Selection({"layer*.conv1": 0.7}, criterion="bn_scale")
+    how = {"criterion": "activation", "events": 3, "start": 0.1, "end": 0.4}
+    model, plans = network(), []
+    method, taken_up = method_of(model, selection, **how), None
+    seen: dict[str, list[list[float]]] = {}
+
+    def listen(model):
+        for name in ("layer1.0", "layer2.0", "layer3.0"):
+            found = seen[f"{name}.conv1"] = []
+
+            def note(module, inputs, output, found=found):
+                if module.training:
+                    found.append(brute_force(output))
+
+            model.get_submodule(f"{name}.bn1").register_forward_hook(note)
+
+    listen(model)
+    for step in range(45):
+        torch.manual_seed(step)
+        if step == 10:  # the first interval begins
+            listen(model)
+        for _ in range(2):
+            model.train()(torch.randn(2, 3, 8, 8).double() * (1 + step % 3))
+            for each in (method, taken_up):
+                if each is not None:
+                    assert each.batch_terms((None, None), None) == {}
+        for each in (method, taken_up):
+            if each is not None:
+                each.before_step(step)
+                each.after_step(step)
+        plan = method.shrink(step + 1)
+        if taken_up is not None:
+            assert taken_up.shrink(step + 1) == plan
+            assert taken_up.state_dict() == method.state_dict()
+            taken_up = None
+        if plan is None:
+            if step == 28:  # one step before the second event
+                state = json.loads(json.dumps(method.state_dict()))
+                assert state["activations"]["steps"] == 9
+                taken_up = method_of(model, selection, state, **how)
+            continue
+        plans.append((step + 1, plan))
+        for layer, gone in plan.pruned.items():
+            means = torch.tensor(seen[layer]).mean(0)
+            assert sorted(gone) == sorted(means.argsort()[: len(gone)].tolist()), (step, layer)
+        state = json.loads(json.dumps(method.state_dict()))
+        assert state["activations"] == {}
+        model = prune_model(model, plan)
+        listen(model)
+        method = method_of(model, selection, state, **how)
+    assert [step for step, _ in plans] == [20, 30, 40]
+    assert len(model.layer3[0].conv1.weight) == 64 - math.ceil(0.7 * 64)
+    assert not method.before_step(45) and method.batch_terms((None, None), None) == {}
+
+
+def test_an_event_waits_for_a_step_that_can_be_used():
+    model = network()
+    how = {"criterion": "activation", "events": 1, "start": 0.1, "end": 0.2}
+    method = method_of(model, Selection({"layer*.conv1": 0.5}), **how)
+    for step in range(22):
+        if step == 21:
+            model.train()(torch.randn(2, 3, 8, 8).double())
+            method.batch_terms((None, None), None)
+        method.after_step(step)
+        plan = method.shrink(step + 1)
+        assert (plan is not None) == (step == 21)
+    assert method.before_step(22), "what was captured of its terms is of no more use"
+
+
+def test_how_many_go_does_not_depend_on_when_it_was_saved():
+    """By a budget that is the weights' affair: they are those of the first event on every rank."""
+    selection = Selection(budget=Budget("speedup", 1.5))
+    plans = []
+    for saved in (False, True):
+        model = network()
+        method = method_of(model, selection, events=1, start=0.0, end=0.1)
+        if saved:
+            assert method.state_dict() == {}
+        shake(model, 3)
+        plans.append(method.shrink(10))
+    assert plans[0] == plans[1]
 
 
 def test_before_the_first_event_nothing_has_gone():

@@ -31,11 +31,13 @@ def trained(config):
     return load_file(Path(config["output"]) / "finetune" / "model.safetensors")
 
 
-@pytest.mark.parametrize("how", ["one rank", "two ranks", "ZeRO 1"])
+@pytest.mark.parametrize("how", ["one rank", "two ranks, SNIP", "ZeRO 1, SNIP"])
 def test_killed_it_goes_on_to_the_bit_and_the_file_is_plain(sparse_config, run_main, how):
-    ranks = 2 if how == "two ranks" else 1
-    if how == "ZeRO 1":
+    ranks = 2 if "two ranks" in how else 1
+    if "ZeRO 1" in how:
         sparse_config["training"]["deepspeed"] = str(ZERO1)
+    if "SNIP" in how:
+        sparse_config["method"]["score"] = "snip"
     broken = copy.deepcopy(sparse_config)
     broken["output"] += "-broken"
     run_main(sparse_config, ranks=ranks)

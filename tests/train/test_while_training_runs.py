@@ -38,6 +38,10 @@ def trained(config, stage="regularize"):
     return load_file(Path(config["output"]) / stage / "model.safetensors")
 
 
+def plan_of(config):
+    return tpp.PruningPlan.load(Path(config["output"]) / "regularize" / "plan.json")
+
+
 def test_filters_go_three_times_and_pruning_has_nothing_left(thinning, run_main, tmp_path, capsys):
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(thinning, sort_keys=False))
@@ -60,19 +64,23 @@ def test_filters_go_three_times_and_pruning_has_nothing_left(thinning, run_main,
     assert stages["evaluate"]["speedup"] > 1.9
 
 
-@pytest.mark.parametrize("how", ["killed", "ZeRO 1"])
+@pytest.mark.parametrize("how", ["killed", "two ranks, activations", "ZeRO 1, activations"])
 def test_it_goes_on_to_the_bit_from_between_events(thinning, run_main, how):
+    ranks = 2 if "two ranks" in how else 1
     thinning["training"] |= {"accumulation": 2}
     thinning["stages"] = {"regularize": thinning["stages"]["regularize"]}
-    if how == "ZeRO 1":
+    if "ZeRO 1" in how:
         thinning["training"]["deepspeed"] = str(ZERO1)
+    if "activations" in how:
+        thinning["method"]["criterion"] = "activation"
     broken = copy.deepcopy(thinning)
     broken["output"] += "-broken"
-    run_main(thinning)
+    run_main(thinning, ranks=ranks)
     checkpoint = Path(broken["output"]) / "regularize" / "checkpoints" / "step-00000007"
-    run_main(broken, kill_when=checkpoint, expect=None)
+    run_main(broken, ranks=ranks, kill_when=checkpoint, expect=None)
     assert not (Path(broken["output"]) / "regularize" / "done.json").exists()
-    run_main(broken)
+    run_main(broken, ranks=ranks)
+    assert plan_of(thinning) == plan_of(broken)
     whole, again = trained(thinning), trained(broken)
     assert whole.keys() == again.keys()
     for key, tensor in whole.items():
@@ -100,8 +108,17 @@ def test_one_event_at_the_end_is_pruning_what_was_trained(thinning, run_main):
         assert torch.equal(dense.state_dict()[key], kept[key]), key
 
 
-def test_two_ranks_remove_the_same(thinning, run_main):
+def test_two_ranks_remove_what_one_does_by_the_activations_of_all_images(thinning, run_main):
+    """Of the first event, before what ranks round otherwise has grown."""
     thinning["stages"] = {"regularize": thinning["stages"]["regularize"]}
-    printed = run_main(thinning, ranks=2).stdout
-    assert printed.count("filters removed,") == 3
-    assert trained(thinning)["layer3.0.conv1.weight"].shape[0] == 32
+    thinning["training"]["sync_batchnorm"] = True
+    thinning["method"] |= {"criterion": "activation", "events": 1, "end": 0.25}
+    plans = []
+    for ranks in (1, 2):
+        config = copy.deepcopy(thinning)
+        config["output"] += f"-{ranks}"
+        printed = run_main(config, ranks=ranks).stdout
+        assert printed.count("filters removed,") == 1
+        plans.append(plan_of(config))
+        assert trained(config)["layer3.0.conv1.weight"].shape[0] == 32
+    assert plans[0] == plans[1]

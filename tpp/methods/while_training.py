@@ -4,8 +4,8 @@ Roy, Panda, Srinivasan, Raghunathan, "Pruning Filters while Training for Efficie
 Learning Networks" (IJCNN 2020, arXiv:2003.02800). Only abstract and opening could be read: filters
 of convolutions go while the network trains, by L1 norm (best), mean activation or at random; there
 is no retraining, and the epochs that are left run on an ever smaller network. When, how many at a
-time and from which layers are inferred here, and are settings: a reconstruction. Scores are those
-of ``pruning.criterion``; mean activation is not among them.
+time and from which layers are inferred here, and are settings: a reconstruction. So is what mean
+activation is a mean of: all images of the steps since the last event, in training mode.
 
 Filters are removed at once, with their momentum: that is the same training as one that masks them
 to its end (the weights are equal to rounding), in less time.
@@ -14,10 +14,10 @@ to its end (the weights are equal to rounding), in less time.
 import itertools
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
-from torch import nn
+from torch import Tensor, nn
 
 from tpp.channels.removal import pruned_on_meta
 from tpp.common.errors import UserError
@@ -26,6 +26,8 @@ from tpp.methods import base
 from tpp.models.architecture import meta_copy
 from tpp.models.layers import prunable_layers
 from tpp.plan import PruningPlan
+from tpp.selection.activation import MeanActivations
+from tpp.selection.criteria import Criterion
 from tpp.selection.selection import same_on_all_ranks
 
 
@@ -38,11 +40,16 @@ class Settings(base.Settings):
         start: share of the stage after which the first interval begins; an event is at the end of
             each.
         end: share of the stage by which the last event has been.
+        criterion: what a filter is worth: ``weights``, what ``pruning.criterion`` says of them, or
+            ``activation``, see :class:`tpp.selection.activation.MeanActivations`, since the last
+            event, or ``start``. Steps whose activations are not finite are left out; an event with
+            no step to go by waits for one.
     """
 
     events: Annotated[int, Field(ge=1)] = 10
     start: Annotated[float, Field(ge=0, lt=1)] = 0.1
     end: Annotated[float, Field(gt=0, le=1)] = 0.5
+    criterion: Literal["weights", "activation"] = "weights"
 
     @model_validator(mode="after")
     def _ends_behind_its_start(self) -> "Settings":
@@ -80,6 +87,10 @@ class WhileTraining(base.Method):
         self._going: dict[str, int] = {}
         self._filters: dict[str, int] = {}
         self._left: dict[str, list[int]] = {}
+        # By activations: these, and how many events there have been. None where none is to come.
+        self._activations: MeanActivations | None = None
+        self._past = 0
+        self._was_last = False
 
     @property
     def plan(self) -> PruningPlan | None:
@@ -93,7 +104,7 @@ class WhileTraining(base.Method):
         return PruningPlan(dict(self._filters), gone)
 
     def prepare(self, model: nn.Module, context: base.TrainingContext) -> None:
-        """Find out how many filters go of each layer, unless a state says it.
+        """Look at activations from now on, if they are the criterion.
 
         Raises:
             UserError: the stage's input has masked weights.
@@ -106,17 +117,60 @@ class WhileTraining(base.Method):
                 "go in the middle of it"
             )
         self._model, self._context = model, context
+        if self.settings.criterion == "activation":
+            # All that may ever be asked for, here and in smaller networks.
+            widest = replace(context.selection, floors={}, round_to=1, criterion="l1")
+            self._activations = MeanActivations(
+                model,
+                widest.layers(model, example_input=context.example_input),
+                context.average,
+                example_input=context.example_input,
+            )
+
+    def restore(self, model: nn.Module) -> None:
+        """Look at activations no more."""
+        if self._activations is not None:
+            self._activations.remove()
+            self._activations = None
+
+    def before_step(self, step: int) -> bool:
+        """Whether activations are looked at no more."""
+        changed, self._was_last = self._was_last, False
+        return changed
+
+    def batch_terms(self, batch: tuple[Tensor, Tensor], outputs: Tensor) -> dict[str, Tensor]:
+        """None; the micro-batch's activations are counted."""
+        if self._activations is not None:
+            self._activations.add()
+        return {}
+
+    def after_step(self, step: int) -> None:
+        """Count the step's activations, if it is of the time between events."""
+        if self._activations is not None:
+            total = self._context.total_steps
+            assert total is not None
+            self._activations.count(keep=step >= round(total * self.settings.start))
 
     def shrink(self, step: int) -> PruningPlan | None:
         """The filters of the smallest scores, if an event is due; all ranks find the same."""
         if self._model is None:
             return None
-        model, context = self._model, self._context
+        model, context, watched = self._model, self._context, self._activations
         assert context.total_steps is not None
         due = self.settings.due(step, context.total_steps)
         if not due:
             return None
-        self._look(model)
+        scores: dict[str, Tensor] | None = None
+        if self.settings.criterion == "activation":
+            if watched is None or due == self._past or not watched.steps:
+                return None
+            scores = watched.scores()
+            watched.forget()
+            self._past = due
+            self._was_last = due == self.settings.events
+            if self._was_last:
+                self.restore(model)
+        self._look(model, scores)
         widths = {name: len(layer.weight) for name, layer in prunable_layers(model).items()}
         now = {
             layer: going * due // self.settings.events - (self._filters[layer] - widths[layer])
@@ -132,8 +186,9 @@ class WhileTraining(base.Method):
             round_to=1,
             budget=None,
             seed=context.selection.seed + due,
+            criterion=self._criterion,
         )
-        plan = selection.select(model, example_input=context.example_input)
+        plan = selection.select(model, example_input=context.example_input, scores=scores)
         if context.world_size > 1:
             plan = same_on_all_ranks(plan)
         for layer, gone in plan.pruned.items():
@@ -167,24 +222,43 @@ class WhileTraining(base.Method):
         return float(spent / macs[0])
 
     def state_dict(self) -> dict[str, Any]:
-        """What goes in the end, what there was, and what is left."""
-        if self._model is None:
-            return {}
-        self._look(self._model)
-        return {"going": self._going, "filters": self._filters, "left": self._left}
+        """What goes in the end, what there was, what is left, and what was seen since."""
+        state: dict[str, Any] = {}
+        if self._filters:
+            state = {"going": self._going, "filters": self._filters, "left": self._left}
+        if self._model is not None and self.settings.criterion == "activation":
+            watched = self._activations
+            state["past"] = self._past
+            state["activations"] = watched.state_dict() if watched is not None else {}
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up what there was before filters went."""
-        if state:
+        if "filters" in state:
             self._going, self._filters = dict(state["going"]), dict(state["filters"])
             self._left = {layer: list(left) for layer, left in state["left"].items()}
+        if self._activations is not None:
+            self._past = state["past"]
+            self._activations.load_state_dict(state["activations"])
+            if self._past == self.settings.events:
+                assert self._model is not None
+                self.restore(self._model)
 
-    def _look(self, model: nn.Module) -> None:
-        """Count on the dense network, once."""
+    @property
+    def _criterion(self) -> Criterion:
+        """Of the selection; where scores are given, one that asks nothing of the network."""
+        by_weights = self.settings.criterion == "weights"
+        return self._context.selection.criterion if by_weights else "l1"
+
+    def _look(self, model: nn.Module, scores: Mapping[str, Tensor] | None) -> None:
+        """Count at the first event, on the dense network: the same however often it is saved."""
         if self._filters:
             return
         context = self._context
-        plan = context.selection.select(model, example_input=context.example_input)
+        selection = replace(context.selection, criterion=self._criterion)
+        plan = selection.select(model, example_input=context.example_input, scores=scores)
+        if context.world_size > 1:
+            plan = same_on_all_ranks(plan)
         self._filters = dict(plan.filters)
         self._going = {layer: len(gone) for layer, gone in plan.pruned.items()}
         self._left = {layer: list(range(n)) for layer, n in plan.filters.items()}
