@@ -53,7 +53,7 @@ class TrainingContext:
     """Where a method finds itself when training is about to begin.
 
     Attributes:
-        stage: kind of the stage, ``regularize`` or ``finetune``.
+        stage: kind of the stage, ``dense``, ``regularize`` or ``finetune``.
         plan: the filters that a regularised stage drives out, where they are picked before it
             (see :attr:`Method.picks`); None for all else.
         selection: how filters are chosen, for a method that picks them itself.
@@ -103,6 +103,9 @@ class Method:
             regularised stage the pruning stage always calls ``select``.
         faithful: whether it is as published; not so where only an abstract could be read, which
             ``--dry-run`` and the report say.
+        trains_dense: whether it has a say in the training of the dense network, too.
+        needs_cross_entropy: whether its terms go with plain cross entropy alone: no label
+            smoothing, no other loss, no teacher.
     """
 
     name: ClassVar[str]
@@ -110,6 +113,8 @@ class Method:
     settings_type: ClassVar[type[Settings]] = Settings
     picks: ClassVar[Literal["before", "during", "after"]] = "before"
     faithful: ClassVar[bool] = True
+    trains_dense: ClassVar[bool] = False
+    needs_cross_entropy: ClassVar[bool] = False
 
     def __init__(self, settings: Any) -> None:
         self.settings = settings

@@ -82,9 +82,7 @@ class PlainMLP(_Plain):
         if depth < 2:
             raise UserError(f"depth: at least 2 layers, not {depth!r}")
         widths = [channels * image_size * image_size, *[width] * (depth - 1)]
-        hidden = [
-            nn.Linear(widths[i], widths[i + 1], bias=False) for i in range(depth - 1)
-        ]
+        hidden = [nn.Linear(widths[i], widths[i + 1], bias=False) for i in range(depth - 1)]
         super().__init__(hidden, nn.Linear(width, num_classes, bias=False), activation, skip)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -122,13 +120,9 @@ class PlainConvNet(_Plain):
         for stage in range(4):
             for number in range((depth - 2) // 4):
                 outputs, stride = width * 2**stage, 2 if stage and not number else 1
-                convolutions.append(
-                    nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
-                )
+                convolutions.append(nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False))
                 inputs = outputs
-        super().__init__(
-            convolutions, nn.Linear(inputs, num_classes, bias=False), activation, skip
-        )
+        super().__init__(convolutions, nn.Linear(inputs, num_classes, bias=False), activation, skip)
         self.pool = nn.AdaptiveAvgPool2d(1)
 
     def forward(self, x: Tensor) -> Tensor:
