@@ -402,6 +402,42 @@ def test_mixed_labels_are_shares():
     close(layer.weight.grad, e.T @ images.flatten(1) / len(images))
 
 
+def test_the_mean_over_parts_is_the_update_of_the_whole():
+    """What ranks and micro-batches rely on; re-projection is of each part."""
+    images, labels = batch()
+    model = mlp(skip=2)
+    method = prepared(model, beta=0.5, reproject=None)
+    found = []
+    for parts in ((slice(None),), (slice(0, 3), slice(3, 6))):
+        total = [0.0] * len([*model.parameters()])
+        for part in parts:
+            backward(model, method, images[part], labels[part])
+            grads = [p.grad / len(parts) for p in model.parameters()]
+            total = [a + b for a, b in zip(total, grads, strict=True)]
+        found.append(total)
+    for whole, parted in zip(*found, strict=True):
+        close(whole, parted)
+
+
+def test_under_autocast_updates_are_near_those_of_float32():
+    torch.manual_seed(10)
+    model = convnet(skip=2, depth=6)
+    method = prepared(model, beta=0.3)
+    model.float()
+    images, labels = batch(3, 32, 8)
+    found = []
+    for lower in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=lower):
+            outputs = model(images.float())
+            (term,) = method.batch_terms((images, labels), outputs.float()).values()
+        model.zero_grad(set_to_none=True)
+        (F.cross_entropy(outputs.float(), labels) + term).backward()
+        found.append([p.grad.clone() for p in model.parameters()])
+    for full, lower in zip(*found, strict=True):
+        assert lower.dtype == torch.float32
+        assert 0 < (full - lower).norm() < 0.05 * full.norm()
+
+
 def test_noise_is_the_same_in_both_runs_and_absent_in_evaluation():
     images, labels = batch()
     model = mlp(3)

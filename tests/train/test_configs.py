@@ -15,6 +15,7 @@ from tpp.selection.selection import select_filters
 from train.config.config import Config, load_config, steps_for
 from train.preflight import (
     check_image_sizes,
+    check_methods,
     check_optimizers,
     check_plans,
     check_training_size,
@@ -40,7 +41,7 @@ RECIPES: dict[str, tuple[int, int | None, float | None, float | None]] = {
 RELATED = {"resnet56_l1_linear_overparam_pr0.9": "resnet56_l1_pr0.9"}
 RETRAINED = ("resnet56_l1_llr_pr0.9", "resnet56_imp_allr", "resnet56_bimp", "resnet50_imp_allr")
 UNPUBLISHED = {*RELATED, *RETRAINED, "resnet56_ffr_pr0.5", "vgg16_while_training_0.8"}
-UNPUBLISHED |= {"resnet56_interspace_0.95"}
+UNPUBLISHED |= {"resnet56_interspace_0.95", "convnet18_rec_lra"}
 ROWS = [
     path
     for path in COMPLETE
@@ -345,6 +346,29 @@ def test_related_systems_claim_nothing_and_differ_in_their_method(name: str) -> 
     for stage, other in zip(config.stages.values(), plain.stages.values(), strict=True):
         assert stage.model_copy(update={"method": None}) == other
     check_finetuning(config, 5e-4, (120, [60, 90]))
+
+
+@pytest.mark.parametrize("name", ["mlp_rec_lra", "convnet18_rec_lra"])
+def test_training_by_local_errors_and_its_twin(name: str) -> None:
+    (path,) = [path for path in COMPLETE if path.stem == name]
+    text, config = head(path), load_config(path)
+    for part in ("Reproduces:", "reconstruction", "Takes:", "Run"):
+        assert part in text
+    assert f"accelerate launch train/main.py --config {by_name(path)} " in text
+    assert config.has_method("dense")
+    settings = config.stage_method("dense").settings
+    assert (settings.beta, settings.gamma, settings.rule) == (0.1205, 0.1524, "lra_e")
+    check_methods(config, Architecture(config.model.name, 10, config.model.args))
+    if name == "mlp_rec_lra":
+        twin = load_config(path.with_name("mlp_backprop.yaml"))
+        assert not twin.has_method("dense")
+        assert (twin.model, twin.data, twin.stages) == (config.model, config.data, config.stages)
+        assert twin.training == config.training
+    else:
+        published = config.published
+        assert published is not None and published.dense_top1 == 93.88
+        assert "93.58" in published.source and "93.58" in text
+        assert "l1" == load_config(path, ["method.name=l1"]).stage_method("dense").name
 
 
 def test_data() -> None:

@@ -4,8 +4,6 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from tpp.common.errors import UserError
-
 _ACTIVATIONS: dict[str, type[nn.Module]] = {
     "tanh": nn.Tanh,
     "relu": nn.ReLU,
@@ -28,9 +26,9 @@ class _Plain(nn.Module):
     ) -> None:
         super().__init__()
         if activation not in _ACTIVATIONS:
-            raise UserError(f"activation: {activation!r} is none of {', '.join(_ACTIVATIONS)}")
+            raise ValueError(f"activation: {activation!r} is none of {', '.join(_ACTIVATIONS)}")
         if isinstance(skip, bool) or not isinstance(skip, int) or skip < 0:
-            raise UserError(f"skip: a number of layers, 0 for no skip connections, not {skip!r}")
+            raise ValueError(f"skip: a number of layers, 0 for no skip connections, not {skip!r}")
         self.layers = nn.ModuleList(hidden)
         self.activations = nn.ModuleList(_ACTIVATIONS[activation]() for _ in hidden)
         self.linear = linear
@@ -80,7 +78,7 @@ class PlainMLP(_Plain):
         image_size: int = 28,
     ) -> None:
         if depth < 2:
-            raise UserError(f"depth: at least 2 layers, not {depth!r}")
+            raise ValueError(f"depth: at least 2 layers, not {depth!r}")
         widths = [channels * image_size * image_size, *[width] * (depth - 1)]
         hidden = [nn.Linear(widths[i], widths[i + 1], bias=False) for i in range(depth - 1)]
         super().__init__(hidden, nn.Linear(width, num_classes, bias=False), activation, skip)
@@ -115,7 +113,7 @@ class PlainConvNet(_Plain):
         channels: int = 3,
     ) -> None:
         if depth < 6 or depth % 4 != 2:
-            raise UserError(f"depth: 6, 10, 14, 18, ..., not {depth!r}")
+            raise ValueError(f"depth: 6, 10, 14, 18, ..., not {depth!r}")
         convolutions, inputs = [nn.Conv2d(channels, width, 3, padding=1, bias=False)], width
         for stage in range(4):
             for number in range((depth - 2) // 4):
