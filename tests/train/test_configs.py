@@ -368,7 +368,7 @@ def test_training_by_local_errors_and_its_twin(name: str) -> None:
         published = config.published
         assert published is not None and published.dense_top1 == 93.88
         assert "93.58" in published.source and "93.58" in text
-        assert "l1" == load_config(path, ["method.name=l1"]).stage_method("dense").name
+        assert load_config(path, ["method.name=l1"]).stage_method("dense").name == "l1"
 
 
 def test_data() -> None:
