@@ -1,11 +1,11 @@
 """What a training step keeps of its images at most, against depth: backpropagation and rec-LRA.
 
-    python -m benchmarks.local_memory [--depths 6,10,18,34] [--width 16] [--batch 48] [--json FILE]
+    python -m benchmarks.local_memory [--depths 6,10,18,34] [--width 16] [--batch 48] [--output FILE]
 
 Plain convolutional networks on images of 32x32. Counted is every tensor whose first dimension is
 the batch, activations and errors, from its first operation to its end; not the parameters, their
 gradients and updates, which grow with the depth in any case, nor what an operation needs inside.
-What is beside the figure in brackets is the time of a step, in milliseconds.
+In brackets stands the time of a step, in milliseconds.
 """
 
 import argparse
@@ -30,6 +30,7 @@ from tpp.methods.rec_lra import RecLRA, Settings
 from tpp.models.architecture import build_model, example_input_for
 from tpp.selection.selection import Selection
 
+RESULTS = Path(__file__).parent / "results" / "local_memory.json"
 # How the columns are called, and m of each: every so-manieth layer's error is the output's.
 WAYS: dict[str, int | None] = {"backprop": None, "m=2": 2, "m=4": 4, "m=0": 0}
 
@@ -120,7 +121,7 @@ def main() -> None:
     parser.add_argument("--depths", default="6,10,18,34", help="separated by commas")
     parser.add_argument("--width", type=int, default=16)
     parser.add_argument("--batch", type=int, default=48)
-    parser.add_argument("--json", type=user_path, metavar="FILE")
+    parser.add_argument("--output", type=user_path, default=RESULTS, metavar="FILE")
     arguments = parser.parse_args()
     try:
         depths = [int(depth) for depth in arguments.depths.split(",")]
@@ -141,9 +142,10 @@ def main() -> None:
         rows.append({"depth": depth, **found})
         cells = [f"{one['mib']:.1f} ({one['ms']:.0f})" for one in found.values()]
         print(f"| {depth} | " + " | ".join(cells) + " |", flush=True)
-    if arguments.json is not None:
-        figures = {"width": arguments.width, "batch": arguments.batch, "rows": rows}
-        write_whole(Path(arguments.json), json.dumps(figures, indent=1) + "\n")
+    figures = {"width": arguments.width, "batch": arguments.batch, "rows": rows}
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(arguments.output, json.dumps(figures, indent=1) + "\n")
+    print(f"figures: {arguments.output}")
 
 
 if __name__ == "__main__":

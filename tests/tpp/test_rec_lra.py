@@ -485,6 +485,18 @@ def test_other_networks_are_refused(name, args, why):
     RecLRA(Settings()).check_network(model, "finetune")
 
 
+def test_images_of_another_size_are_refused_where_errors_depend_on_it():
+    images, labels = batch(3, 16, 2)
+    for error_skip in (0, 2):
+        model = convnet(width=4, depth=6)
+        method = prepared(model, error_skip=error_skip)
+        if error_skip:
+            with pytest.raises(UserError, match=r"\(3, 32, 32\), and training has \(3, 16, 16\)"):
+                model(images)
+        else:
+            backward(model, method, images, labels)
+
+
 def test_descent_with_mixed_errors_is_refused():
     with pytest.raises(ValueError, match="ends at chance"):
         Settings(rule="descent", mixed=True)

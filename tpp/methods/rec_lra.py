@@ -111,6 +111,7 @@ class RecLRA(base.Method):
         self._network: nn.Module | None = None
         self._images: Tensor | None = None
         self._second: _SecondPass | None = None
+        self._image: tuple[int, ...] = ()
 
     def check_network(self, model: nn.Module, stage: str) -> None:
         """Raise UserError if the network is no chain of weight layers and activations."""
@@ -148,7 +149,7 @@ class RecLRA(base.Method):
         """Cut the network between its layers from now on."""
         if not self._chain:
             return
-        self._network = model
+        self._network, self._image = model, context.example_input.shape[1:]
         self._handles.append(model.register_forward_pre_hook(self._begin))
         for number, link in enumerate(self._chain, 1):
             layer = model.get_submodule(link.layer)
@@ -194,6 +195,12 @@ class RecLRA(base.Method):
         if not model.training:
             return None
         images = inputs[0]
+        if self.settings.error_skip and images.shape[1:] != self._image:
+            raise UserError(
+                "method.error_skip: E from the output is made for images of "
+                f"{tuple(self._image)}, and training has {tuple(images.shape[1:])}: leave "
+                "data.train_size out, or use error_skip: 0"
+            )
         if self.settings.noise:
             images = images + self.settings.noise * torch.randn_like(images)
         self._images = images
