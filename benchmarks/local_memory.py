@@ -1,6 +1,6 @@
 """What a training step keeps of its images at most, against depth: backpropagation and rec-LRA.
 
-    python -m benchmarks.local_memory [--depths 6,10,18,34] [--width 16] [--batch 48] [--output FILE]
+    python -m benchmarks.local_memory [--depths 6,10,18,34] [--width 16] [--batch 48]
 
 Plain convolutional networks on images of 32x32. Counted is every tensor whose first dimension is
 the batch, activations and errors, from its first operation to its end; not the parameters, their
