@@ -174,7 +174,7 @@ def _check_output(folder: Path) -> None:
 
 def _say_reconstructions(config: Config, console: Console) -> None:
     """One line for each method of which not all is known that was published."""
-    having = [name for name, stage in config.stages.items() if stage.does.has_method]
+    having = [name for name in config.stages if config.has_method(name)]
     for title in dict.fromkeys(
         method.title for method in map(config.stage_method, having) if not method.faithful
     ):

@@ -164,7 +164,7 @@ def check_methods(config: Config, architecture: Architecture) -> None:
     """
     model = build_on_meta(architecture)
     for name, stage in config.stages.items():
-        if stage.does.trains and stage.does.has_method:
+        if stage.does.trains and config.has_method(name):
             key = "method" if stage.method is None else f"stages.{name}.method"
             try:
                 config.stage_method(name).check_network(model, stage.kind)

@@ -23,6 +23,8 @@ from tpp.plan import PruningPlan
         ("cifar_resnet8", {}, (3, 32, 32)),
         ("cifar_vgg19_bn", {}, (3, 32, 32)),
         ("mlp7_linear", {}, (1, 28, 28)),
+        ("plain_mlp", {"skip": 2}, (1, 28, 28)),
+        ("plain_convnet", {"skip": 2, "depth": 10, "width": 8}, (3, 32, 32)),
         ("resnet50", {}, (3, 32, 32)),
         ("alexnet", {}, (3, 64, 64)),  # channels flattened with their pixels
         ("squeezenet1_1", {}, (3, 32, 32)),  # concatenations

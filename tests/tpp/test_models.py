@@ -24,6 +24,10 @@ from tpp.models.architecture import (
         ("cifar_vgg19_bn", 100, {}, (3, 32, 32)),
         ("mlp7_linear", 10, {}, (1, 28, 28)),
         ("mlp7_linear", 10, {"width": 20, "image_size": 32}, (1, 32, 32)),
+        ("plain_mlp", 10, {"skip": 2}, (1, 28, 28)),
+        ("plain_mlp", 10, {"channels": 3, "image_size": 8}, (3, 8, 8)),
+        ("plain_convnet", 10, {"depth": 6, "skip": 2}, (3, 32, 32)),
+        ("plain_convnet", 10, {"channels": 1, "depth": 6}, (1, 32, 32)),
         ("resnet18", 7, {}, (3, 224, 224)),
         ("googlenet", 7, {}, (3, 224, 224)),
         ("vit_b_16", 5, {"image_size": 32}, (3, 32, 32)),
@@ -101,6 +105,9 @@ def test_every_torchvision_classifier_is_known():
         ("resnet18", 10, {"foo": 1}, "foo"),
         ("resnet18", 10, {"weights": "DEFAULT"}, "loaded from a file"),
         ("mlp7_linear", 10, {"width": -3}, "mlp7_linear"),
+        ("plain_mlp", 10, {"activation": "sine"}, "'sine' is none of tanh, relu, identity"),
+        ("plain_mlp", 10, {"skip": -1}, "skip: a number of layers"),
+        ("plain_convnet", 10, {"depth": 17}, "depth: 6, 10, 14, 18, ..., not 17"),
     ],
 )
 def test_mistakes_are_named(name, classes, args, message):

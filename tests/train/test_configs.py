@@ -18,6 +18,7 @@ from train.config.config import Config, load_config, steps_for
 from train.grid import expand, load_sweep
 from train.preflight import (
     check_image_sizes,
+    check_methods,
     check_optimizers,
     check_plans,
     check_training_size,
@@ -48,6 +49,7 @@ UNPUBLISHED |= {"resnet56_interspace_0.95", "resnet50_interspace_0.9"}
 # At the filters, and in the steps, of a published row of TPP.
 AT_2_56X = ("l1_llr", "tpp_linear_overparam", "while_training")
 UNPUBLISHED |= {f"resnet50_{name}_2.56x" for name in AT_2_56X}
+UNPUBLISHED.add("convnet18_rec_lra")
 ROWS = [
     path
     for path in COMPLETE
@@ -371,6 +373,29 @@ def test_others_at_the_filters_of_a_row_of_tpp(name: str) -> None:
         steps = tpp.stage_method("regularize").steps() or 0
         of_tpp = steps / (1_281_167 / 256) + (tpp.stages["finetune"].epochs or 0)
         assert stages["finetune"].epochs == pytest.approx(of_tpp, abs=0.1)
+
+
+@pytest.mark.parametrize("name", ["mlp_rec_lra", "convnet18_rec_lra"])
+def test_training_by_local_errors_and_its_twin(name: str) -> None:
+    (path,) = [path for path in COMPLETE if path.stem == name]
+    text, config = head(path), load_config(path)
+    for part in ("Reproduces:", "reconstruction", "Takes:", "Run"):
+        assert part in text
+    assert f"accelerate launch train/main.py --config {by_name(path)} " in text
+    assert config.has_method("dense")
+    settings = config.stage_method("dense").settings
+    assert (settings.beta, settings.gamma, settings.rule) == (0.1205, 0.1524, "lra_e")
+    check_methods(config, Architecture(config.model.name, 10, config.model.args))
+    if name == "mlp_rec_lra":
+        twin = load_config(path.with_name("mlp_backprop.yaml"))
+        assert not twin.has_method("dense")
+        assert (twin.model, twin.data, twin.stages) == (config.model, config.data, config.stages)
+        assert twin.training == config.training
+    else:
+        published = config.published
+        assert published is not None and published.dense_top1 == 93.88
+        assert "93.58" in published.source and "93.58" in text
+        assert load_config(path, ["method.name=l1"]).stage_method("dense").name == "l1"
 
 
 def test_data() -> None:

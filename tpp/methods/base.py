@@ -61,7 +61,7 @@ class TrainingContext:
     """Where a method finds itself when training is about to begin.
 
     Attributes:
-        stage: kind of the stage, ``regularize`` or ``finetune``.
+        stage: kind of the stage, ``dense``, ``regularize`` or ``finetune``.
         plan: the filters that a regularised stage drives out, where they are picked before it
             (see :attr:`Method.picks`); None for all else.
         selection: how filters are chosen, for a method that picks them itself.
@@ -123,6 +123,9 @@ class Method:
         finetunes: whether it is a way of finetuning, whatever was removed before it.
         ends_pruned: whether its regularised stage ends with the network that it is for, and no
             finetuning is meant to follow.
+        trains_dense: whether it has a say in the training of the dense network, too.
+        needs_cross_entropy: whether its terms go with plain cross entropy alone: no label
+            smoothing, no other loss, no teacher.
     """
 
     name: ClassVar[str]
@@ -132,6 +135,8 @@ class Method:
     faithful: ClassVar[bool] = True
     finetunes: ClassVar[bool] = False
     ends_pruned: ClassVar[bool] = False
+    trains_dense: ClassVar[bool] = False
+    needs_cross_entropy: ClassVar[bool] = False
 
     def __init__(self, settings: Any) -> None:
         self.settings = settings

@@ -24,6 +24,7 @@ from tpp.models import edsr
 from tpp.models.cifar import CifarResNet, CifarVGG
 from tpp.models.meta_runs import ShapesOnly
 from tpp.models.mlp import LinearMLP
+from tpp.models.plain import PlainConvNet, PlainMLP
 
 _OWN_MODELS: dict[str, Callable[..., nn.Module]] = {
     **{
@@ -32,7 +33,11 @@ _OWN_MODELS: dict[str, Callable[..., nn.Module]] = {
     },
     **{f"cifar_vgg{depth}_bn": functools.partial(CifarVGG, depth) for depth in (16, 19)},
     "mlp7_linear": LinearMLP,
+    "plain_mlp": PlainMLP,
+    "plain_convnet": PlainConvNet,
 }
+# Those for MNIST.
+_GRAY = ("mlp7_linear", "plain_mlp")
 
 
 @dataclass(frozen=True)
@@ -162,9 +167,10 @@ def build_model(name: str, num_classes: int | None, **args: Any) -> nn.Module:
     """Build a network with random weights.
 
     Args:
-        name: ``cifar_resnet{8,14,20,32,44,56,110}``, ``cifar_vgg{16,19}_bn``, ``mlp7_linear``, a
-            classification network of torchvision by its plain name (``resnet50``), one of timm as
-            ``timm:NAME``, or ``edsr``, whose output is an image.
+        name: ``cifar_resnet{8,14,20,32,44,56,110}``, ``cifar_vgg{16,19}_bn``, ``mlp7_linear``,
+            ``plain_mlp``, ``plain_convnet``, a classification network of torchvision by its plain
+            name (``resnet50``), one of timm as ``timm:NAME``, or ``edsr``, whose output is an
+            image.
         num_classes: number of outputs; None where the output is an image.
         args: further arguments of the network's constructor.
 
@@ -374,9 +380,9 @@ def _input_shape(name: str, args: Mapping[str, Any]) -> tuple[Any, ...]:
     if name in _IMAGE_MODELS:
         side = _IMAGE_MODELS[name].side
         return args.get("channels", 3), side, side
-    default = 28 if name == "mlp7_linear" else 32 if name in _OWN_MODELS else 224
+    default = 28 if name in _GRAY else 32 if name in _OWN_MODELS else 224
     size = args.get("image_size", default)
-    return 1 if name == "mlp7_linear" else 3, size, size
+    return args.get("channels", 1 if name in _GRAY else 3), size, size
 
 
 def set_preprocessing(model: nn.Module, preprocessing: Mapping[str, Any] | None) -> None:

@@ -202,6 +202,7 @@ class Config(Section):
             if stage.augment is not None:
                 check_augment(stage.augment, self.data, f"stages.{name}.augment")
             method = self.stage_method(name)
+            self._check_say(name, method)
             if stage.does.trains:
                 self.stage_optimizer(name)
                 self.stage_ema(name)
@@ -293,6 +294,30 @@ class Config(Section):
                 f"stages.{name}.carry_optimizer: {own.name} cannot go on with the state of "
                 f"{other.name}, the optimiser of stage {before!r}"
             )
+
+    def _check_say(self, name: str, method: Method) -> None:
+        """Check that a method has a say where it is named, and goes with the loss."""
+        stage = self.stages[name]
+        if stage.does.is_dense and stage.method is not None and not method.trains_dense:
+            raise ValueError(
+                f"stages.{name}.method: {method.name!r} has no say in the training of a dense "
+                "network; leave it out"
+            )
+        if not (stage.does.trains and self.has_method(name) and method.needs_cross_entropy):
+            return
+        if not self.make_task().has_classes:
+            raise ValueError(f"method {method.name!r} goes with task.kind: classification")
+        for key in ("loss", "label_smoothing", "distill"):
+            if getattr(stage, key) != StageSection.model_fields[key].default:
+                raise ValueError(
+                    f"stages.{name}.{key}: method {method.name!r} goes with plain cross entropy "
+                    "alone; leave it out"
+                )
+
+    def has_method(self, name: str) -> bool:
+        """Whether the method has a say in stage ``name``: in dense training, few have."""
+        does = self.stages[name].does
+        return does.has_method or (does.is_dense and self.stage_method(name).trains_dense)
 
     def selection(self, stage: str | None = None) -> Selection:
         """How the filters that go are chosen: in a stage, or where none says otherwise."""

@@ -17,8 +17,8 @@ class StageKind:
         needs_epochs: whether the configuration says how long it is; a stage that regularises is as
             long as its method says.
         needs_images: whether there have to be any.
-        has_method: whether the method has a say in it. Dense training is what every method starts
-            from.
+        has_method: whether every method has a say in it. Dense training is what most start from:
+            see :meth:`train.config.config.Config.has_method`.
         regularizes: whether it readies the network for the removal of filters.
         removes: whether it takes filters out.
         masks: whether it sets weights to zero for good.

@@ -25,7 +25,7 @@ from train.tasks.base import Task
 def finish_stage(run: Run, name: str, results: dict[str, Any]) -> None:
     """Mark a stage as done, with what it found."""
     stage = run.config.stages[name]
-    method = run.config.stage_method(name) if stage.does.has_method else None
+    method = run.config.stage_method(name) if run.config.has_method(name) else None
     said = {
         "kind": stage.kind,
         "method": method.name if method else None,

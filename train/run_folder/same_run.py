@@ -58,9 +58,9 @@ def _decisive(config: Config, name: str) -> dict[str, Any]:
         own["pruning"] = _Setting(stage.pruning)
         if stage.does.trains:
             own["augment"] = _Setting(config.stage_augment(current), AugmentSection())
-        if stage.does.has_method and not stage.does.makes_network:
+        if config.has_method(current) and not stage.does.makes_network:
             own["method"] = _UNUSED
-        elif stage.does.has_method:
+        elif config.has_method(current):
             method = config.stage_method(current, as_given=True)
             own["method"] = {"name": method.name, **_entries(method.settings)}
         stages[current] = own

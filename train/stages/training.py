@@ -257,7 +257,7 @@ class TrainingStage:
         return progress
 
     def _fresh_method(self) -> Method:
-        if not self._stage.does.has_method:
+        if not self._run.config.has_method(self._name):
             return Method(Settings())
         return self._run.config.stage_method(self._name)
 
