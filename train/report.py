@@ -120,7 +120,7 @@ def main() -> None:
     if sweep:
         from rich.console import Console
 
-        from train.reporting.paper_table import report_table
+        from train.reporting.sweep_report import report_table
 
         report_table(
             sweep,

@@ -8,17 +8,14 @@ import csv
 import io
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
-from pathlib import Path
 from statistics import fmean, stdev
 from typing import NamedTuple
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from tpp.common.errors import UserError
-from tpp.common.files import write_whole
-from train.grid import AS_CONFIGURED, Sweep, SweepRun, expand, load_sweep, state_of
+from train.grid import AS_CONFIGURED, Sweep, SweepRun, expand, state_of
 from train.reporting.grids import side_by_side
 from train.reporting.rows import chain_of
 from train.run_folder.results import Results
@@ -367,38 +364,3 @@ def to_csv(table: ResultTable) -> str:
         left = means or [""] * 4
         writer.writerow([method, ratio, finetuning, len(cell.top1), cell.seeds, *written, *left])
     return text.getvalue()
-
-
-def report_table(config: Path, output: Path | None, console: Console) -> None:
-    """Print a sweep's table; write it, and the picture, into the sweep's folder.
-
-    Args:
-        config: the sweep's file.
-        output: the folder of its runs, where it is not the file's.
-        console: where to print.
-
-    Raises:
-        UserError: the sweep's file, a configuration of it, or a run's results.json is not valid,
-            or the folder cannot be written.
-    """
-    from train.reporting.picture import to_png  # Matplotlib, which takes half a second
-    from train.reporting.sweep_picture import draw_sweep
-
-    sweep = load_sweep(config, output)
-    table = collect(sweep)
-    figure = draw_sweep(table)
-    console.print(to_rich(table, console.width))
-    folder = Path(sweep.output)
-    written = []
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        contents: dict[str, str | bytes] = {".md": to_markdown(table), ".csv": to_csv(table)}
-        if figure is not None:
-            contents[".png"] = to_png(figure)
-        for suffix, content in contents.items():
-            path = folder / f"{sweep.name}{suffix}"
-            write_whole(path, content)
-            written.append(str(path))
-    except OSError as error:
-        raise UserError(f"{folder}: cannot write the table ({error.strerror})") from None
-    console.print(f"written: {', '.join(written)}", soft_wrap=True, highlight=False)
