@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +17,8 @@ from tpp.common.yaml_files import read_yaml
 from train.config.config import Config, load_config
 from train.config.sections import MODEL_FILE
 from train.run_folder.results import Results, read_results
+from train.tasks.base import Metric
+from train.tasks.classification import TOP1
 
 MAIN = Path(__file__).resolve().with_name("main.py")
 # What the sweep sets in every run, so that an override of it would be lost.
@@ -262,6 +264,12 @@ def _last_logged(log: Path) -> str:
                 where = f", {entry['stage']}" + (f" {entry['step']}" if "step" in entry else "")
                 return printable(where, 100)
     return ""
+
+
+def metric_of(results: Iterable[Results | None]) -> Metric:
+    """By which the networks of a sweep are compared: that of the first run that says its task."""
+    found = (one.task_type.metrics[0] for one in results if one is not None)
+    return next(found, TOP1)
 
 
 @dataclass(frozen=True)

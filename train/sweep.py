@@ -28,6 +28,7 @@ from tpp.common.paths import user_path
 if TYPE_CHECKING:
     from train.grid import State, SweepRun
     from train.sharing import SharedStage, SweepConfigs
+    from train.tasks.base import Metric
 
 
 def _chosen(runs: "Sequence[SweepRun]", text: str | None) -> "list[SweepRun]":
@@ -119,23 +120,23 @@ def _print_list(
     shared: "Sequence[SharedStage]",
     configs: "SweepConfigs",
 ) -> None:
-    from train.grid import state_of
+    from train.grid import metric_of, state_of
     from train.sharing import count_steps
-    from train.tasks.classification import TOP1
 
+    states = [state_of(run) for run in runs]
+    metric = metric_of(state.results for state in states)
     table = Table()
     table.add_column("Run", justify="right")
     table.add_column("Method")
     table.add_column("Ratio")
     table.add_column("Seed", justify="right")
     for label in finetunings:
-        table.add_column(f"{TOP1.column}\n{label}", justify="right")
+        table.add_column(f"{metric.column}\n{label}", justify="right")
     table.add_column("State")
-    states = [state_of(run) for run in runs]
     for run, state in zip(runs, states, strict=True):
-        top1s = _top1s(run, state, finetunings)
+        scores = _scores(run, state, finetunings, metric)
         place = ("dense", "", "") if run.method is None else (run.method, run.ratio, str(run.seed))
-        table.add_row(str(run.number), *place, *top1s, state.text)
+        table.add_row(str(run.number), *place, *scores, state.text)
     console = Console(width=None if sys.stdout.isatty() else 100)
     console.print(table)
     done = sum(state.done for state in states)
@@ -149,19 +150,19 @@ def _print_list(
     )
 
 
-def _top1s(run: "SweepRun", state: "State", finetunings: Sequence[str]) -> list[str]:
-    from train.tasks.classification import TOP1
-
+def _scores(
+    run: "SweepRun", state: "State", finetunings: Sequence[str], metric: "Metric"
+) -> list[str]:
     if state.results is None:
         return [""] * len(finetunings)
     if run.method is None:
         dense = state.results.dense
-        found = [None if dense is None else dense.scores.get(TOP1.name)]
+        found = [None if dense is None else dense.scores.get(metric.name)]
         found += [None] * (len(finetunings) - 1)
     else:
         stages = [state.results.stages.get(run.evaluations[label]) for label in finetunings]
-        found = [None if stage is None else stage.scores.get(TOP1.name) for stage in stages]
-    return ["" if top1 is None else TOP1.number(top1) for top1 in found]
+        found = [None if stage is None else stage.scores.get(metric.name) for stage in stages]
+    return ["" if score is None else metric.number(score) for score in found]
 
 
 def main() -> None:

@@ -153,7 +153,7 @@ def test_files_in_the_sweeps_folder(
 
 def test_nothing_done_yet_is_blank(tmp_path: Path) -> None:
     table = collect(load_sweep(TABLE1, tmp_path / "none"))
-    assert all(cell.top1 == () for cell in table.cells.values())
+    assert all(cell.scores == () for cell in table.cells.values())
     text = to_markdown(table)
     assert "Dense: - (published 93.78)" in text and "**" not in text
     assert "difference" not in text and "| published | 93.81 (0.11) |" in text

@@ -15,19 +15,20 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from train.grid import AS_CONFIGURED, Sweep, SweepRun, expand, state_of
+from train.grid import AS_CONFIGURED, Sweep, SweepRun, expand, metric_of, state_of
 from train.reporting.grids import side_by_side
 from train.reporting.rows import chain_of
 from train.run_folder.results import Results
-from train.tasks.classification import TOP1
+from train.tasks.base import Metric
 
-NOTE = (
-    "Mean top-1 in per cent (sample standard deviation over the seeds, n - 1); [n/m]: n of m seeds "
-    "are done. Bold: the best that was measured at that ratio."
+_NOTE = (
+    "Mean {score} (sample standard deviation over the seeds, n - 1); [n/m]: n of m seeds are done. "
+    "Bold: the best that was measured at that ratio."
 )
+_UNITS = {"%": "per cent"}
 _CSV_FIELDS = (
     *("method", "ratio", "finetuning", "seeds_done", "seeds"),
-    *("top1_mean", "top1_std", "published_mean", "published_std", "difference"),
+    *("{score}_mean", "{score}_std", "published_mean", "published_std", "difference"),
     *("parameters", "nonzero_parameters", "macs", "steps"),
 )
 
@@ -54,13 +55,13 @@ class Cell:
     """One method at one ratio after one finetuning.
 
     Attributes:
-        top1: in per cent, of each seed that is done.
+        scores: of each seed that is done.
         seeds: how many there are to be.
         published: mean and, where known, standard deviation; None where nothing was published.
         sizes: of each seed that is done and says so.
     """
 
-    top1: tuple[float, ...]
+    scores: tuple[float, ...]
     seeds: int
     published: tuple[float, ...] | None
     sizes: tuple[Size, ...] = ()
@@ -68,12 +69,12 @@ class Cell:
     @property
     def mean(self) -> float | None:
         """Mean over the seeds that are done."""
-        return fmean(self.top1) if self.top1 else None
+        return fmean(self.scores) if self.scores else None
 
     @property
     def std(self) -> float | None:
         """Sample standard deviation; None of fewer than two seeds."""
-        return stdev(self.top1) if len(self.top1) > 1 else None
+        return stdev(self.scores) if len(self.scores) > 1 else None
 
     @property
     def difference(self) -> float | None:
@@ -90,7 +91,8 @@ class ResultTable:
     Attributes:
         sweep: the grid.
         titles: what a reader calls each method.
-        dense_top1: measured, in per cent.
+        metric: that networks are compared by.
+        dense_score: as measured.
         dense_size: of the network that all start from; None as long as no run says so.
         cells: by finetuning, method and ratio.
         sparsity: by ratio, per cent of the parameters removed, of the runs that say; one value
@@ -100,7 +102,8 @@ class ResultTable:
 
     sweep: Sweep
     titles: dict[str, str]
-    dense_top1: float | None
+    metric: Metric
+    dense_score: float | None
     dense_size: Size | None
     cells: dict[tuple[str, str, str], Cell]
     sparsity: dict[str, list[str]]
@@ -121,7 +124,8 @@ def collect(sweep: Sweep) -> ResultTable:
         for method in sweep.methods
         for ratio in sweep.ratios
     ]
-    top1: dict[tuple[str, str, str], list[float]] = {place: [] for place in places}
+    metric = metric_of(results.values())
+    scores: dict[tuple[str, str, str], list[float]] = {place: [] for place in places}
     sizes: dict[tuple[str, str, str], list[Size]] = {place: [] for place in places}
     sparsity: dict[str, set[str]] = {ratio: set() for ratio in sweep.ratios}
     speedup: dict[str, set[str]] = {ratio: set() for ratio in sweep.ratios}
@@ -133,8 +137,8 @@ def collect(sweep: Sweep) -> ResultTable:
             stage = found.stages.get(name)
             if stage is None:
                 continue
-            if (value := stage.scores.get(TOP1.name)) is not None:
-                top1[finetuning, run.method, run.ratio].append(value)
+            if (value := stage.scores.get(metric.name)) is not None:
+                scores[finetuning, run.method, run.ratio].append(value)
                 if (size := _size_of(found, name)) is not None:
                     sizes[finetuning, run.method, run.ratio].append(size)
             if stage.parameters and found.dense and found.dense.parameters:
@@ -146,10 +150,11 @@ def collect(sweep: Sweep) -> ResultTable:
     return ResultTable(
         sweep=sweep,
         titles={run.method: run.title or run.method for run in runs if run.method},
-        dense_top1=_dense_top1(runs, results),
+        metric=metric,
+        dense_score=_dense_score(runs, results, metric),
         dense_size=_dense_size(results.values()),
         cells={
-            at: Cell(tuple(top1[at]), seeds, _published(sweep, *at), tuple(sizes[at]))
+            at: Cell(tuple(scores[at]), seeds, _published(sweep, *at), tuple(sizes[at]))
             for at in places
         },
         sparsity={ratio: sorted(values) for ratio, values in sparsity.items()},
@@ -167,11 +172,13 @@ def _size_of(results: Results, name: str) -> Size | None:
     return Size(stage.parameters, nonzero, stage.macs, sum(steps or 0 for steps in trained))
 
 
-def _dense_top1(runs: Sequence[SweepRun], results: dict[int, Results | None]) -> float | None:
+def _dense_score(
+    runs: Sequence[SweepRun], results: dict[int, Results | None], metric: Metric
+) -> float | None:
     """Of the dense run, or of the first run that measured what it started from."""
     found = [results[run.number] for run in runs]
-    dense = [result.dense.scores.get(TOP1.name) for result in found if result and result.dense]
-    return next((top1 for top1 in dense if top1 is not None), None)
+    dense = [result.dense.scores.get(metric.name) for result in found if result and result.dense]
+    return next((score for score in dense if score is not None), None)
 
 
 def _dense_size(results: Iterable[Results | None]) -> Size | None:
@@ -240,8 +247,8 @@ def _with_std(mean: float, std: float | None = None) -> str:
 def _beside(cell: Cell) -> str:
     """The difference, and how many seeds it is from where some are missing."""
     parts = [] if cell.difference is None else [f"{cell.difference:+.2f}"]
-    if 0 < len(cell.top1) < cell.seeds:
-        parts.append(f"[{len(cell.top1)}/{cell.seeds}]")
+    if 0 < len(cell.scores) < cell.seeds:
+        parts.append(f"[{len(cell.scores)}/{cell.seeds}]")
     return " ".join(parts)
 
 
@@ -259,8 +266,13 @@ def _sizes(table: ResultTable) -> list[_Row]:
     return rows
 
 
+def _note(table: ResultTable) -> str:
+    metric = table.metric
+    return _NOTE.format(score=f"{metric.word} in {_UNITS.get(metric.unit, metric.unit.strip())}")
+
+
 def _headline(table: ResultTable) -> str:
-    measured = "-" if table.dense_top1 is None else f"{table.dense_top1:.2f}"
+    measured = table.metric.number(table.dense_score)
     published = table.sweep.published
     if published is None or published.dense_top1 is None:
         return f"Dense: {measured}"
@@ -329,12 +341,12 @@ def to_rich(table: ResultTable, width: int = 100) -> Group:
     source = (
         [] if table.sweep.published is None else [f"Published: {table.sweep.published.source}."]
     )
-    return Group(*parts, Text("\n".join((NOTE, *source))))
+    return Group(*parts, Text("\n".join((_note(table), *source))))
 
 
 def to_markdown(table: ResultTable) -> str:
     """The table as Markdown."""
-    lines = [f"# {table.sweep.name}", "", f"{_headline(table)}. {NOTE}"]
+    lines = [f"# {table.sweep.name}", "", f"{_headline(table)}. {_note(table)}"]
     if table.sweep.published is not None:
         lines.append(f"Published: {table.sweep.published.source}.")
     for title, columns, rows in _grids(table):
@@ -354,7 +366,7 @@ def to_csv(table: ResultTable) -> str:
     """One line for each method, ratio and finetuning; what is not known is left empty."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(_CSV_FIELDS)
+    writer.writerow([field.format(score=table.metric.name) for field in _CSV_FIELDS])
     for (finetuning, method, ratio), cell in table.cells.items():
         published = (*(cell.published or ()), None, None)[:2]
         numbers = (cell.mean, cell.std, *published, cell.difference)
@@ -362,5 +374,5 @@ def to_csv(table: ResultTable) -> str:
         sizes = [astuple(size) for size in cell.sizes]
         means = [str(round(fmean(values))) for values in zip(*sizes, strict=True)]
         left = means or [""] * 4
-        writer.writerow([method, ratio, finetuning, len(cell.top1), cell.seeds, *written, *left])
+        writer.writerow([method, ratio, finetuning, len(cell.scores), cell.seeds, *written, *left])
     return text.getvalue()

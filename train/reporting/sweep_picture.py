@@ -12,7 +12,6 @@ from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from train.reporting.paper_table import Cell, ResultTable
 from train.reporting.picture import STYLE
-from train.tasks.classification import TOP1
 
 # Nine colours that colour-blind people tell apart (Okabe and Ito's, and a grey), and more shapes.
 _COLOURS = (
@@ -29,7 +28,7 @@ _AXES = (
 
 
 def draw_sweep(table: ResultTable) -> Figure | None:
-    """Top-1 over multiply-accumulates, and over the count of numbers that are left.
+    """The score over multiply-accumulates, and over the count of numbers that are left.
 
     One row of panels for each block of the table. Points are means over the seeds that are done,
     bars sample standard deviations; a line joins a method's ratios. Points at equal cost stand side
@@ -55,7 +54,7 @@ def draw_sweep(table: ResultTable) -> Figure | None:
             for axes, (what, label) in zip(row, _AXES, strict=True):
                 _draw_block(axes, table, block, what)
                 axes.set_xlabel(label)
-            row[0].set_ylabel(TOP1.column)
+            row[0].set_ylabel(table.metric.column)
             if len(blocks) > 1:
                 row[0].set_title(f"Finetuning: {block}")
         handles, labels = grid[0, 0].get_legend_handles_labels()
@@ -93,11 +92,11 @@ def _draw_block(axes: Axes, table: ResultTable, block: str, what: str) -> None:
         )
     costs = [cost for found in points.values() for cost, _ in found]
     dense = table.dense_size
-    if table.dense_top1 is not None and dense is not None:
+    if table.dense_score is not None and dense is not None:
         costs.append(getattr(dense, what))
         style: dict[str, Any] = {"marker": "o", "markersize": 8, "markerfacecolor": "white"}
         axes.plot(
-            costs[-1], table.dense_top1, color="#1f2430", linestyle="", label="dense", **style
+            costs[-1], table.dense_score, color="#1f2430", linestyle="", label="dense", **style
         )
     axes.set_xlim(min(costs) / 1.5, max(costs) * 1.5)
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
