@@ -34,8 +34,8 @@ def psnr(one: Tensor, other: Tensor) -> Tensor:
 def ssim(one: Tensor, other: Tensor) -> Tensor:
     """Structural similarity of levels (n, 1, h, w) in 0..255, (n,).
 
-    A mean over all places of the window, 11x11 and Gaussian, that lie in the image; of an image that
-    is smaller the largest odd window that does.
+    A mean over all places in the image of a Gaussian window, 11x11; of an image that is smaller the
+    window is the largest odd one that lies in it.
     """
     means = _blurred(torch.cat([one, other, one * one, other * other, one * other], dim=1))
     a, b, aa, bb, ab = means.split(1, dim=1)

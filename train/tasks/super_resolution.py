@@ -56,6 +56,11 @@ class SuperResolution(Task):
                 raise ValueError(
                     f"data.{size_key} ({size}) must be a multiple of task.scale ({scale})"
                 )
+        if data.crop_mode == "whole" and data.augmentation == "none":
+            raise ValueError(
+                "data.augmentation: none, with crop_mode: whole, would train on images of any "
+                "size, which make no batch; use patch"
+            )
         for name in ("mixup", "cutmix"):
             if getattr(augment, name):
                 raise ValueError(f"{key}.{name}: mixes labels, and super_resolution has none")
