@@ -168,7 +168,9 @@ def _common_parts(config: Config) -> list[tuple[str, int | None]]:
     for name, stage in config.stages.items():
         if not stage.does.trains or stage.does.is_final or stage.input not in whole:
             continue
-        steps = config.stage_method(name).steps_before_picking() if stage.does.needs_plan else None
+        steps = (
+            config.stage_method(name).steps_before_picking() if config.needs_plan(name) else None
+        )
         if steps is None or math.isinf(steps):
             parts.append((name, None))
             whole.add(name)
@@ -187,7 +189,7 @@ def _key(
         stage.pop("pruning", None)
     layers: list[str] | None = []
     for planned in (name, *config.inputs_of(name)):
-        if config.stages[planned].does.needs_plan:
+        if config.needs_plan(planned):
             asked = (config.stages[planned].pruning or config.pruning).model_dump_json()
             place = f"{config.model.model_dump_json()} {config.task} {asked}"
             if place not in known:

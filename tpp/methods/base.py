@@ -1,6 +1,6 @@
 """What a pruning method may do in a run: every hook does nothing unless the method says so."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -100,7 +100,8 @@ class Method:
         picks: when the filters to remove are picked, as seen from the regularised stage:
             ``before`` it, by ``select``; ``during`` it, by the method itself, which then shows
             them as ``plan``; or ``after`` it, when the pruning stage calls ``select``. Without a
-            regularised stage the pruning stage always calls ``select``.
+            regularised stage the pruning stage always calls ``select``. ``never`` for a method of
+            single weights, whose regularised stage has to do with no filters.
         faithful: whether it is as published; not so where only an abstract could be read, which
             ``--dry-run`` and the report say.
     """
@@ -108,7 +109,7 @@ class Method:
     name: ClassVar[str]
     title: ClassVar[str]
     settings_type: ClassVar[type[Settings]] = Settings
-    picks: ClassVar[Literal["before", "during", "after"]] = "before"
+    picks: ClassVar[Literal["before", "during", "after", "never"]] = "before"
     faithful: ClassVar[bool] = True
 
     def __init__(self, settings: Any) -> None:
@@ -241,8 +242,14 @@ class Method:
         """
         return {}
 
-    def after_step(self, step: int) -> None:
-        """Touch the weights after the optimiser's 0-based ``step``."""
+    def after_step(self, step: int) -> Sequence[nn.Parameter] | None:
+        """Touch the weights after the optimiser's 0-based ``step``.
+
+        Returns:
+            the parameters that were given values other than zero, on all ranks alike, which an
+            engine that keeps copies of its own (DeepSpeed's ZeRO) then takes over.
+        """
+        return None
 
     def shrink(self, step: int) -> PruningPlan | None:
         """Filters to remove from the network now, after ``step`` steps; None to go on as it is.
