@@ -2,6 +2,7 @@
 
     python -m train.report RUN [RUN ...] [--output DIR]
     python -m train.report --table 1
+    python -m train.report --config SWEEP
 
 RUN is a run folder; what is drawn and tabled comes from its results.json, log.jsonl and
 config.yaml. A run that is still going is reported as far as it has come.
@@ -92,7 +93,7 @@ def main() -> None:
         "--output",
         type=user_path,
         metavar="DIR",
-        help="where report.html and report.png go; default: the first RUN (with --table: the "
+        help="where report.html and report.png go; default: the first RUN (of a sweep: the "
         "folder of the sweep's runs; default: what the sweep's file says)",
     )
     parser.add_argument(
@@ -101,7 +102,7 @@ def main() -> None:
         help="print a whole table of the paper, as far as its sweep has come",
     )
     parser.add_argument(
-        "--config", type=user_path, metavar="FILE", help="with --table: another sweep of its kind"
+        "--config", type=user_path, metavar="FILE", help="table and picture of a sweep"
     )
     parser.add_argument(
         "--latency",
@@ -111,19 +112,18 @@ def main() -> None:
         "pixels is compared at equal time, too",
     )
     arguments = parser.parse_args()
-    if bool(arguments.runs) == bool(arguments.table):
-        parser.error("name run folders, or a table with --table")
-    if arguments.config and not arguments.table:
-        parser.error("--config goes with --table")
-    if arguments.latency and arguments.table:
+    sweep = arguments.config or TABLES.get(arguments.table)
+    if bool(arguments.runs) == bool(sweep):
+        parser.error("name run folders, or a sweep with --config or --table")
+    if arguments.latency and sweep:
         parser.error("--latency goes with run folders")
-    if arguments.table:
+    if sweep:
         from rich.console import Console
 
         from train.reporting.paper_table import report_table
 
         report_table(
-            arguments.config or TABLES[arguments.table],
+            sweep,
             arguments.output,
             Console(width=None if sys.stdout.isatty() else 100),
         )

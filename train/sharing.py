@@ -1,8 +1,8 @@
 """Stages that several runs of a sweep have in common: trained once, and taken up by each.
 
 What is common follows from the settings. Two stages are the same as far as all that decides their
-outcome is the same, ratios left out, and for as many steps as their method says that ratios do not
-matter (:meth:`tpp.methods.base.Method.steps_before_picking`). Finetuning is each run's own.
+outcome is the same, ratios left out for as many steps as their method says that they do not matter
+(:meth:`tpp.methods.base.Method.steps_before_picking`). Finetuning is each run's own.
 
 A shared stage is trained in a run folder of its own, by ``train/main.py --until``, under that
 folder's lock. Each run then takes up its files as if it had trained the stage itself.
@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from tpp.checkpoints.model_file import load_model, read_checkpoint, save_model
 from tpp.checkpoints.training_state import (
@@ -35,6 +36,7 @@ from train.grid import MAIN, SweepRun
 from train.run_folder.checkpoints import CHECKPOINTS
 from train.run_folder.lock import RunLock
 from train.run_folder.log import drop_later_entries
+from train.run_folder.plans import PLAN_FILE
 from train.run_folder.results import Results
 from train.run_folder.same_run import results_of_done, stage_settings
 
@@ -126,10 +128,10 @@ def shared_stages(runs: Sequence[SweepRun], configs: SweepConfigs) -> list[Share
         if run.method is None:
             continue
         config = configs.of(run)
-        for name, until in _common_parts(config):
-            key = _key(config, name, until, layers)
+        for part in _common_parts(config):
+            key = _key(config, part, layers)
             if key is not None:
-                having[key].append((run, name, until))
+                having[key].append((run, part.stage, part.until))
     found: list[SharedStage] = []
     for members in having.values():
         first, name, until = members[0]
@@ -161,45 +163,54 @@ def shared_stages(runs: Sequence[SweepRun], configs: SweepConfigs) -> list[Share
     return found
 
 
-def _common_parts(config: Config) -> list[tuple[str, int | None]]:
-    """The training stages that do not depend on ratios, and up to which step (None: its end)."""
-    parts: list[tuple[str, int | None]] = []
-    whole: set[str | None] = {None}
+class _Part(NamedTuple):
+    """What other runs may have, too: a stage up to a step (None: its end)."""
+
+    stage: str
+    until: int | None
+    whatever_ratios: bool
+
+
+def _common_parts(config: Config) -> list[_Part]:
+    """The training stages, as far as they are common where all that they depend on is."""
+    parts: list[_Part] = []
+    # Stages whose network is known, by whether ratios have a part in it.
+    whole: dict[str | None, bool] = {None: True}
     for name, stage in config.stages.items():
         if not stage.does.trains or stage.does.is_final or stage.input not in whole:
             continue
-        steps = (
-            config.stage_method(name).steps_before_picking() if config.needs_plan(name) else None
-        )
-        if steps is None or math.isinf(steps):
-            parts.append((name, None))
-            whole.add(name)
-        elif steps >= 1:
-            parts.append((name, int(steps)))
+        planned = config.needs_plan(name)
+        steps = config.stage_method(name).steps_before_picking() if planned else None
+        whatever = whole[stage.input] and (steps is None or math.isinf(steps))
+        if steps is not None and 1 <= steps < math.inf and whole[stage.input]:
+            parts.append(_Part(name, int(steps), True))
+        else:
+            parts.append(_Part(name, None, whatever))
+            whole[name] = whatever
     return parts
 
 
-def _key(
-    config: Config, name: str, until: int | None, known: dict[str, list[str] | None]
-) -> str | None:
+def _key(config: Config, part: _Part, known: dict[str, list[str] | None]) -> str | None:
     """The same for two stages just if they are common; None for one that cannot be shared."""
+    name = part.stage
     settings = stage_settings(config, name)
-    settings.pop("pruning", None)
-    for stage in settings["stages"].values():
-        stage.pop("pruning", None)
     layers: list[str] | None = []
-    for planned in (name, *config.inputs_of(name)):
-        if config.needs_plan(planned):
-            asked = (config.stages[planned].pruning or config.pruning).model_dump_json()
-            place = f"{config.model.model_dump_json()} {config.task} {asked}"
-            if place not in known:
-                known[place] = _layers(config, planned)
-            if (layers := known[place]) is None:
-                return None
+    if part.whatever_ratios:
+        settings.pop("pruning", None)
+        for stage in settings["stages"].values():
+            stage.pop("pruning", None)
+        for planned in (name, *config.inputs_of(name)):
+            if config.needs_plan(planned):
+                asked = (config.stages[planned].pruning or config.pruning).model_dump_json()
+                place = f"{config.model.model_dump_json()} {config.task} {asked}"
+                if place not in known:
+                    known[place] = _layers(config, planned)
+                if (layers := known[place]) is None:
+                    return None
     # What may differ when one run goes on is still the same in runs that share.
     sections = (config.data, config.training, config.checkpoints)
     rest = [section.model_dump() for section in sections]
-    return json.dumps([settings, until, layers, rest], sort_keys=True, default=str)
+    return json.dumps([settings, part.until, layers, rest], sort_keys=True, default=str)
 
 
 def _layers(config: Config, name: str) -> list[str] | None:
@@ -269,6 +280,9 @@ def take_up(shared: SharedStage, folder: Path, config: Config) -> None:
         if shared.until is None:
             results = results_of_done(shared.resolved(), shared.stage)
             _copy_model(source / MODEL_FILE, target / MODEL_FILE, config.name)
+            for plan, copy in ((source, target), (shared.folder, folder)):
+                if (plan / PLAN_FILE).exists():
+                    shutil.copyfile(plan / PLAN_FILE, copy / PLAN_FILE)
             marker = json.dumps({"settings": settings, "results": results}, indent=1)
             write_whole(target / "done.json", marker + "\n")
             return

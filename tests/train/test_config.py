@@ -357,6 +357,13 @@ def test_numbers_with_an_exponent_are_numbers(file: Path, text: str, number: flo
     assert isinstance(config.model.args["x"], float)
 
 
+def test_off_is_off_without_quotes_too(file: Path) -> None:
+    for text in ("off", "'off'"):
+        assert load_config(file, [f"training.compile={text}"]).training.compile == "off"
+    with pytest.raises(UserError, match="training.compile: input should be 'off'"):
+        load_config(file, ["training.compile=on"])
+
+
 def test_method_may_leave_the_name_to_the_default(tmp_path: Path) -> None:
     content = {key: value for key, value in VALID.items() if key != "method"}
     config = load_config(write(tmp_path / "a.yaml", content), ["method.gram_weight=7"])

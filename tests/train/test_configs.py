@@ -4,15 +4,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from tpp.channels.removal import prune_model
 from tpp.common.errors import UserError
+from tpp.masks import Mask, select_mask
 from tpp.measure.counts import Counts, count
 from tpp.models.architecture import Architecture, build_model, build_on_meta, set_preprocessing
 from tpp.models.layers import prunable_layers
 from tpp.selection.criteria import pruned_count
 from tpp.selection.selection import select_filters
 from train.config.config import Config, load_config, steps_for
+from train.grid import expand, load_sweep
 from train.preflight import (
     check_image_sizes,
     check_optimizers,
@@ -22,7 +25,8 @@ from train.preflight import (
 
 ROOT = Path(__file__).resolve().parents[2]
 # A sweep is no configuration of a run; tests/train/test_sweep.py has it.
-CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.stem != "table1")
+SWEEPS = ("table1", "related")
+CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.stem not in SWEEPS)
 BASES = [path for path in CONFIGS if path.stem.endswith("base")]
 COMPLETE = [path for path in CONFIGS if path not in BASES]
 SHORTENED = [path for path in COMPLETE if path.stem.endswith("_short")]
@@ -40,7 +44,10 @@ RECIPES: dict[str, tuple[int, int | None, float | None, float | None]] = {
 RELATED = {"resnet56_l1_linear_overparam_pr0.9": "resnet56_l1_pr0.9"}
 RETRAINED = ("resnet56_l1_llr_pr0.9", "resnet56_imp_allr", "resnet56_bimp", "resnet50_imp_allr")
 UNPUBLISHED = {*RELATED, *RETRAINED, "resnet56_ffr_pr0.5", "vgg16_while_training_0.8"}
-UNPUBLISHED |= {"resnet56_interspace_0.95"}
+UNPUBLISHED |= {"resnet56_interspace_0.95", "resnet50_interspace_0.9"}
+# At the filters, and in the steps, of a published row of TPP.
+AT_2_56X = ("l1_llr", "tpp_linear_overparam", "while_training")
+UNPUBLISHED |= {f"resnet50_{name}_2.56x" for name in AT_2_56X}
 ROWS = [
     path
     for path in COMPLETE
@@ -154,7 +161,8 @@ def of_kind(kind: str, dataset: str) -> list[Config]:
 @pytest.mark.parametrize("path", COMPLETE, ids=by_name)
 def test_loads(path: Path) -> None:
     config = load_config(path)
-    assert config.name == path.stem
+    prefix = "related_" if path.parent.name == "related" else ""
+    assert config.name == prefix + path.stem
 
 
 @pytest.mark.parametrize("path", BASES, ids=by_name)
@@ -345,6 +353,24 @@ def test_related_systems_claim_nothing_and_differ_in_their_method(name: str) -> 
     for stage, other in zip(config.stages.values(), plain.stages.values(), strict=True):
         assert stage.model_copy(update={"method": None}) == other
     check_finetuning(config, 5e-4, (120, [60, 90]))
+
+
+@pytest.mark.parametrize("name", AT_2_56X)
+def test_others_at_the_filters_of_a_row_of_tpp(name: str) -> None:
+    (path,) = [path for path in COMPLETE if path.stem == f"resnet50_{name}_2.56x"]
+    config, tpp = load_config(path), load("resnet50_tpp_2.56x")
+    assert (config.pruning, config.data) == (tpp.pruning, tpp.data)
+    assert config.training == tpp.training
+    assert config.published is None or config.published.top1 is None
+    stages = config.stages
+    if name == "tpp_linear_overparam":
+        assert stages["regularize"] == tpp.stages["regularize"]
+        finetune = stages["finetune"].model_copy(update={"method": None})
+        assert finetune == tpp.stages["finetune"]
+    if name == "l1_llr":
+        steps = tpp.stage_method("regularize").steps() or 0
+        of_tpp = steps / (1_281_167 / 256) + (tpp.stages["finetune"].epochs or 0)
+        assert stages["finetune"].epochs == pytest.approx(of_tpp, abs=0.1)
 
 
 def test_data() -> None:
@@ -552,3 +578,40 @@ def test_ffr_trains_as_the_dense_network_and_finetunes_as_l1() -> None:
     before, after = sizes(config, 10)
     assert after is not None
     assert round(before.macs / after.macs, 3) == PUBLISHED["resnet56_l1_pr0.5"][4]
+
+
+def test_rows_of_the_related_systems_are_trained_alike() -> None:
+    """Equal steps from one dense network, and equal numbers that are left."""
+    sweep = load_sweep(ROOT / "configs" / "cifar10" / "related.yaml")
+    runs = expand(sweep)
+    assert len(runs) == 1 + 10 * 3
+    model = build_model("cifar_resnet20", 10)
+    weights = {
+        f"{name}.weight": layer.weight.detach() for name, layer in prunable_layers(model).items()
+    }
+    rest = sum(p.numel() for p in model.parameters()) - sum(w.numel() for w in weights.values())
+    for run in runs[1:11]:
+        config = load_config(run.config, run.overrides)
+        assert config.model.checkpoint == str(runs[0].folder / "dense" / "model.safetensors")
+        trained = [name for name, stage in config.stages.items() if stage.does.trains]
+        steps = 0
+        mask: Mask | None = None
+        for name, stage in config.stages.items():
+            if stage.does.trains:
+                fixed = config.stage_method(name).steps() if stage.does.regularizes else None
+                steps += fixed or steps_for(stage.epochs or 0, 50_000, 128)
+            if stage.sparsify is not None:
+                mask = select_mask(weights, [*prunable_layers(model)], stage.sparsify, mask)
+        assert abs(steps - 1172) <= 1, run.name
+        if run.method and run.method.startswith("imp"):
+            assert len(trained) == 3
+            assert mask is not None
+            assert rest + sum(int(stays.sum()) for stays in mask.values()) == 26_470
+        elif run.method == "interspace":
+            total = sum(w.numel() for w in weights.values())
+            assert rest + total - round(config.method["sparsity"] * total) == 26_470
+        else:
+            plan = check_plans(config, Architecture("cifar_resnet20", 10, {}))
+            assert plan is not None
+            small = prune_model(model, plan, example_input=torch.zeros(1, 3, 32, 32))
+            assert sum(p.numel() for p in small.parameters()) == 26_470

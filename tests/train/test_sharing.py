@@ -165,6 +165,33 @@ def test_side_by_side_stopped_and_shared_is_as_one_by_one(
         assert_same(tmp_path / "alone" / run.name, run.folder, networks=3)
 
 
+def test_rows_that_differ_in_their_finetuning_share_what_is_before_it(
+    tiny_sweep: Path, forks: Forks, tmp_path: Path
+) -> None:
+    longer = {"extends": "tpp.yaml", "stages": {"finetune": {"epochs": 2}}}
+    (tmp_path / "longer.yaml").write_text(yaml.safe_dump(longer))
+    change(
+        tiny_sweep,
+        dense=None,
+        finetuning=None,
+        methods={"tpp": "tpp.yaml", "tpp+longer": "longer.yaml"},
+    )
+    runs, shared = parts(tiny_sweep)
+    # TPP drives out what the ratio says: those of one ratio have it in common, and no others.
+    assert [(one.stage, one.until, one.runs) for one in shared] == [
+        ("regularize", None, (1, 3)),
+        ("regularize", None, (2, 4)),
+    ]
+    finish(start(tiny_sweep, "--only", "1,3"))
+    assert not (shared[1].folder).exists()
+    for run in (runs[0], runs[2]):
+        alone(forks, run, tmp_path / "alone" / run.name)
+        assert_same(tmp_path / "alone" / run.name, run.folder, networks=3)
+        for plan in ("plan.json", "regularize/plan.json", "prune/plan.json"):
+            whole, taken = (tmp_path / "alone" / run.name / plan, run.folder / plan)
+            assert whole.read_bytes() == taken.read_bytes()
+
+
 def test_who_waits_takes_over_where_the_one_at_work_is_lost(
     tiny_sweep: Path, forks: Forks, tmp_path: Path
 ) -> None:

@@ -16,6 +16,7 @@ from tpp.common.errors import UserError, run_command
 from train.grid import expand, load_sweep
 from train.report import main
 from train.reporting.paper_table import Cell, collect, to_markdown
+from train.reporting.sweep_picture import draw_sweep
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLE1 = ROOT / "configs" / "cifar10" / "table1.yaml"
@@ -187,9 +188,9 @@ def test_a_broken_result_is_named(measured: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        ([], "name run folders, or a table with --table"),
-        (["run", "--table", "1"], "name run folders, or a table with --table"),
-        (["run", "--config", "x.yaml"], "--config goes with --table"),
+        ([], "name run folders, or a sweep with --config or --table"),
+        (["run", "--table", "1"], "name run folders, or a sweep with --config or --table"),
+        (["run", "--config", "x.yaml"], "name run folders, or a sweep with --config or --table"),
         (["--table", "7"], "invalid choice: '7'"),
         (["--table", "1", "--config", "no.yaml"], "no.yaml: cannot read the configuration"),
     ],
@@ -229,3 +230,67 @@ def test_another_sweep_without_published_figures(
     assert lines[0] == "Dense: 93.00"
     text = (tmp_path / "runs" / "other.md").read_text()
     assert "| L1 | **91.25** |" in text and "published" not in text
+
+
+def related_results(folder: Path) -> None:
+    """Two seeds of three rows of related.yaml: filters gone, weights masked, a sparse basis."""
+    sizes = {
+        "tpp+step": {"parameters": 26_470, "macs": 3_760_768, "speedup": 10.78},
+        "imp+llr": {"parameters": 269_722, "macs": 40_551_040, "speedup": 1.0},
+        "interspace": {"parameters": 269_722, "macs": 40_551_040, "speedup": 1.0},
+    }
+    for (method, size), (first, second) in zip(
+        sizes.items(), ((70.0, 72.0), (75.0, 76.0), (66.0, 66.0)), strict=True
+    ):
+        left = {} if method == "tpp+step" else {"nonzero_parameters": 26_470}
+        for seed, top1 in enumerate((first, second)):
+            made = {"kind": "finetune", "steps": 572, "input": "regularize"}
+            stages = {
+                "regularize": {"kind": "regularize", "steps": 600},
+                "finetune": made,
+                "evaluate": {"kind": "evaluate", "input": "finetune", "top1": top1} | size | left,
+            }
+            dense = {"top1": 83.0, "parameters": 269_722, "macs": 40_551_040}
+            content = {"name": "x", "status": "finished", "dense": dense, "stages": stages}
+            place = folder / f"{method}_pr0.9_seed{seed}"
+            place.mkdir(parents=True)
+            (place / "results.json").write_text(json.dumps(content))
+
+
+def test_rows_of_unlike_sizes_each_say_theirs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    related_results(tmp_path)
+    config = ROOT / "configs" / "cifar10" / "related.yaml"
+    lines = report(monkeypatch, capsys, "--config", str(config), "--output", str(tmp_path))
+    text = (tmp_path / "related.md").read_text()
+    assert "| tpp+step | 71.00 (1.41) |" in text and "| imp+llr | **75.50 (0.71)** |" in text
+    assert "| tpp+step | 26,470 | 26,470 | 3,760,768 | 1,172 |" in text
+    assert "| imp+llr | 269,722 | 26,470 | 40,551,040 | 1,172 |" in text
+    assert "Finetuning" not in text and "/" not in text.split("##")[1]
+    assert lines[-1].endswith(f"{tmp_path / 'related.png'}")
+    with (tmp_path / "related.csv").open(newline="") as file:
+        found = {row["method"]: row for row in csv.DictReader(file)}
+    assert found["interspace"]["nonzero_parameters"] == "26470"
+    assert found["imp+ft"]["macs"] == ""
+
+
+def test_the_picture_has_each_row_over_what_it_costs(tmp_path: Path) -> None:
+    related_results(tmp_path)
+    table = collect(load_sweep(ROOT / "configs" / "cifar10" / "related.yaml", tmp_path))
+    figure = draw_sweep(table)
+    assert figure is not None
+    by_macs, by_left = figure.axes
+    for axes, costs in ((by_macs, (3_760_768, 40_551_040)), (by_left, (26_470, 26_470))):
+        points = {
+            str(shown.get_label()): shown.lines[0].get_xydata()[0]
+            for shown in axes.containers
+            if len(shown.lines[0].get_xydata())
+        }
+        for method, cost, top1 in (("tpp+step", costs[0], 71.0), ("imp+llr", costs[1], 75.5)):
+            x, y = points[method]
+            assert y == top1
+            assert abs(math.log10(x / cost)) < 0.03, "beside its cost, no further"
+        xs = [x for x, _ in points.values()]
+        assert len({round(math.log10(x), 4) for x in xs}) == 3, "none on another"
+    assert draw_sweep(collect(load_sweep(TABLE1, tmp_path / "none"))) is None

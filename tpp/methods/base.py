@@ -104,6 +104,9 @@ class Method:
             single weights, whose regularised stage has to do with no filters.
         faithful: whether it is as published; not so where only an abstract could be read, which
             ``--dry-run`` and the report say.
+        finetunes: whether it is a way of finetuning, whatever was removed before it.
+        ends_pruned: whether its regularised stage ends with the network that it is for, and no
+            finetuning is meant to follow.
     """
 
     name: ClassVar[str]
@@ -111,6 +114,8 @@ class Method:
     settings_type: ClassVar[type[Settings]] = Settings
     picks: ClassVar[Literal["before", "during", "after", "never"]] = "before"
     faithful: ClassVar[bool] = True
+    finetunes: ClassVar[bool] = False
+    ends_pruned: ClassVar[bool] = False
 
     def __init__(self, settings: Any) -> None:
         self.settings = settings

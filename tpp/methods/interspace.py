@@ -49,6 +49,7 @@ class Interspace(base.Method):
     title = "Interspace"
     settings_type: ClassVar[type[base.Settings]] = Settings
     faithful = False
+    finetunes = True
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)

@@ -70,6 +70,7 @@ class LinearOverparam(base.Method):
     title = "Linear over-parameterization"
     settings_type = Settings
     faithful: ClassVar[bool] = False
+    finetunes = True
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)

@@ -71,6 +71,7 @@ class WhileTraining(base.Method):
     settings_type: ClassVar[type[base.Settings]] = Settings
     picks = "during"
     faithful = False
+    ends_pruned = True
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)

@@ -35,6 +35,10 @@ OFF = "off"
 MODEL_FILE = "model.safetensors"  # in the folder of each stage that makes a network
 
 
+def _off(value: Any) -> Any:
+    return OFF if value is False else value  # as YAML reads an off without quotes
+
+
 class TrainingSection(Section):
     """What holds for all training stages.
 
@@ -91,7 +95,9 @@ class TrainingSection(Section):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     tf32: bool | None = None
     cudnn_benchmark: Annotated[bool, MAY_DIFFER] = False
-    compile: Annotated[Literal["off", "default", "max-autotune"], MAY_DIFFER] = "off"
+    compile: Annotated[
+        Literal["off", "default", "max-autotune"], BeforeValidator(_off), MAY_DIFFER
+    ] = "off"
     capture: Annotated[bool, MAY_DIFFER] = False
     channels_last: bool = False
     sync_batchnorm: Annotated[bool, OF_TRAINING] = False

@@ -6,10 +6,11 @@ while the sweep goes on.
 
 import csv
 import io
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import NamedTuple
 
 from rich.console import Console, Group
 from rich.table import Table
@@ -17,8 +18,9 @@ from rich.text import Text
 
 from tpp.common.errors import UserError
 from tpp.common.files import write_whole
-from train.grid import Sweep, SweepRun, expand, load_sweep, state_of
+from train.grid import AS_CONFIGURED, Sweep, SweepRun, expand, load_sweep, state_of
 from train.reporting.grids import side_by_side
+from train.reporting.rows import chain_of
 from train.run_folder.results import Results
 from train.tasks.classification import TOP1
 
@@ -29,7 +31,25 @@ NOTE = (
 _CSV_FIELDS = (
     *("method", "ratio", "finetuning", "seeds_done", "seeds"),
     *("top1_mean", "top1_std", "published_mean", "published_std", "difference"),
+    *("parameters", "nonzero_parameters", "macs", "steps"),
 )
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a network costs.
+
+    Attributes:
+        parameters: zeros counted in.
+        nonzero: those that are not masked, or as many as a method says they are made of.
+        macs: multiply-accumulates for one image, zeros counted in.
+        steps: optimiser steps since the network that the run started from.
+    """
+
+    parameters: int
+    nonzero: int
+    macs: int
+    steps: int
 
 
 @dataclass(frozen=True)
@@ -40,11 +60,13 @@ class Cell:
         top1: in per cent, of each seed that is done.
         seeds: how many there are to be.
         published: mean and, where known, standard deviation; None where nothing was published.
+        sizes: of each seed that is done and says so.
     """
 
     top1: tuple[float, ...]
     seeds: int
     published: tuple[float, ...] | None
+    sizes: tuple[Size, ...] = ()
 
     @property
     def mean(self) -> float | None:
@@ -72,6 +94,7 @@ class ResultTable:
         sweep: the grid.
         titles: what a reader calls each method.
         dense_top1: measured, in per cent.
+        dense_size: of the network that all start from; None as long as no run says so.
         cells: by finetuning, method and ratio.
         sparsity: by ratio, per cent of the parameters removed, of the runs that say; one value
             where they agree.
@@ -81,6 +104,7 @@ class ResultTable:
     sweep: Sweep
     titles: dict[str, str]
     dense_top1: float | None
+    dense_size: Size | None
     cells: dict[tuple[str, str, str], Cell]
     sparsity: dict[str, list[str]]
     speedup: dict[str, list[str]]
@@ -101,6 +125,7 @@ def collect(sweep: Sweep) -> ResultTable:
         for ratio in sweep.ratios
     ]
     top1: dict[tuple[str, str, str], list[float]] = {place: [] for place in places}
+    sizes: dict[tuple[str, str, str], list[Size]] = {place: [] for place in places}
     sparsity: dict[str, set[str]] = {ratio: set() for ratio in sweep.ratios}
     speedup: dict[str, set[str]] = {ratio: set() for ratio in sweep.ratios}
     for run in runs:
@@ -113,6 +138,8 @@ def collect(sweep: Sweep) -> ResultTable:
                 continue
             if (value := stage.scores.get(TOP1.name)) is not None:
                 top1[finetuning, run.method, run.ratio].append(value)
+                if (size := _size_of(found, name)) is not None:
+                    sizes[finetuning, run.method, run.ratio].append(size)
             if stage.parameters and found.dense and found.dense.parameters:
                 removed = 100 * (1 - stage.parameters / found.dense.parameters)
                 sparsity[run.ratio].add(f"{removed:.2f}%")
@@ -123,10 +150,24 @@ def collect(sweep: Sweep) -> ResultTable:
         sweep=sweep,
         titles={run.method: run.title or run.method for run in runs if run.method},
         dense_top1=_dense_top1(runs, results),
-        cells={at: Cell(tuple(top1[at]), seeds, _published(sweep, *at)) for at in places},
+        dense_size=_dense_size(results.values()),
+        cells={
+            at: Cell(tuple(top1[at]), seeds, _published(sweep, *at), tuple(sizes[at]))
+            for at in places
+        },
         sparsity={ratio: sorted(values) for ratio, values in sparsity.items()},
         speedup={ratio: sorted(values) for ratio, values in speedup.items()},
     )
+
+
+def _size_of(results: Results, name: str) -> Size | None:
+    """Of the network that a stage evaluated; None where its results do not say."""
+    stage = results.stages[name]
+    if stage.parameters is None or stage.macs is None:
+        return None
+    nonzero = stage.parameters if stage.nonzero_parameters is None else stage.nonzero_parameters
+    trained = [results.stages[before].steps for before in chain_of(results.stages, name)]
+    return Size(stage.parameters, nonzero, stage.macs, sum(steps or 0 for steps in trained))
 
 
 def _dense_top1(runs: Sequence[SweepRun], results: dict[int, Results | None]) -> float | None:
@@ -134,6 +175,14 @@ def _dense_top1(runs: Sequence[SweepRun], results: dict[int, Results | None]) ->
     found = [results[run.number] for run in runs]
     dense = [result.dense.scores.get(TOP1.name) for result in found if result and result.dense]
     return next((top1 for top1 in dense if top1 is not None), None)
+
+
+def _dense_size(results: Iterable[Results | None]) -> Size | None:
+    for found in results:
+        dense = found and found.dense
+        if dense and dense.parameters and dense.macs:
+            return Size(dense.parameters, dense.parameters, dense.macs, 0)
+    return None
 
 
 def _published(sweep: Sweep, finetuning: str, method: str, ratio: str) -> tuple[float, ...] | None:
@@ -221,29 +270,62 @@ def _headline(table: ResultTable) -> str:
     return f"Dense: {measured} (published {published.dense_top1:.2f})"
 
 
-def _grids(table: ResultTable) -> list[tuple[str, list[_Row]]]:
-    return [
-        ("Size of the pruned networks", _sizes(table)),
-        *((f"Finetuning: {label}", _block(table, label)) for label in table.sweep.blocks),
+class _Grid(NamedTuple):
+    title: str
+    columns: list[str]
+    rows: list[_Row]
+
+
+def _grids(table: ResultTable) -> list[_Grid]:
+    ratios = list(table.sweep.ratios)
+    blocks = [
+        _Grid(
+            "" if label == AS_CONFIGURED else f"Finetuning: {label}", ratios, _block(table, label)
+        )
+        for label in table.sweep.blocks
     ]
+    if all(len(found) <= 1 for found in (*table.sparsity.values(), *table.speedup.values())):
+        return [_Grid("Size of the pruned networks", ratios, _sizes(table)), *blocks]
+    return [*blocks, *_sizes_of_each(table)]
+
+
+def _sizes_of_each(table: ResultTable) -> list[_Grid]:
+    """A grid for each block and ratio, where methods leave networks of different sizes."""
+    columns = ["Parameters", "Non-zero", "MACs", "Steps"]
+    grids = []
+    for block in table.sweep.blocks:
+        for ratio in table.sweep.ratios:
+            rows = []
+            for method, title in table.titles.items():
+                sizes = [astuple(size) for size in table.cells[block, method, ratio].sizes]
+                means = [f"{round(fmean(values)):,}" for values in zip(*sizes, strict=True)]
+                rows.append(_Row(title, means or [""] * len(columns)))
+            place = ratio if block == AS_CONFIGURED else f"{ratio}, finetuning {block}"
+            title = f"Size and training, {place}"
+            grids.append(_Grid(title, columns, rows))
+    return grids
 
 
 def to_rich(table: ResultTable, width: int = 100) -> Group:
     """The table for a terminal of so many columns; ratios that do not fit come below."""
     parts: list[Table | Text] = [Text(_headline(table), style="bold")]
-    for title, rows in _grids(table):
-        headings = ["Method", *table.sweep.ratios]
+    for title, columns_there, rows in _grids(table):
+        headings = ["Method", *columns_there]
         texts = [headings, *([row.label, *row.cells] for row in rows)]
         widths = [3 + max(len(text[n]) for text in texts) for n in range(len(headings))]
         for columns in side_by_side(widths, 1, width):
-            grid = Table(title=Text(title, style="bold"), title_justify="left")
+            named = Text(title, style="bold") if title else None
+            grid = Table(title=named, title_justify="left")
             for n in columns:
                 grid.add_column(headings[n], justify="right" if n else "left", no_wrap=True)
+            apart = any(row.label.startswith(" ") for row in rows)
             for number, row in enumerate(rows):
                 cells = [
                     Text(row.cells[n - 1], "bold" if n - 1 in row.bold else "") for n in columns[1:]
                 ]
-                ends = number + 1 == len(rows) or not rows[number + 1].label.startswith(" ")
+                ends = apart and (
+                    number + 1 == len(rows) or not rows[number + 1].label.startswith(" ")
+                )
                 style = "dim" if row.label.startswith(" ") else ""
                 grid.add_row(Text(row.label), *cells, style=style, end_section=ends)
             parts.append(grid)
@@ -258,9 +340,9 @@ def to_markdown(table: ResultTable) -> str:
     lines = [f"# {table.sweep.name}", "", f"{_headline(table)}. {NOTE}"]
     if table.sweep.published is not None:
         lines.append(f"Published: {table.sweep.published.source}.")
-    for title, rows in _grids(table):
-        lines += ["", f"## {title}", "", _md_row("", list(table.sweep.ratios))]
-        lines.append("|---" + "|--:" * len(table.sweep.ratios) + "|")
+    for title, columns, rows in _grids(table):
+        lines += [*(["", f"## {title}"] if title else []), "", _md_row("", columns)]
+        lines.append("|---" + "|--:" * len(columns) + "|")
         for row in rows:
             cells = [f"**{c}**" if n in row.bold else c for n, c in enumerate(row.cells)]
             lines.append(_md_row(row.label.strip(), cells))
@@ -280,12 +362,15 @@ def to_csv(table: ResultTable) -> str:
         published = (*(cell.published or ()), None, None)[:2]
         numbers = (cell.mean, cell.std, *published, cell.difference)
         written = ["" if number is None else f"{number:.4f}" for number in numbers]
-        writer.writerow([method, ratio, finetuning, len(cell.top1), cell.seeds, *written])
+        sizes = [astuple(size) for size in cell.sizes]
+        means = [str(round(fmean(values))) for values in zip(*sizes, strict=True)]
+        left = means or [""] * 4
+        writer.writerow([method, ratio, finetuning, len(cell.top1), cell.seeds, *written, *left])
     return text.getvalue()
 
 
 def report_table(config: Path, output: Path | None, console: Console) -> None:
-    """Print a sweep's table, and write it into the sweep's folder as Markdown and CSV.
+    """Print a sweep's table; write it, and the picture, into the sweep's folder.
 
     Args:
         config: the sweep's file.
@@ -296,17 +381,24 @@ def report_table(config: Path, output: Path | None, console: Console) -> None:
         UserError: the sweep's file, a configuration of it, or a run's results.json is not valid,
             or the folder cannot be written.
     """
+    from train.reporting.picture import to_png  # Matplotlib, which takes half a second
+    from train.reporting.sweep_picture import draw_sweep
+
     sweep = load_sweep(config, output)
     table = collect(sweep)
+    figure = draw_sweep(table)
     console.print(to_rich(table, console.width))
     folder = Path(sweep.output)
     written = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for suffix, text in ((".md", to_markdown(table)), (".csv", to_csv(table))):
+        contents: dict[str, str | bytes] = {".md": to_markdown(table), ".csv": to_csv(table)}
+        if figure is not None:
+            contents[".png"] = to_png(figure)
+        for suffix, content in contents.items():
             path = folder / f"{sweep.name}{suffix}"
-            write_whole(path, text)
+            write_whole(path, content)
             written.append(str(path))
     except OSError as error:
         raise UserError(f"{folder}: cannot write the table ({error.strerror})") from None
-    console.print(f"written: {' and '.join(written)}", soft_wrap=True, highlight=False)
+    console.print(f"written: {', '.join(written)}", soft_wrap=True, highlight=False)

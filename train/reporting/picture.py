@@ -32,7 +32,7 @@ from train.tasks.base import Metric, Task
 _LOG_FLOOR = 1e-9
 _INK, _PALE, _LINE = "#1f2430", "#6b7280", "#e5e7eb"
 _COLOURS = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#0891b2", "#65a30d", "#b91c1c")
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "text.parse_math": False,  # names are names, whatever dollar signs are in them
     "font.size": 10,
     "text.color": _INK,
@@ -82,7 +82,7 @@ def draw(runs: Sequence[RunRecord]) -> Figure:
     task = task_of(runs)
     labels = labels_of(runs) if len(runs) > 1 else [""]
     branches = [b for run, label in zip(runs, labels, strict=True) for b in _branches(run, label)]
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(11, 7), dpi=150, layout="constrained")
         curves = any(len(curve) > 1 for run in runs for curve in dense_curves(run.results).values())
         grid = figure.add_gridspec(2, 6, height_ratios=(1.25, 1))

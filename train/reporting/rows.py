@@ -10,6 +10,7 @@ from tpp.common.errors import UserError
 from tpp.common.reading import read_text
 from tpp.common.yaml_files import LARGEST_YAML, parse_yaml
 from tpp.methods import available_methods
+from tpp.methods.base import Method
 from train.config.stage_kinds import StageKind, stage_kind
 from train.run_folder.log import LogEntry, read_log
 from train.run_folder.results import NetworkResult, Results, StageResult, read_results
@@ -239,22 +240,40 @@ def _branch_ends(stages: Mapping[str, StageResult]) -> Iterator[tuple[str, str |
 
 
 def method_title(stages: Mapping[str, StageResult], name: str) -> str | None:
-    """Title of the method that pruned, or is about to prune, the network that a stage made.
+    """What made the network of a stage: masks, what pruned it, a way of finetuning it.
 
-    Masks are named with it, or alone.
+    Args:
+        stages: of the run.
+        name: of the stage that made the network.
+
+    Returns:
+        The titles, such as ``L1``, ``TPP, masked`` or ``L1, Linear over-parameterization (a
+        reconstruction)``; None for a network that nothing was taken from.
     """
     chain = chain_of(stages, name)
-    masked = any(_kind_of(stages[ancestor]).masks for ancestor in chain)
     removed = [ancestor for ancestor in chain if _kind_of(stages[ancestor]).removes]
     regularized = [ancestor for ancestor in chain if _kind_of(stages[ancestor]).regularizes]
-    if not (removed or regularized):
-        return "Masked" if masked else None
-    last = (removed or regularized)[-1]
-    title = stages[last].title or stages[last].method or last
-    method = available_methods().get(stages[last].method or "")
-    if method is not None and not method.faithful:
-        title += " (a reconstruction)"
-    return f"{title}, masked" if masked else title
+    titles = []
+    if removed or regularized:
+        titles.append(_title(stages, (removed or regularized)[-1]))
+    if any(_kind_of(stages[ancestor]).masks for ancestor in chain):
+        titles.append("masked" if titles else "Masked")
+    method = _method_of(stages[name])
+    if method is not None and method.finetunes and _kind_of(stages[name]).is_final:
+        titles.append(_title(stages, name))
+    return ", ".join(titles) or None
+
+
+def _title(stages: Mapping[str, StageResult], name: str) -> str:
+    """Of a stage's method, and whether it is a reconstruction."""
+    title = stages[name].title or stages[name].method or name
+    method = _method_of(stages[name])
+    return title if method is None or method.faithful else f"{title} (a reconstruction)"
+
+
+def _method_of(stage: StageResult) -> type[Method] | None:
+    """None where the results name none, or one that is not there any more."""
+    return available_methods().get(stage.method or "")
 
 
 def _dense_row(dense: NetworkResult) -> SummaryRow:
@@ -280,7 +299,9 @@ def _other_weights(row: SummaryRow, stage: StageResult) -> list[SummaryRow]:
 
 def _row(stages: Mapping[str, StageResult], name: str, made_by: str) -> SummaryRow:
     title, stage = method_title(stages, made_by), stages[name]
-    final = title is not None and _kind_of(stages[made_by]).is_final
+    kind, method = _kind_of(stages[made_by]), _method_of(stages[made_by])
+    ends = kind.regularizes and method is not None and method.ends_pruned
+    final = title is not None and (kind.is_final or ends)
     return SummaryRow(
         network=title if final and title else f"{title or 'Dense'} after {made_by}",
         stage=name,
