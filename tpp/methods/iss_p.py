@@ -23,7 +23,8 @@ factor, so that it is the same per image (our inference).
 
 What holds where: the same weights are chosen on all ranks, which have the same weights, equal
 magnitudes in the order of their places. Under ZeRO the optimiser's float32 copies are made smaller
-along, through ``after_step``. A step that was left out after a bad one shrinks nothing.
+along, through ``after_step``. Steps that a run leaves out after it went back shrink nothing; a
+single one that it skips does.
 """
 
 from collections.abc import Sequence
