@@ -160,7 +160,6 @@ class TrainingStage:
                     self._shrink(request)
             self._report_bad_images(steps)
             self._monitor.event("stage", status="end", step=steps)
-            # Before the memory is freed, which parts ZeRO's optimiser from the parameters.
             carried = state_to_carry(run.config, self._name, self._network, self._engine)
             if self._writer is not None:
                 self._writer.wait()
