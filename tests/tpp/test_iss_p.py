@@ -208,8 +208,8 @@ def test_of_one_image_alpha_is_the_same_whatever_the_batch():
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({}, "exactly one of sparsity and pattern, such as sparsity: 0.9"),
-        ({"sparsity": 0.5, "pattern": "2:4"}, "exactly one of sparsity and pattern"),
+        ({}, "sparsity: missing, such as 0.9; or pattern, such as '2:4'"),
+        ({"sparsity": 0.5, "pattern": "2:4"}, "one of sparsity and pattern, and here are both"),
         ({"pattern": "4:2"}, "must be N:M with N < M"),
         ({"sparsity": 0.5, "alpha": 1.5}, "alpha"),
         ({"sparsity": 0.5, "skip": ["tail"]}, "skip: 'tail' matches no Conv2d or Linear layer"),

@@ -60,8 +60,8 @@ class Settings(base.Settings):
 
     @model_validator(mode="after")
     def _says_one_thing(self) -> "Settings":
-        if (self.sparsity is None) == (self.pattern is None):
-            raise ValueError("exactly one of sparsity and pattern, such as sparsity: 0.9")
+        if self.sparsity is not None and self.pattern is not None:
+            raise ValueError("one of sparsity and pattern, and here are both")
         return self
 
     def for_batch(self, factor: Fraction) -> "Settings":
@@ -72,8 +72,10 @@ class Settings(base.Settings):
         """The layers whose weights are made smaller.
 
         Raises:
-            UserError: a pattern matches none.
+            UserError: a pattern matches none, or nothing says how many weights.
         """
+        if self.sparsity is None and self.pattern is None:
+            raise UserError("sparsity: missing, such as 0.9; or pattern, such as '2:4'")
         asked = SparsifySection(
             sparsity=self.sparsity, pattern=self.pattern, layers=self.layers, skip=self.skip
         )
