@@ -29,7 +29,7 @@ single one that it skips does.
 
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -64,7 +64,7 @@ class Settings(base.Settings):
             raise ValueError("one of sparsity and pattern, and here are both")
         return self
 
-    def for_batch(self, factor: Fraction) -> "Settings":
+    def for_batch(self, factor: Fraction) -> Self:
         """As much smaller per image."""
         return super().for_batch(factor).changed(alpha=self.alpha ** float(factor))
 

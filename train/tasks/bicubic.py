@@ -6,6 +6,8 @@ small images of Set5 every value comes out (``tests/train/test_bicubic.py``). Pi
 otherwise, or not in between, and torch's borders are others.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -20,12 +22,14 @@ def shrink(images: Tensor, scale: int) -> Tensor:
     Returns:
         (..., ceil(h / scale), ceil(w / scale)), 8-bit levels over 255, float32.
     """
-    return _resized(images, *(-(-side // scale) for side in images.shape[-2:]), 1 / scale)
+    height, width = (-(-side // scale) for side in images.shape[-2:])
+    return _resized(images, height, width, 1 / scale)
 
 
 def enlarge(images: Tensor, scale: int) -> Tensor:
     """Images ``scale`` times larger; as :func:`shrink` else."""
-    return _resized(images, *(scale * side for side in images.shape[-2:]), float(scale))
+    height, width = (scale * side for side in images.shape[-2:])
+    return _resized(images, height, width, float(scale))
 
 
 def to_levels(images: Tensor) -> Tensor:
@@ -49,7 +53,7 @@ def _rounded(levels: Tensor) -> Tensor:
 
 def _weights(like: Tensor, before: int, after: int, factor: float) -> Tensor:
     """What each of ``before`` values in a row gives to each of ``after``, (after, before)."""
-    options = {"dtype": torch.float64, "device": like.device}
+    options: Any = {"dtype": torch.float64, "device": like.device}
     squeezed = min(factor, 1.0)
     # Centre of each new value, counted in old ones.
     centres = (torch.arange(after, **options) + 0.5) / factor - 0.5
