@@ -10,6 +10,7 @@ from collections.abc import Callable, Generator, Iterator
 from typing import get_args
 
 import numpy as np
+import torch
 
 from data_pipelines.images.batch import Batch, LoaderSettings, Request
 from data_pipelines.images.image_index import ImageIndex
@@ -24,6 +25,7 @@ from data_pipelines.images.source import BadImages, ImageSource
 from data_pipelines.loading.augment import ImageTransform, training_size
 from data_pipelines.loading.draws import UNIFORMS
 from data_pipelines.loading.mixing import MIXING_UNIFORMS, mix
+from data_pipelines.loading.recipes import quarter_turns
 from data_pipelines.settings import AugmentSection, Loader
 from tpp.common.errors import UserError
 
@@ -65,6 +67,8 @@ def train_batches(
     side = _image_side(transform, steps.global_batch / len(index))
     requests = _train_requests(steps.batches(rank, world_size), order, bad, side)
     batches = _batches(ImageSource(index, order, bad), requests, transform, size, settings)
+    if transform.recipe.turns:
+        batches = _turned(batches, steps.batches(rank, world_size), order.seed)
     if not augment.mixup and not augment.cutmix:
         return batches
     parts = steps.batches(rank, world_size)
@@ -82,11 +86,12 @@ def eval_batches(
     """One rank's share of the images, each exactly once, in index order, without augmentation.
 
     The rank takes images rank, rank + world_size, ... in batches of ``batch_size``, of which the
-    last may be smaller. With fewer images than ranks, some ranks get no batch at all. Images that
-    ``bad`` lets be skipped are left out. The other arguments, and the errors, are those of
-    :func:`train_batches`.
+    last may be smaller; where images are taken whole, in batches of one. With fewer images than
+    ranks, some ranks get no batch at all. Images that ``bad`` lets be skipped are left
+    out. The other arguments, and the errors, are those of :func:`train_batches`.
     """
     plain = transform.plain()
+    batch_size = 1 if plain.recipe.one_by_one else batch_size
     bad = bad or BadImages(index)
     mine = np.arange(settings.rank, len(index), settings.world_size, dtype=np.int64)
     requests = _eval_requests(mine, batch_size, bad, plain.image_size)
@@ -179,6 +184,18 @@ def _eval_requests(images: Int64s, batch_size: int, bad: BadImages, side: int) -
     for start in range(0, len(images), batch_size):
         part = images[start : start + batch_size]
         yield Request(part, part, np.empty((len(part), 0)), side, bad.ask(len(part)))
+
+
+def _turned(
+    batches: Generator[Batch, None, None], parts: Iterator[tuple[int, Int64s]], seed: int
+) -> Generator[Batch, None, None]:
+    with contextlib.closing(batches):
+        for (_, samples), (images, labels) in zip(parts, batches, strict=False):
+            turns = quarter_turns(uniforms(seed, samples, UNIFORMS))
+            for quarters in (1, 2, 3):
+                rows = torch.from_numpy(np.flatnonzero(turns == quarters)).to(images.device)
+                images[rows] = images[rows].rot90(quarters, (2, 3))
+            yield images, labels
 
 
 def _mixed(

@@ -149,7 +149,8 @@ class DataSection(ImagesSection):
         train_size: side of the square in training, in pixels; null for ``image_size``. With the
             ``imagenet`` augmentation, which shows as much of an image at any side.
         augmentation: ``imagenet`` (RandomResizedCrop, flip), ``cifar`` (padded crop, flip),
-            ``none``.
+            ``patch`` (a square that is cut from anywhere and not scaled, flip, quarter turns; an
+            image that is smaller is a bad one), ``none``.
         threads: decoding threads (DALI) or worker processes (torchvision) per rank.
         demo: generate the embedded data set.
         index: folder that holds the indices, ``train.safetensors`` and so on, that
@@ -169,7 +170,7 @@ class DataSection(ImagesSection):
     train: UserPath = "train"
     val: UserPath = "val"
     loader: Loader = "auto"
-    augmentation: Annotated[Literal["imagenet", "cifar", "none"], OF_TRAINING] = "imagenet"
+    augmentation: Annotated[Literal["imagenet", "cifar", "patch", "none"], OF_TRAINING] = "imagenet"
     train_size: Annotated[PositiveInt | None, OF_TRAINING] = None
     threads: Annotated[int, Field(ge=1, le=256), MAY_DIFFER] = 4
     demo: DemoData | None = None

@@ -34,6 +34,10 @@ def _n_of_m(text: str) -> str:
     return text
 
 
+# Of a setting.
+Pattern = Annotated[str, AfterValidator(_n_of_m)]
+
+
 class SparsifySection(Section):
     """Which weights a network is to keep. Exactly one of the first three keys.
 
@@ -51,7 +55,7 @@ class SparsifySection(Section):
 
     sparsity: Ratio | None = None
     fraction: Ratio | None = None
-    pattern: Annotated[str, AfterValidator(_n_of_m)] | None = None
+    pattern: Pattern | None = None
     scope: Literal["global", "layer"] = "global"
     layers: Annotated[list[str], Field(min_length=1)] = Field(default_factory=lambda: ["*"])
     skip: list[str] = Field(default_factory=list)
@@ -103,7 +107,7 @@ def select_mask(
         alive.setdefault(key, torch.ones(weight.shape, dtype=torch.bool, device=weight.device))
     if settings.pattern is not None:
         for key in weights:
-            alive[key] = alive[key] & _n_of_each_m(weights[key], alive[key], settings.pattern)
+            alive[key] = alive[key] & n_of_each_m(weights[key], alive[key], settings.pattern)
         return alive
     parts = [[key] for key in weights] if settings.scope == "layer" else [[*weights]]
     for keys in parts:
@@ -113,7 +117,7 @@ def select_mask(
             going = round(Fraction(settings.fraction) * left)
         else:
             assert settings.sparsity is not None
-            going = round(Fraction(settings.sparsity) * total) - (total - left)
+            going = how_many_go(settings.sparsity, total) - (total - left)
         if going < 0:
             where = keys[0] if settings.scope == "layer" else "these layers"
             raise UserError(
@@ -122,6 +126,11 @@ def select_mask(
             )
         _take_smallest(weights, alive, keys, going)
     return alive
+
+
+def how_many_go(share: float, total: int) -> int:
+    """How many weights a share of so many is."""
+    return round(Fraction(share) * total)
 
 
 def chosen_layers(layers: list[str], settings: SparsifySection) -> list[str]:
@@ -159,7 +168,7 @@ def _take_smallest(weights: Mapping[str, Tensor], alive: Mask, keys: list[str], 
         alive[key].view(-1)[equal.flatten()] = False
 
 
-def _n_of_each_m(magnitude: Tensor, alive: Tensor, pattern: str) -> Tensor:
+def n_of_each_m(magnitude: Tensor, alive: Tensor, pattern: str) -> Tensor:
     """What stays of each group of M along the input channels; all of it where they do not divide.
 
     As NVIDIA's sparse tensor cores and ASP have it: the groups of a convolution are of one

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tpp.common.errors import UserError, run_command
+from tpp.common.images import CROP_MODES
 from tpp.common.imports import quick_imports
 from tpp.common.paths import user_path
 
@@ -69,7 +70,7 @@ def _parse_arguments() -> argparse.Namespace:
     )
     scale.add_argument("--crop-share", type=float, metavar="R", help="image size over resize")
     images.add_argument("--interpolation", choices=("bilinear", "bicubic"))
-    images.add_argument("--crop-mode", choices=("center", "squash"), help="squash: to a square")
+    images.add_argument("--crop-mode", choices=CROP_MODES, help="squash: to a square")
     images.add_argument("--mean", type=float, nargs="+", metavar="M", help="per channel, in 0..1")
     images.add_argument("--std", type=float, nargs="+", metavar="S", help="per channel")
     arguments = parser.parse_args()

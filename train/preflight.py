@@ -122,7 +122,7 @@ def check_plans(config: Config, architecture: Architecture) -> PruningPlan | Non
     The indices in the plan are stand-ins: which filters go is decided from the weights. So are
     the widths where there is a budget, see :func:`stand_in_plan`.
     """
-    planned = [name for name, stage in config.stages.items() if stage.does.needs_plan]
+    planned = [name for name in config.stages if config.needs_plan(name)]
     if not planned:
         return None
     model = build_on_meta(architecture)

@@ -179,7 +179,8 @@ def _common_parts(config: Config) -> list[_Part]:
     for name, stage in config.stages.items():
         if not stage.does.trains or stage.does.is_final or stage.input not in whole:
             continue
-        steps = config.stage_method(name).steps_before_picking() if stage.does.needs_plan else None
+        planned = config.needs_plan(name)
+        steps = config.stage_method(name).steps_before_picking() if planned else None
         whatever = whole[stage.input] and (steps is None or math.isinf(steps))
         if steps is not None and 1 <= steps < math.inf and whole[stage.input]:
             parts.append(_Part(name, int(steps), True))
@@ -199,7 +200,7 @@ def _key(config: Config, part: _Part, known: dict[str, list[str] | None]) -> str
         for stage in settings["stages"].values():
             stage.pop("pruning", None)
         for planned in (name, *config.inputs_of(name)):
-            if config.stages[planned].does.needs_plan:
+            if config.needs_plan(planned):
                 asked = (config.stages[planned].pruning or config.pruning).model_dump_json()
                 place = f"{config.model.model_dump_json()} {config.task} {asked}"
                 if place not in known:

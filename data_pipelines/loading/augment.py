@@ -27,7 +27,7 @@ from data_pipelines.loading.draws import (
     first_fitting,
     log_between,
 )
-from data_pipelines.loading.recipes import RECIPES, SQUASHED, Recipe
+from data_pipelines.loading.recipes import OF_EVALUATION, RECIPES, Recipe
 from data_pipelines.settings import (
     AugmentSection,
     ColorJitter,
@@ -84,12 +84,14 @@ class ImageTransform:
             centre crop of evaluation ('cifar' and 'none': of training too); None: not scaled.
         augmentation: of training. 'imagenet': RandomResizedCrop (area 0.08 to 1, aspect ratio
             3/4 to 4/3, antialiased bilinear) and flip. 'cifar': black border of image_size // 8
-            pixels, random crop and flip. 'none': as evaluation.
+            pixels, random crop and flip. 'patch': random crop within the image, not scaled, flip
+            and quarter turns. 'none': as evaluation.
         mean, std: per channel, of values in 0..1.
         channels: 3 for RGB, 1 for grey.
         augment: of training, beyond ``augmentation``.
         interpolation: of all scaling, ``bilinear`` or ``bicubic``, antialiased.
-        crop_mode: of evaluation. ``squash``: both sides are scaled to ``resize``.
+        crop_mode: of evaluation. ``squash``: both sides are scaled to ``resize``. ``whole``: images
+            are as they are, of any size.
 
     Raises:
         UserError: a value lies outside its range; mean or std has another length than channels;
@@ -159,7 +161,15 @@ class ImageTransform:
     def recipe(self) -> Recipe:
         """How images are cut in training."""
         recipe = RECIPES[self.augmentation]
-        return SQUASHED if self.crop_mode == "squash" and not recipe.random else recipe
+        return recipe if recipe.random else OF_EVALUATION[self.crop_mode]
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raise ValueError, with the reason, if an image of this size cannot be used."""
+        if self.recipe.inside and min(height, width) < self.image_size:
+            raise ValueError(
+                f"{height}x{width} pixels, of which no patch of {self.image_size}x"
+                f"{self.image_size} can be cut"
+            )
 
     def plain(self) -> "ImageTransform":
         """The transform of evaluation: as this one, with nothing random in it."""

@@ -383,7 +383,12 @@ class _Feed:
                 return self._assemble(request, fetched)
 
     def _take(self, image: int, data: Bytes) -> _Sized:
-        """What DALI is given of an image, and its size; ValueError where it is no whole image."""
+        """What DALI is given of an image, and its size; ValueError where it is of no use."""
+        taken, (height, width) = self._sized(image, data)
+        self._transform.check_size(height, width)
+        return taken, (height, width)
+
+    def _sized(self, image: int, data: Bytes) -> _Sized:
         header, channels = check_image(data), self._transform.channels
         # DALI cuts off the grey of a colour PNG, where Pillow rounds it.
         cut_off = channels == 1 and header.format == "png" and header.channels > 2

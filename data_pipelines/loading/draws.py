@@ -23,7 +23,8 @@ ERASED_AREAS = slice(38, 48)
 ERASED_RATIOS = slice(48, 58)
 # TrivialAugment's; its operation and direction are RandAugment's first, since only one is there.
 STRENGTH = 58
-UNIFORMS = 59
+TURN = 59
+UNIFORMS = 60
 
 
 def first_fitting(

@@ -18,6 +18,7 @@ from data_pipelines.loading.draws import (
     LEFT,
     RATIOS,
     TOP,
+    TURN,
     between,
     first_fitting,
     log_between,
@@ -54,10 +55,13 @@ class Recipe(ABC):
             evaluation does, and nothing else may be changed about them.
         any_side: whether squares of every side show as much of an image, so that their side may
             grow in the course of training.
+        turns: whether squares are turned by :func:`quarter_turns` in the end.
+        inside: whether squares have to lie within the image.
+        one_by_one: whether what comes out is of any size, so that no two make a batch.
     """
 
     random: bool
-    any_side: bool
+    any_side = turns = inside = one_by_one = False
 
     @abstractmethod
     def cuts(self, sizes: Int64s, uniforms: Float64s, side: int, resize: int | None) -> Cuts:
@@ -74,7 +78,8 @@ class Recipe(ABC):
 class CutThenScale(Recipe):
     """RandomResizedCrop: a window of random area and shape is scaled to the square; and a flip."""
 
-    random = any_side = True
+    random = True
+    any_side = True
 
     def cuts(self, sizes: Int64s, uniforms: Float64s, side: int, resize: int | None) -> Cuts:
         """As in :class:`Recipe`."""
@@ -94,7 +99,6 @@ class ScaleThenCut(Recipe):
 
     random: bool
     squash: bool = False
-    any_side = False
 
     def cuts(self, sizes: Int64s, uniforms: Float64s, side: int, resize: int | None) -> Cuts:
         """As in :class:`Recipe`."""
@@ -111,20 +115,53 @@ class ScaleThenCut(Recipe):
         return Cuts(None, None if resize is None else scaled, corner, mirrored)
 
 
+class Patch(Recipe):
+    """A square of the image as it is, cut from anywhere; flipped and turned."""
+
+    random = turns = inside = True
+
+    def cuts(self, sizes: Int64s, uniforms: Float64s, side: int, resize: int | None) -> Cuts:
+        """As in :class:`Recipe`."""
+        corner = np.floor(uniforms[:, [TOP, LEFT]] * (sizes - side + 1)).astype(np.int64)
+        window = np.concatenate([corner, np.full_like(sizes, side)], axis=1)
+        return Cuts(window, None, None, flips(uniforms))
+
+
+class Whole(Recipe):
+    """The image as it is."""
+
+    random = False
+    one_by_one = True
+
+    def cuts(self, sizes: Int64s, uniforms: Float64s, side: int, resize: int | None) -> Cuts:
+        """As in :class:`Recipe`."""
+        return Cuts(None, None, None, np.zeros(len(sizes), np.bool_))
+
+
 RECIPES: dict[str, Recipe] = {
     "imagenet": CutThenScale(),
     "cifar": ScaleThenCut(random=True),
+    "patch": Patch(),
     "none": ScaleThenCut(random=False),
 }
 """The recipes by what ``data.augmentation`` calls them."""
 
-SQUASHED = ScaleThenCut(random=False, squash=True)
-"""Of evaluation, for networks that are to see whole images."""
+OF_EVALUATION: dict[str, Recipe] = {
+    "center": RECIPES["none"],
+    "squash": ScaleThenCut(random=False, squash=True),
+    "whole": Whole(),
+}
+"""How images are cut where nothing is random, by the crop mode."""
 
 
 def flips(uniforms: Float64s) -> NDArray[np.bool_]:
     """Which samples are mirrored left to right, shape (n,), from their uniforms (n, UNIFORMS)."""
     return uniforms[:, FLIP] < 0.5
+
+
+def quarter_turns(uniforms: Float64s) -> Int64s:
+    """By how many quarters each sample is turned to the left, 0 to 3, from its uniforms; (n,)."""
+    return np.floor(4 * uniforms[:, TURN]).astype(np.int64)
 
 
 def random_resized_windows(sizes: Int64s, uniforms: Float64s) -> Int64s:

@@ -130,7 +130,7 @@ class _Images(Dataset[_Made | UserError]):
             fetched = self._source.fetch(
                 request,
                 range(len(request.images)),
-                lambda _, data: _decoded(data, transform.channels),
+                lambda _, data: _decoded(data, transform),
             )
         except UserError as error:
             return error
@@ -181,10 +181,12 @@ def _square(
     return image
 
 
-def _decoded(data: Bytes, channels: int) -> Image.Image:
+def _decoded(data: Bytes, transform: ImageTransform) -> Image.Image:
     """An image of a file's bytes, if the other loader would take them too."""
     check_image(data)
-    return decode_with_pil(data, channels)
+    image = decode_with_pil(data, transform.channels)
+    transform.check_size(image.height, image.width)
+    return image
 
 
 def _as_is(made: Any) -> Any:

@@ -640,3 +640,33 @@ def test_rows_of_the_related_systems_are_trained_alike() -> None:
             assert plan is not None
             small = prune_model(model, plan, example_input=torch.zeros(1, 3, 32, 32))
             assert sum(p.numel() for p in small.parameters()) == 26_470
+
+
+def test_iss_p_masks_what_it_has_made_small_and_all_rows_are_as_long() -> None:
+    """900 and 600 steps with 450 photographs; alpha and optimiser are the authors'."""
+    folder = ROOT / "configs" / "sr"
+    runs = expand(load_sweep(folder / "related.yaml"))
+    assert len(runs) == (4 * 3 + 1) * 3
+    for path in (folder / "edsr_iss_p_x2.yaml", *sorted((folder / "related").glob("*.yaml"))):
+        config = load_config(path)
+        kind, _, share = path.stem.rpartition("_")
+        trained = [stage for stage in config.stages.values() if stage.does.trains]
+        assert sum(steps_for(stage.epochs or 0, 450, 8) for stage in trained) == 1500
+        for stage in trained:
+            assert stage.optimizer is not None
+            assert (stage.optimizer.name, stage.optimizer.schedule) == ("adam", "constant")
+            assert (stage.optimizer.betas, stage.optimizer.weight_decay) == ([0.9, 0.99], 0)
+            assert stage.carry_optimizer == (stage is not trained[0])
+        architecture = config.make_task().architecture(config.model)
+        assert architecture is not None
+        assert check_plans(config, architecture) is None, "no filter goes"
+        masking = config.stages["sparsify"].sparsify if "sparsify" in config.stages else None
+        if path.stem == "dense":
+            assert masking is None
+            continue
+        assert masking is not None and masking.scope == "layer"
+        assert masking.sparsity == (0.7 if path.parent == folder else float(share))
+        if "regularize" in config.stages:
+            settings = config.stage_method("regularize").settings
+            assert settings.alpha == (0.0 if kind == "iht" else 0.95)
+            assert settings.sparsity == masking.sparsity

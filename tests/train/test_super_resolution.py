@@ -2,6 +2,7 @@
 
 import copy
 import json
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +10,14 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from test_bicubic import SET5, read_set5
 
 import tpp
 from data_pipelines.images.image_index import scan_class_folders
+from tpp.common.errors import UserError
 from train.run_folder.results import read_results
 from train.tasks import make_task
+from train.tasks.bicubic import enlarge
 
 TASK = {"kind": "super_resolution", "scale": 2}
 
@@ -61,7 +65,7 @@ def test_all_stages_and_the_commands(sr_config, run_main, tmp_path):
     val = str(Path(sr_config["data"]["root"]) / "val")
     options = ["--checkpoint", checkpoint, "--data", val, "--threads", "1"]
     evaluated = run_main(None, *options, script="train.evaluate").stdout
-    assert f"PSNR {flat['stages']['finetune']['psnr']:.2f} dB, loss" in evaluated
+    assert f"PSNR {flat['stages']['finetune']['psnr']:.2f} dB, SSIM" in evaluated
     described = run_main(None, checkpoint, script="tpp.describe").stdout
     assert "body.0.conv1" in described and "None" not in described
     reported = run_main(None, str(run), "--output", str(tmp_path), script="train.report").stdout
@@ -87,15 +91,43 @@ def test_two_ranks_killed_and_gone_on_to_the_bit(sr_config, run_main):
         assert all(one[key].equal(other[key]) for key in one), stage
 
 
-def test_psnr_by_hand(tiny_data):
-    """Image by image in NumPy: 8-bit values, all channels, two pixels of edge left out."""
+def y_of(pixels):
+    """Y of 8-bit colours (3, h, w), in NumPy."""
+    return 16 + (np.array([65.481, 128.553, 24.966])[:, None, None] * pixels).sum(0) / 255
+
+
+def ssim_by_hand(one, other):
+    """SSIM of (h, w), window by window, after Wang et al. 2004."""
+    x = np.arange(11) - 5
+    window = np.exp(-(x[:, None] ** 2 + x**2) / (2 * 1.5**2))
+    window /= window.sum()
+    found = []
+    for top in range(one.shape[0] - 10):
+        for left in range(one.shape[1] - 10):
+            a, b = (image[top : top + 11, left : left + 11] for image in (one, other))
+            mean_a, mean_b = (window * a).sum(), (window * b).sum()
+            var_a = (window * (a - mean_a) ** 2).sum()
+            var_b = (window * (b - mean_b) ** 2).sum()
+            both = (window * (a - mean_a) * (b - mean_b)).sum()
+            c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+            found.append(
+                (2 * mean_a * mean_b + c1)
+                * (2 * both + c2)
+                / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
+            )
+    return np.mean(found)
+
+
+def test_psnr_and_ssim_by_hand(tiny_data):
+    """Image by image in NumPy: 8-bit values, Y, two pixels of edge left out."""
     index = scan_class_folders(tiny_data / "val")
     task = make_task(TASK)
-    pixels = [np.array(Image.open(index.root / f).convert("RGB")) / 255 for f in index.files]
-    images = torch.tensor(np.stack(pixels)).permute(0, 3, 1, 2).float()
+    pixels = [np.array(Image.open(index.root / f).convert("RGB")) / 255 for f in index.files[:12]]
+    # Sides that two does not divide: the last row and column are left out.
+    images = torch.tensor(np.stack(pixels)).permute(0, 3, 1, 2).float()[:, :, :31, :29]
 
     def enlarge(small):  # a network that repeats every pixel
-        return small.repeat_interleave(2, 2).repeat_interleave(2, 3) + 0.02
+        return small.repeat_interleave(2, 2).repeat_interleave(2, 3) + 0.021
 
     labels = torch.zeros(len(images), dtype=torch.int64)
     batches = zip(images.split(7), labels.split(7), strict=True)
@@ -103,13 +135,36 @@ def test_psnr_by_hand(tiny_data):
     truth = []
     for image in images.double():
         small = task.inputs(image[None])[0].double().numpy()
-        assert np.allclose(small * 255, np.round(small * 255), atol=1e-4)
-        assert small.shape == (3, 16, 16)
-        large = np.clip(small.repeat(2, 1).repeat(2, 2) + 0.02, 0, 1)
-        off = (large - image.numpy())[:, 2:-2, 2:-2]
-        truth.append(-10 * np.log10((off**2).mean()))
-    assert found.images == len(images) == 40
-    assert found.values["psnr"] == pytest.approx(np.mean(truth), abs=1e-4)
+        assert small.shape == (3, 15, 14)
+        large = small.repeat(2, 1).repeat(2, 2) + 0.021
+        shown = np.floor(np.clip(large, 0, 1) * 255 + 0.5)
+        levels = np.round(image.numpy()[:, :30, :28] * 255)
+        a, b = (y_of(one)[2:-2, 2:-2] for one in (shown, levels))
+        psnr = 10 * np.log10(255**2 / ((a - b) ** 2).mean())
+        truth.append((psnr, ssim_by_hand(a, b), np.abs(large - levels / 255).mean()))
+    assert found.images == len(images) == 12
+    names = [metric.name for metric in task.metrics]
+    assert names == ["psnr", "ssim", "loss"]
+    # An output within rounding of half a level may be either; none of these images has many.
+    for name, value in zip(names, np.mean(truth, 0), strict=True):
+        assert found.values[name] == pytest.approx(value, rel=1e-4), name
+
+
+@pytest.mark.parametrize(("scale", "psnr"), [(2, 33.67), (3, 30.40), (4, 28.43)])
+def test_bicubic_scores_on_set5_what_is_known_of_it(shared_data, scale, psnr):
+    with tarfile.open(shared_data("set5.tar.gz")) as archive:
+        images = [read_set5(archive, f"HR/{name}")[None] for name in SET5]
+    task = make_task(TASK | {"scale": scale})
+    batches = ((image, torch.zeros(1, dtype=torch.int64)) for image in images)
+    found = task.evaluate(lambda x: enlarge(x, scale), batches, device=torch.device("cpu"))
+    assert round(found.values["psnr"], 2) == psnr
+
+
+def test_an_image_of_no_more_than_its_edge_is_one_line():
+    task = make_task(TASK)
+    batch = torch.rand(1, 3, 9, 5), torch.zeros(1, dtype=torch.int64)
+    with pytest.raises(UserError, match="an image of 9x5 pixels, of which 2 at every edge"):
+        task.sums(lambda small: small.repeat_interleave(2, 2).repeat_interleave(2, 3), batch)
 
 
 @pytest.mark.parametrize(
@@ -120,6 +175,9 @@ def test_psnr_by_hand(tiny_data):
         ("task.scael=2", "task.scael: unknown key; did you mean 'scale'?"),
         ("data.mean=[0.5, 0.5, 0.5]", "data.mean and data.std: super_resolution takes pixels"),
         ("data.image_size=33", "data.image_size (33) must be a multiple of task.scale (2)"),
+        ("data.crop_mode=whole", "data.augmentation: none, with crop_mode: whole, would train on"),
+        ("data={crop_mode: whole, resize: 64}", "data: resize (64): with crop_mode: whole it mus"),
+        ("task={kind: classification}", "edsr"),
         ("model.num_classes=4", "model.num_classes: super_resolution has no classes"),
         ("model.args={scale: 3}", "model.args.scale is 3, but task.scale is 2"),
         ("stages.dense.label_smoothing=0.1", "stages.dense.label_smoothing: goes with classif"),

@@ -10,7 +10,7 @@ from tpp.common.settings import PositiveFloat, PositiveInt, Section
 # Beside what a configuration says, checkpoints of public weights may say these; the first of each
 # is what is done where nothing is said.
 INTERPOLATIONS = ("bilinear", "bicubic")
-CROP_MODES = ("center", "squash")
+CROP_MODES = ("center", "squash", "whole")
 
 
 class ImagesSection(Section):
@@ -22,6 +22,8 @@ class ImagesSection(Section):
         crop_share: ``image_size / resize``, from which ``resize`` follows, rounded down as in timm;
             null where ``resize`` says it.
         interpolation: of all scaling, antialiased.
+        crop_mode: of evaluation: ``center``, or ``whole`` for images of any size as they are, one
+            by one, where the network takes such.
         mean, std: per channel, of values in 0..1.
         channels: 3 for RGB, 1 for grey.
     """
@@ -33,6 +35,7 @@ class ImagesSection(Section):
     channels: Literal[1, 3] = 3
     crop_share: Annotated[float, Field(gt=0, le=1)] | None = None
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    crop_mode: Literal["center", "whole"] = "center"
 
     @model_validator(mode="before")
     @classmethod
@@ -61,6 +64,8 @@ class ImagesSection(Section):
     def _one_value_per_channel(self) -> "ImagesSection":
         if len(self.mean) != self.channels or len(self.std) != self.channels:
             raise ValueError(f"mean and std need {self.channels} values, one per channel")
+        if self.crop_mode == "whole" and self.resize is not None:
+            raise ValueError(f"resize ({self.resize}): with crop_mode: whole it must be null")
         if self.resize is not None and self.resize < self.image_size:
             raise ValueError(
                 f"resize ({self.resize}) must not be smaller than image_size ({self.image_size})"
@@ -92,6 +97,7 @@ class ImagesSection(Section):
     def preprocessing(self) -> dict[str, Any]:
         """What a user of the trained network must do to an image; kept in every checkpoint."""
         said = self.model_dump(include={"image_size", "resize", "mean", "std", "channels"})
-        if self.interpolation != INTERPOLATIONS[0]:
-            said["interpolation"] = self.interpolation
+        for key, usual in (("interpolation", INTERPOLATIONS[0]), ("crop_mode", CROP_MODES[0])):
+            if getattr(self, key) != usual:
+                said[key] = getattr(self, key)
         return said

@@ -117,7 +117,8 @@ class Method:
         picks: when the filters to remove are picked, as seen from the regularised stage:
             ``before`` it, by ``select``; ``during`` it, by the method itself, which then shows
             them as ``plan``; or ``after`` it, when the pruning stage calls ``select``. Without a
-            regularised stage the pruning stage always calls ``select``.
+            regularised stage the pruning stage always calls ``select``. ``never`` for a method of
+            single weights, whose regularised stage has to do with no filters.
         faithful: whether it is as published; not so where only an abstract could be read, which
             ``--dry-run`` and the report say.
         finetunes: whether it is a way of finetuning, whatever was removed before it.
@@ -131,7 +132,7 @@ class Method:
     name: ClassVar[str]
     title: ClassVar[str]
     settings_type: ClassVar[type[Settings]] = Settings
-    picks: ClassVar[Literal["before", "during", "after"]] = "before"
+    picks: ClassVar[Literal["before", "during", "after", "never"]] = "before"
     faithful: ClassVar[bool] = True
     finetunes: ClassVar[bool] = False
     ends_pruned: ClassVar[bool] = False
@@ -268,8 +269,14 @@ class Method:
         """
         return {}
 
-    def after_step(self, step: int) -> None:
-        """Touch the weights after the optimiser's 0-based ``step``."""
+    def after_step(self, step: int) -> Sequence[nn.Parameter] | None:
+        """Touch the weights after the optimiser's 0-based ``step``.
+
+        Returns:
+            the parameters that were given values other than zero, on all ranks alike, which an
+            engine that keeps copies of its own (DeepSpeed's ZeRO) then takes over.
+        """
+        return None
 
     def shrink(self, step: int) -> PruningPlan | None:
         """Filters to remove from the network now, after ``step`` steps; None to go on as it is.

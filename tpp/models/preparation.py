@@ -7,8 +7,8 @@ What comes out is plain data, the ``preprocessing`` of a checkpoint:
   in pixels; None: not scaled;
 - ``mean``, ``std``: per channel, of values in 0..1; ``channels``: 3 for RGB, 1 for grey;
 - ``interpolation``: ``bilinear`` or ``bicubic``, both antialiased; bilinear where it is missing;
-- ``crop_mode``: ``center``, or ``squash``: both sides are scaled to ``resize``; center where it is
-  missing.
+- ``crop_mode``: ``center``, or ``squash``: both sides are scaled to ``resize``, or ``whole``: an
+  image of any size as it is; center where it is missing.
 """
 
 from collections.abc import Mapping, Sequence
@@ -171,6 +171,8 @@ def in_words(values: Mapping[str, Any]) -> str:
     squash = ", squashed" if values.get("crop_mode") == "squash" else ""
     scaled = "as they are" if resize is None else f"scaled to {resize} ({how}{squash})"
     mean, std = (_numbers(values.get(key, ())) for key in ("mean", "std"))
+    if values.get("crop_mode") == "whole":
+        return f"whole, one by one, mean {mean}, std {std}"
     return f"{scaled}, cut to {size}x{size}, mean {mean}, std {std}"
 
 

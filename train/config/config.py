@@ -192,7 +192,7 @@ class Config(Section):
             elif not self.stages[stage.input].does.makes_network:
                 raise ValueError(f"stages.{name}.input: {stage.input!r} makes no checkpoint")
             pruning = stage.pruning or self.pruning
-            if stage.does.needs_plan and not pruning.ratios and not pruning.budget:
+            if self.needs_plan(name) and not pruning.ratios and not pruning.budget:
                 raise ValueError(
                     f"stages.{name}: pruning.ratios says of no layer what goes, and there is no "
                     "pruning.budget"
@@ -318,6 +318,13 @@ class Config(Section):
         """Whether the method has a say in stage ``name``: in dense training, few have."""
         does = self.stages[name].does
         return does.has_method or (does.is_dense and self.stage_method(name).trains_dense)
+
+    def needs_plan(self, name: str) -> bool:
+        """Whether a stage has to do with filters that go, as its kind and its method say."""
+        does = self.stages[name].does
+        if not does.needs_plan:
+            return False
+        return not does.regularizes or self.stage_method(name).picks != "never"
 
     def selection(self, stage: str | None = None) -> Selection:
         """How the filters that go are chosen: in a stage, or where none says otherwise."""

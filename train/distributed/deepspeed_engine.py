@@ -3,7 +3,7 @@
 import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -88,6 +88,14 @@ class DeepSpeedEngine(Engine):
     def drop(self) -> None:
         """Not possible."""
         raise NotImplementedError("DeepSpeed has made the step")
+
+    def take_over(self, parameters: Sequence[nn.Parameter] | None) -> None:
+        """Under ZeRO, write them to the float32 copies that the optimiser steps on."""
+        if self._is_zero and parameters:
+            from deepspeed.utils import safe_set_full_fp32_param
+
+            for parameter in parameters:
+                safe_set_full_fp32_param(parameter, parameter.detach())
 
     def state_dict(self) -> dict[str, Any]:
         """The optimiser's state, gathered from all ranks, as if nothing were split."""

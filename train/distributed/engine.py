@@ -239,6 +239,9 @@ class Engine:
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.update()
 
+    def take_over(self, parameters: Sequence[nn.Parameter] | None) -> None:
+        """Go on from the values that somebody has given to the network's ``parameters``."""
+
     def state_dict(self) -> dict[str, Any]:
         """The optimiser's state, see :func:`portable` and ``saves_together``."""
         return portable(self._optimizer.state_dict(), self._numbers)

@@ -79,7 +79,7 @@ def train(
     stepper = _stepper(engine, batches, task, method, settings, distillation)
     step = start_step
     while step < settings.first_step:
-        method.after_step(step)
+        engine.take_over(method.after_step(step))
         step += 1
         if settings.finished(step):
             on_step(step)
@@ -105,7 +105,7 @@ def train(
             on_bad_step(bad)
             check.undo()
             meter = before
-        method.after_step(step)
+        engine.take_over(method.after_step(step))
         step += 1
         if meter.steps and (step % settings.log_every == 0 or settings.finished(step)):
             if not check.at_once and (bad := check.first_bad()) is not None:

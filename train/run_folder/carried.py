@@ -26,8 +26,9 @@ def state_to_carry(
 ) -> dict[str, dict[str, Tensor]]:
     """An optimiser's state as companions of a checkpoint, which are cut and masked along.
 
-    To be asked for on all ranks, each of which may have but a part; empty where no later stage goes
-    on with it.
+    To be asked for on all ranks, each of which may have but a part, and before the accelerator's
+    memory is freed, which parts ZeRO's optimiser from the parameters: their state would be zeros.
+    Empty where no later stage goes on with it.
 
     Args:
         config: of the run.

@@ -46,7 +46,8 @@ def save_plan(run: Run, name: str, plan: PruningPlan) -> None:
 
 def _regularizes_for_a_plan(config: Config, name: str) -> bool:
     """Whether a stage readies the network for the removal of filters that it knows."""
-    return config.stages[name].does.regularizes and config.stage_method(name).picks != "after"
+    picks = config.stage_method(name).picks
+    return config.stages[name].does.regularizes and picks in ("before", "during")
 
 
 def load_plan(run: Run, name: str) -> PruningPlan:

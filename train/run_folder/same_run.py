@@ -64,7 +64,7 @@ def _decisive(config: Config, name: str) -> dict[str, Any]:
             method = config.stage_method(current, as_given=True)
             own["method"] = {"name": method.name, **_entries(method.settings)}
         stages[current] = own
-        plan_of_run |= stage.does.needs_plan and stage.pruning is None
+        plan_of_run |= config.needs_plan(current) and stage.pruning is None
         trains |= stage.does.trains
         needs_images |= stage.does.needs_images
         current = stage.input

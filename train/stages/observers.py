@@ -1,10 +1,12 @@
 """What looks at the network while a stage trains it; each at its steps, and at the last one."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Protocol
 
 from torch import nn
 
+from tpp.common.images import CROP_MODES
 from tpp.methods.base import Method
 from train.data import image_transform
 from train.loop.average import WeightAverage
@@ -65,7 +67,8 @@ class JacobianObserver:
         if self._every is not None and run.is_main:
             self._probe = TrainabilityProbe(
                 run.data.val.index,
-                image_transform(run.config),
+                # Squares, of which there is a batch, even where images are evaluated whole.
+                replace(image_transform(run.config), crop_mode=CROP_MODES[0]),
                 run.task.inputs,
                 count=training.trainability_images,
                 loader=run.data.loader,

@@ -11,7 +11,7 @@ from collections import OrderedDict
 from contextlib import closing
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from tpp.checkpoints.training_state import (
     DamagedState,
@@ -158,6 +158,7 @@ class TrainingStage:
                     self._shrink(request)
             self._report_bad_images(steps)
             self._monitor.event("stage", status="end", step=steps)
+            carried = state_to_carry(run.config, self._name, self._network, self._engine)
             if self._writer is not None:
                 self._writer.wait()
         finally:
@@ -166,7 +167,7 @@ class TrainingStage:
                 self._writer.close()
             self._monitor.close()
             run.accelerator.free_memory()
-        return self._finish(steps)
+        return self._finish(steps, carried)
 
     # ---- beginning, going on, ending ---------------------------------------------------------
 
@@ -369,7 +370,7 @@ class TrainingStage:
             self._look(state.step)
             self._save(state.step)
 
-    def _finish(self, steps: int) -> dict[str, Any]:
+    def _finish(self, steps: int, carried: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
         """Write the network down; the stage's results."""
         run, scores = self._run, self._scores.scores
         assert scores is not None  # the last step is always evaluated
@@ -377,7 +378,6 @@ class TrainingStage:
         if self._average is not None:
             networks["ema"] = self._averaged_network(self._average)
             chosen = self._average.settings.chosen
-        carried = state_to_carry(run.config, self._name, self._network, self._engine)
         self._method.restore(self._network)
         if self._method.plan is not None:
             save_plan(run, self._name, self._method.plan)

@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data_pipelines.images.batch import Batch
+from data_pipelines.settings import AugmentSection, DataSection
 from tpp.common.errors import UserError
+from tpp.common.images import CROP_MODES
 from tpp.models.architecture import Architecture
 from tpp.models.settings import ModelSection
 from train.tasks.base import LOSS, Forward, Metric, Settings, Task
@@ -44,6 +46,11 @@ class Classification(Task):
         other._loss, other._label_smoothing = loss, label_smoothing
         other._bce_threshold = bce_threshold
         return other
+
+    def check_data(self, data: DataSection, augment: AugmentSection, key: str) -> None:
+        """Images of one size."""
+        if data.crop_mode != CROP_MODES[0]:
+            raise ValueError(f"data.crop_mode: {data.crop_mode} goes with super_resolution")
 
     def architecture(
         self, model: ModelSection, classes: int | None = None, place: str = ""

@@ -11,8 +11,11 @@ from tpp.common.errors import UserError
 from tpp.models.architecture import Architecture
 from tpp.models.settings import ModelSection
 from train.tasks.base import Forward, Metric, Settings, Task
+from train.tasks.bicubic import shrink, to_levels
+from train.tasks.image_quality import luma, psnr, ssim
 
 PSNR = Metric("psnr", "PSNR", "PSNR", unit=" dB")
+SSIM = Metric("ssim", "SSIM", "SSIM", digits=4)
 L1 = Metric("loss", "Loss", "loss", digits=4)
 
 
@@ -29,13 +32,15 @@ class SuperResolutionSettings(Settings):
 class SuperResolution(Task):
     """The loader's image from one made ``scale`` times smaller, by the mean absolute difference.
 
-    The smaller image is made on the device by bicubic interpolation without aliasing, and rounded
-    to 8 bits as a stored one is.
+    The smaller image is made on the device as MATLAB's bicubic makes the published ones
+    (:mod:`train.tasks.bicubic`), of an image whose sides ``scale`` divides: what is over is cut off
+    at the bottom and on the right. Outputs are judged as papers do it: rounded to 8 bits, on Y
+    alone, without ``scale`` pixels at every edge.
     """
 
     kind = "super_resolution"
-    metrics = (PSNR, L1)
-    told = (PSNR, L1)
+    metrics = (PSNR, SSIM, L1)
+    told = (PSNR, SSIM)
     settings_type: ClassVar[type[Settings]] = SuperResolutionSettings
 
     def check_data(self, data: DataSection, augment: AugmentSection, key: str) -> None:
@@ -51,6 +56,11 @@ class SuperResolution(Task):
                 raise ValueError(
                     f"data.{size_key} ({size}) must be a multiple of task.scale ({scale})"
                 )
+        if data.crop_mode == "whole" and data.augmentation == "none":
+            raise ValueError(
+                "data.augmentation: none, with crop_mode: whole, would train on images of any "
+                "size, which make no batch; use patch"
+            )
         for name in ("mixup", "cutmix"):
             if getattr(augment, name):
                 raise ValueError(f"{key}.{name}: mixes labels, and super_resolution has none")
@@ -69,33 +79,49 @@ class SuperResolution(Task):
         return Architecture(model.name, None, {**model.args, "scale": scale})
 
     def inputs(self, images: Tensor) -> Tensor:
-        """The images (n, c, h, w), ``scale`` times smaller."""
-        side = (images.shape[2] // self.settings.scale, images.shape[3] // self.settings.scale)
-        small = F.interpolate(images.float(), side, mode="bicubic", antialias=True)
-        return (small.clamp(0, 1) * 255).round() / 255
+        """The images (n, c, h, w), ``scale`` times smaller, 8-bit levels over 255."""
+        return shrink(self._whole_blocks(images), self.settings.scale)
 
     def loss(self, forward: Forward, batch: Batch) -> tuple[Tensor, Tensor]:
         """Mean absolute difference (Lim et al. 2017, section 4.2)."""
-        images, _ = batch
-        outputs = forward(self.inputs(images))
-        return F.l1_loss(outputs, images), outputs
+        wanted = self._wanted(batch)
+        outputs = forward(self.inputs(batch[0]))
+        return F.l1_loss(outputs, wanted), outputs
 
     def training_sums(self, batch: Batch, outputs: Tensor) -> dict[Metric, Tensor]:
         """PSNR of the training images."""
-        return {PSNR: self._psnr(outputs.detach(), batch[0]).sum()}
+        return {PSNR: psnr(*self._judged(outputs.detach(), self._wanted(batch))).sum()}
 
     def sums(self, forward: Forward, batch: Batch) -> dict[Metric, Tensor]:
-        """PSNR and mean absolute difference of every image."""
-        images, _ = batch
-        outputs = forward(self.inputs(images))
+        """PSNR, SSIM and mean absolute difference of every image.
+
+        Raises:
+            UserError: an image is too small.
+        """
+        wanted, scale = self._wanted(batch), self.settings.scale
+        if min(wanted.shape[2:]) <= 2 * scale:
+            height, width = batch[0].shape[2:]
+            raise UserError(
+                f"super_resolution: an image of {height}x{width} pixels, of which {scale} at every "
+                "edge do not count, is too small to be judged"
+            )
+        outputs = forward(self.inputs(batch[0]))
+        pair = self._judged(outputs, wanted)
         return {
-            PSNR: self._psnr(outputs, images).sum(),
-            L1: (outputs - images).abs().mean((1, 2, 3)).sum(),
+            PSNR: psnr(*pair).sum(),
+            SSIM: ssim(*pair).sum(),
+            L1: (outputs - wanted).abs().mean((1, 2, 3)).sum(),
         }
 
-    def _psnr(self, outputs: Tensor, images: Tensor) -> Tensor:
-        """In dB, (n,); over all channels, but for ``scale`` pixels at every edge."""
-        edge = self.settings.scale
-        off = (outputs.clamp(0, 1) - images)[:, :, edge:-edge, edge:-edge]
-        # Of images alike to the last bit it would be infinite.
-        return -10 * off.double().square().mean((1, 2, 3)).clamp(min=1e-10).log10()
+    def _whole_blocks(self, images: Tensor) -> Tensor:
+        height, width = (side - side % self.settings.scale for side in images.shape[2:])
+        return images[:, :, :height, :width]
+
+    def _wanted(self, batch: Batch) -> Tensor:
+        """What is to come out: 8-bit levels over 255, also of images in half precision."""
+        return (to_levels(self._whole_blocks(batch[0])) / 255).float()
+
+    def _judged(self, *images: Tensor) -> list[Tensor]:
+        """Y of images, (n, 1, h, w), float64, without the edge."""
+        edge = slice(self.settings.scale, -self.settings.scale)
+        return [luma(to_levels(one))[:, :, edge, edge] for one in images]

@@ -1,0 +1,73 @@
+"""Images made smaller and larger as MATLAB does it, to the last bit."""
+
+import io
+import math
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from train.tasks.bicubic import enlarge, shrink
+
+SET5 = ("baby", "bird", "butterfly", "head", "woman")
+
+
+def read_set5(archive: tarfile.TarFile, name: str) -> torch.Tensor:
+    """An image of Set5, (3, h, w) in 0..1."""
+    member = archive.extractfile(f"Set5/{name}.png")
+    assert member is not None
+    pixels = np.array(Image.open(io.BytesIO(member.read())).convert("RGB"))
+    return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("scale", [2, 3, 4])
+def test_the_published_small_images_come_out_to_the_bit(shared_data, scale, dtype):
+    with tarfile.open(shared_data("set5.tar.gz")) as archive:
+        for name in SET5:
+            large = read_set5(archive, f"HR/{name}")
+            published = read_set5(archive, f"LR_bicubic/X{scale}/{name}x{scale}")
+            height, width = (scale * (side // scale) for side in large.shape[1:])
+            assert shrink(large[:, :height, :width].to(dtype), scale).equal(published), name
+
+
+def imresize(image: np.ndarray, size: tuple[int, int], factor: float) -> np.ndarray:
+    """MATLAB's imresize of levels (h, w) value by value, as its source explains it."""
+    for axis, length in enumerate(size):
+        rows = np.moveaxis(image, axis, 0)
+        count, new = len(rows), []
+        # Its list of mirrored places: 1 to n, then n down to 1, again and again.
+        mirrored = [*range(count), *reversed(range(count))]
+        wide = 4 / min(factor, 1)
+        for place in range(1, length + 1):
+            centre = place / factor + 0.5 * (1 - 1 / factor)
+            first = math.floor(centre - wide / 2)
+            weights, values = [], []
+            for tap in range(first, first + math.ceil(wide) + 2):
+                x = abs(min(factor, 1) * (centre - tap))
+                near = 1.5 * x**3 - 2.5 * x**2 + 1
+                far = -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
+                weights.append(near if x <= 1 else far if x <= 2 else 0)
+                values.append(rows[mirrored[(tap - 1) % (2 * count)]])
+            mean = sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights)
+            new.append(np.clip(np.floor(mean + 0.5), 0, 255))
+        image = np.moveaxis(np.stack(new), 0, axis)
+    return image
+
+
+@pytest.mark.parametrize("shape", [(12, 24), (11, 7), (2, 3), (1, 1)])
+@pytest.mark.parametrize("scale", [2, 3, 4])
+def test_as_written_down(shape, scale):
+    levels = np.random.default_rng(scale).integers(0, 256, (2, *shape)).astype(float)
+    images = torch.from_numpy(levels / 255).float()
+    small = tuple(-(-side // scale) for side in shape)
+    large = tuple(side * scale for side in shape)
+    for found, size, factor in (
+        (shrink(images, scale), small, 1 / scale),
+        (enlarge(images, scale), large, scale),
+    ):
+        truth = np.stack([imresize(image, size, factor) for image in levels])
+        assert found.dtype == torch.float32
+        assert np.abs(found.numpy() * 255 - truth).max() < 1e-3
