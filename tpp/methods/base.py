@@ -1,6 +1,6 @@
 """What a pruning method may do in a run: every hook does nothing unless the method says so."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -48,6 +48,14 @@ def _no_companion(name: str) -> dict[str, Tensor]:
     return {}
 
 
+def _of_one_rank(values: Tensor) -> Tensor:
+    return values
+
+
+def _no_images(tensors: Sequence[Tensor]) -> list[Tensor]:
+    raise UserError("there are no images here")
+
+
 @dataclass(frozen=True)
 class TrainingContext:
     """Where a method finds itself when training is about to begin.
@@ -68,6 +76,13 @@ class TrainingContext:
             such as ``mask``; empty where it has none of that name.
         counts_zeros: what in the stage's training depends on filters that are at zero, in words;
             None where nothing does, and a network without them trains just as one with them.
+        average: mean of a tensor over the ranks, the same bits on all of them, which all have to
+            call it.
+        first_gradients: in :meth:`Method.prepare`, gradients of the task's loss with respect to
+            tensors that the network computes with, at its weights as they are then: the mean over
+            the images of the stage's first step, of all ranks and micro-batches, as training
+            computes it, in float32 or wider. It changes neither buffers nor random generators. All
+            ranks have to call it, and get the same bits.
     """
 
     stage: str
@@ -81,6 +96,8 @@ class TrainingContext:
     dense: Callable[[], nn.Module] = _no_dense_network
     companion: Callable[[str], dict[str, Tensor]] = _no_companion
     counts_zeros: str | None = None
+    average: Callable[[Tensor], Tensor] = _of_one_rank
+    first_gradients: Callable[[Sequence[Tensor]], list[Tensor]] = _no_images
 
 
 class Method:

@@ -6,7 +6,10 @@ K x K filter is a linear combination of a filter basis; coefficients are pruned 
 those that stay are trained together with the basis, and a network of ordinary filters comes out.
 Inferred: one basis of K^2 filters per layer, drawn orthonormal, trained at the same learning rate
 without weight decay and counted into the sparsity; 1 x 1 convolutions and linear layers pruned the
-ordinary way; the score, magnitude. Settings and results could not be read: a reconstruction.
+ordinary way. It goes with any way to score weights, which here score coefficients: magnitude, or
+SNIP (Lee, Ajanthan, Torr, "SNIP: Single-shot Network Pruning based on Connection Sensitivity", ICLR
+2019, arXiv:1810.02340), abs(lambda * dL/dlambda), of the images of the first step and over all
+layers together. Settings and results could not be read: a reconstruction.
 
 A patent application, US 2023/0086617, reads like the same idea: ask before you ship it.
 """
@@ -35,11 +38,14 @@ class Settings(base.Settings):
         basis: ``random``, orthonormal, or ``standard``, in which coefficients are weights.
         train_basis: whether bases are trained. With a ``standard`` one that is not, it is pruning
             of weights.
+        score: of coefficients, the lowest go: ``magnitude``, or ``snip``, for which the stage's
+            first step is computed twice.
     """
 
     sparsity: Ratio
     basis: Literal["random", "standard"] = "random"
     train_basis: bool = True
+    score: Literal["magnitude", "snip"] = "magnitude"
 
 
 class Interspace(base.Method):
@@ -93,10 +99,9 @@ class Interspace(base.Method):
             )
         if all(bool(combination.is_chosen) for combination in self._layers.values()):
             return
-        coefficients = {
-            name: _originals(model.get_submodule(name))[0].detach() for name in self._layers
-        }
-        for name, stays in self._choose(coefficients).items():
+        coefficients = {name: _originals(model.get_submodule(name))[0] for name in self._layers}
+        scores = self._scores(coefficients, context)
+        for name, stays in self._choose(scores).items():
             combination = self._layers[name.removesuffix(".weight")]
             combination.stays.copy_(stays)
             combination.is_chosen.fill_(True)
@@ -121,8 +126,20 @@ class Interspace(base.Method):
         left = sum(int(combination.stays.sum()) for combination in self._layers.values())
         return total, left + self._in_bases()
 
-    def _choose(self, coefficients: dict[str, Tensor]) -> Mask:
-        total = sum(values.numel() for values in coefficients.values())
+    def _scores(
+        self, coefficients: dict[str, Tensor], context: base.TrainingContext
+    ) -> dict[str, Tensor]:
+        """What every coefficient is worth, and with it what has the same magnitude."""
+        if self.settings.score == "magnitude":
+            return {name: values.detach() for name, values in coefficients.items()}
+        gradients = context.first_gradients([*coefficients.values()])
+        return {
+            name: values.detach() * gradient
+            for (name, values), gradient in zip(coefficients.items(), gradients, strict=True)
+        }
+
+    def _choose(self, scores: dict[str, Tensor]) -> Mask:
+        total = sum(values.numel() for values in scores.values())
         going = round(self.settings.sparsity * total)
         going += self._in_bases() if going else 0
         if going >= total:
@@ -132,8 +149,8 @@ class Interspace(base.Method):
             )
         # So many and no other number: the share is made of whole weights.
         settings = SparsifySection(sparsity=going / total)
-        tensors = {f"{name}.weight": values for name, values in coefficients.items()}
-        return select_mask(tensors, [*coefficients], settings)
+        tensors = {f"{name}.weight": values for name, values in scores.items()}
+        return select_mask(tensors, [*scores], settings)
 
     def _in_bases(self) -> int:
         """Numbers that are trained besides the coefficients."""

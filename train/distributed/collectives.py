@@ -94,6 +94,15 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
+def mean_over_ranks(values: Tensor) -> Tensor:
+    """Mean of a tensor over all ranks, a tensor of its own; the same bits on all of them.
+
+    Each element is added up in one place and sent to all, as gradients under
+    DistributedDataParallel are.
+    """
+    return sum_over_ranks(values.detach().clone()) / world_size()
+
+
 def broadcast_buffers(model: nn.Module) -> None:
     """Give every rank the main rank's buffers: the BatchNorm statistics that are saved."""
     if world_size() > 1:

@@ -140,6 +140,14 @@ def _stepper(
     return CapturedStepper(engine, compute, batches, settings.recorder, settings.accumulation)
 
 
+def seed_of_rank(run: int, rank: int) -> int:
+    """The seed of a rank's dropout and the like in the first step.
+
+    Far apart, so that neighbouring ranks do not share dropout masks some steps later.
+    """
+    return (run * 1_000_003 + rank * 2**40) % 2**62
+
+
 def seed(device: torch.device, number: int) -> None:
     """``torch.manual_seed`` of the processor and of the device that computes.
 

@@ -22,8 +22,8 @@ from tpp.checkpoints.training_state import (
 from tpp.common.errors import UserError
 from tpp.masks import COMPANION, share_masked
 from tpp.measure.counts import count
-from tpp.methods.base import Method, Settings, TrainingContext
-from tpp.models.architecture import Architecture, architecture_of, example_input_for
+from tpp.methods.base import Method, Settings
+from tpp.models.architecture import Architecture, architecture_of
 from tpp.plan import PruningPlan
 from train.config.batch_rule import describe
 from train.config.config import steps_for
@@ -38,18 +38,15 @@ from train.distributed.sync_batchnorm import convert_sync_batchnorm
 from train.loop.average import WeightAverage
 from train.loop.bad_steps import StepCheck
 from train.loop.graphs import CudaGraphs
-from train.loop.loop import LoopSettings, train
+from train.loop.loop import LoopSettings, seed_of_rank, train
 from train.loop.meter import Report
 from train.loop.optim import make_optimizer
 from train.monitor import Monitor
-from train.preflight import what_counts_zeros
 from train.run import Run, say_bad_images
 from train.run_folder.carried import fitting, state_to_carry, take_up_carried
 from train.run_folder.checkpoints import CHECKPOINTS, CheckpointWriter, newest_state
 from train.run_folder.log import say
 from train.run_folder.networks import (
-    companion_of_input,
-    dense_network,
     evaluate_network,
     hold_mask_of_input,
     load_input,
@@ -61,6 +58,7 @@ from train.run_folder.networks import (
 from train.run_folder.plans import choose_plan, load_plan, save_plan
 from train.run_folder.same_run import check_same_images, check_same_settings, stage_settings
 from train.stages.bad_steps import BadSteps, RollBack
+from train.stages.context import context_of
 from train.stages.observers import JacobianObserver, LayerObserver, ScoreObserver, look
 from train.stages.profile import ProfileObserver
 from train.stages.progress import Progress
@@ -219,7 +217,15 @@ class TrainingStage:
         self._network = network
         self._start = progress.start if state else self._measure_start()
         self._distillation = self._teaching.beside(network, progress.teacher)
-        method.prepare(network, self._context(plan))
+        context = context_of(
+            run,
+            name,
+            network,
+            plan,
+            total_steps=self._total,
+            steps_per_epoch=1 / self._epochs_per_step,
+        )
+        method.prepare(network, context)
         self._mask = hold_mask_of_input(run, name, network)
         self._sparsity = share_masked(self._mask)
         compile_network(network, self._training.compile)
@@ -279,22 +285,6 @@ class TrainingStage:
         return EveryRankError(
             f"{self._checkpoints}: holds a checkpoint of another network than the one that "
             f"stage {self._name!r} begins with ({why}); delete the folder to run the stage again"
-        )
-
-    def _context(self, plan: PruningPlan | None) -> TrainingContext:
-        run = self._run
-        return TrainingContext(
-            stage=self._stage.kind,
-            plan=plan,
-            selection=run.config.selection(self._name),
-            rank=run.accelerator.process_index,
-            world_size=run.accelerator.num_processes,
-            example_input=example_input_for(self._network),
-            total_steps=self._total,
-            steps_per_epoch=1 / self._epochs_per_step,
-            dense=lambda: dense_network(run, self._name),
-            companion=lambda name: companion_of_input(run, self._stage, name),
-            counts_zeros=what_counts_zeros(run.config, self._name),
         )
 
     def _measure_start(self) -> dict[str, float] | None:
@@ -428,14 +418,12 @@ class TrainingStage:
 
     def _loop_settings(self, first_step: int) -> LoopSettings:
         accelerator = self._run.accelerator
-        rank = accelerator.process_index
         return LoopSettings(
             lr=self._rate,
             finished=self._finished,
             accumulation=self._training.accumulation,
             log_every=self._training.log_every,
-            # Far apart, so that neighbouring ranks do not share dropout masks some steps later.
-            seed=(self._run.config.seed * 1_000_003 + rank * 2**40) % 2**62,
+            seed=seed_of_rank(self._run.config.seed, accelerator.process_index),
             first_step=first_step,
             recorder=CudaGraphs(accelerator.device) if self._training.capture else None,
         )
