@@ -15,17 +15,18 @@ the end one static network, without gates and without finetuning. Everything mor
 
   of all K gates; a channel stays if its m is half or more.
 
-Read like that (``slope: identity, hinge: false, spread: 0, gradient: 1`` here, and no warm-up of
-the terms) training collapses: all gates close, and the network is at chance. A gate's gradient sums
-over all positions of its channel, the straight-through slope bounds nothing, the activation term
-pushes all gates down alike for as long as there are any, and all start alike. What was changed:
+Read like that (``slope: identity, aim: false, spread: 0, gradient: 1, start: 0, end: 0`` here)
+training collapses: all gates close or their scores run away, and the network is at chance. A gate's
+gradient sums over all positions of its channel, the straight-through slope bounds nothing, the
+activation term pushes all gates down for as long as one is open, and all start alike. What was
+changed:
 
 - the slope is that of a sigmoid, which lets a gate rest that has decided;
 - the gradient that comes from the task is ``gradient`` times as large, and gates have no weight
   decay;
 - the biases start apart, most of them open;
-- the activation term is a hinge, :math:`\max(0, \frac{1}{K} \sum_k m_k - t)`: it pushes until the
-  share t of all gated filters is open that ``pruning`` leaves, and no further. Which layers lose
+- the activation term is :math:`\lambda_a (\frac{1}{K} \sum_k m_k - t)^2`, with t the share of all
+  gated filters that ``pruning`` leaves: it pushes the less the nearer that is. Which layers lose
   how many is for the gates to find;
 - both terms grow from 0 after the gates had time to part;
 - m is the running mean of the last steps, over all ranks and micro-batches: the terms are then the
@@ -56,8 +57,8 @@ from tpp.plan import PruningPlan
 from tpp.selection.criteria import floor_count, last_match
 from tpp.selection.selection import same_on_all_ranks
 
-# Of the running means: about the last twenty steps.
-_MEMORY = 0.9
+# Of the running means: about the last ten steps.
+_MEMORY = 0.8
 # Of a norm's attribute.
 _GATES = "gates_of_layers"
 
@@ -76,11 +77,12 @@ class Settings(base.Settings):
         spread: standard deviation of the biases.
         gradient: what the task's gradient is multiplied by on its way to a gate.
         slope: of the straight-through estimator, that of a ``sigmoid`` or of the ``identity``.
-        hinge: whether the activation term ends where as many filters are open as are to stay.
+        aim: whether the activation term is the square of what is too much or too little, rather
+            than what is open.
     """
 
     polarization: Annotated[float, Field(ge=0)] = 4.0
-    activation: Annotated[float, Field(ge=0)] = 4.0
+    activation: Annotated[float, Field(ge=0)] = 20.0
     start: Annotated[float, Field(ge=0, le=1)] = 0.1
     end: Annotated[float, Field(ge=0, le=1)] = 0.4
     fixed: Annotated[float, Field(gt=0, le=1)] = 0.7
@@ -89,7 +91,7 @@ class Settings(base.Settings):
     spread: Annotated[float, Field(ge=0)] = 0.5
     gradient: Annotated[float, Field(ge=0)] = 0.1
     slope: Literal["sigmoid", "identity"] = "sigmoid"
-    hinge: bool = True
+    aim: bool = True
 
     @model_validator(mode="after")
     def _in_order(self) -> "Settings":
@@ -162,10 +164,9 @@ class Polarization(base.Method):
             for norm in found.norms:
                 module = cast(Any, model.get_submodule(norm.module))
                 closed = norm.positions.to(module.weight.device)[~layer.gate.stays]
-                with torch.no_grad():
-                    module.weight[closed] = 0
-                    module.bias[closed] = 0
+                _zero(module, closed)
                 module.__dict__.pop(_GATES, None)
+            _zero(layer, ~layer.gate.stays)  # nothing comes of them, and pruning sees it
             del layer.gate
 
     def prepare(self, model: nn.Module, context: base.TrainingContext) -> None:
@@ -232,9 +233,8 @@ class Polarization(base.Method):
         self._seen[:-1] += values.detach().sum(0)
         self._seen[-1] += len(values)
         polarized, active = polarization(means, values), activation(means, values)
-        if self.settings.hinge:
-            active = active - self._target
-            active = active * (active.detach() > 0)
+        if self.settings.aim:
+            active = (active - self._target).square()
         for gate in gates:
             gate.values = None
         weight = self._weight
@@ -252,8 +252,9 @@ class Polarization(base.Method):
         means = (seen[:-1] / seen[-1]).split([len(gate.mean) for gate in self._gates.values()])
         ends = step + 1 >= self.settings.fixed * self._steps
         for (name, gate), mean in zip(self._gates.items(), means, strict=True):
-            if seen[-1] > 0:  # not so in a step that is left out
-                gate.mean.lerp_(mean.to(gate.mean.dtype), 1 - _MEMORY)
+            # Of no image in a step that is left out, and of no number in one that is bad.
+            moved = gate.mean.lerp(mean.to(gate.mean.dtype), 1 - _MEMORY)
+            gate.mean.copy_(torch.where(mean.isfinite(), moved, gate.mean))
             gate.stays.copy_(staying(gate.mean, self._least[name], self._multiple))
             gate.fixed.fill_(ends)
         self._seen.zero_()
@@ -433,6 +434,13 @@ def gated_layers(model: nn.Module) -> dict[str, LayerChannels]:
 def _moving(value: Tensor) -> Tensor:
     """Zero, with the gradient of ``value``."""
     return value - value.detach()
+
+
+@torch.no_grad()
+def _zero(module: Any, rows: Tensor) -> None:
+    module.weight[rows] = 0
+    if module.bias is not None:
+        module.bias[rows] = 0
 
 
 def _no_gates(method: str, layer: str) -> UserError:
