@@ -25,7 +25,6 @@ from tpp.methods.polarization import (
 from tpp.models.architecture import Architecture, build_model, build_on_meta
 from tpp.plan import PruningPlan
 from tpp.selection.selection import Selection
-from train.distributed.arithmetic import compile_network
 
 HALF = Selection({"layer*.conv1": 0.5})
 # The sheet's reading of the abstract.
@@ -266,24 +265,6 @@ def test_a_copy_has_gates_of_its_own():
     assert not torch.equal(mine, its)
     assert torch.equal(model(images()), mine)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-
-
-@pytest.mark.processes  # the compiler's
-def test_a_compiled_network_has_the_same_gates():
-    found = []
-    for mode in ("off", "default"):
-        model = network()
-        method = begun(model, open=0.0, start=0.0, end=0.0)
-        compile_network(model, mode)
-        method.before_step(5)
-        for gate in method._gates.values():
-            gate.mean.fill_(0.4)
-        outputs = model.train()(images())
-        terms = method.batch_terms((images(), images()), outputs)
-        (outputs.square().sum() + sum(terms.values())).backward()
-        found.append([outputs, *terms.values(), *(p.grad for p in model.parameters())])
-        assert terms["polarization"] > 0
-    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-12)
 
 
 # ---- training --------------------------------------------------------------------------------
