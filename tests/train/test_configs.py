@@ -45,7 +45,7 @@ RECIPES: dict[str, tuple[int, int | None, float | None, float | None]] = {
 RELATED = {"resnet56_l1_linear_overparam_pr0.9": "resnet56_l1_pr0.9"}
 RETRAINED = ("resnet56_l1_llr_pr0.9", "resnet56_imp_allr", "resnet56_bimp", "resnet50_imp_allr")
 UNPUBLISHED = {*RELATED, *RETRAINED, "resnet56_ffr_pr0.5", "vgg16_while_training_0.8"}
-UNPUBLISHED |= {"resnet56_interspace_0.95", "resnet50_interspace_0.9"}
+UNPUBLISHED |= {"resnet56_interspace_0.95", "resnet50_interspace_0.9", "resnet56_polarization"}
 # At the filters, and in the steps, of a published row of TPP.
 AT_2_56X = ("l1_llr", "tpp_linear_overparam", "while_training")
 UNPUBLISHED |= {f"resnet50_{name}_2.56x" for name in AT_2_56X}
