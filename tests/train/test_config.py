@@ -360,7 +360,7 @@ def test_numbers_with_an_exponent_are_numbers(file: Path, text: str, number: flo
 def test_off_is_off_without_quotes_too(file: Path) -> None:
     for text in ("off", "'off'"):
         assert load_config(file, [f"training.compile={text}"]).training.compile == "off"
-    with pytest.raises(UserError, match="training.compile: input should be 'off'"):
+    with pytest.raises(UserError, match=r"training\.compile: input should be 'off'"):
         load_config(file, ["training.compile=on"])
 
 
