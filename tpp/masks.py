@@ -10,10 +10,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from fractions import Fraction
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from torch import Tensor, nn
 
 from tpp.common.errors import UserError
@@ -25,6 +25,12 @@ COMPANION = "mask"
 Mask = dict[str, Tensor]
 
 _PATTERN = re.compile(r"([1-9]\d*):([1-9]\d*)")
+
+
+def _in_quotes(value: Any) -> Any:
+    if isinstance(value, int) and not isinstance(value, bool):
+        raise ValueError("must be in quotes, as '2:4': without, YAML reads N:M as one number")
+    return value
 
 
 def _n_of_m(text: str) -> str:
@@ -51,7 +57,7 @@ class SparsifySection(Section):
 
     sparsity: Ratio | None = None
     fraction: Ratio | None = None
-    pattern: Annotated[str, AfterValidator(_n_of_m)] | None = None
+    pattern: Annotated[str, BeforeValidator(_in_quotes), AfterValidator(_n_of_m)] | None = None
     scope: Literal["global", "layer"] = "global"
     layers: Annotated[list[str], Field(min_length=1)] = Field(default_factory=lambda: ["*"])
     skip: list[str] = Field(default_factory=list)
