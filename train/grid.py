@@ -342,7 +342,7 @@ def _dense_run(
     sweep: Sweep, path: str, overrides: list[str], unused: set[str]
 ) -> tuple[SweepRun, Path]:
     """The dense run and the checkpoint that it makes."""
-    applied = _applied(load_config(path), overrides, unused)
+    applied = _applied(load_config(path), overrides, unused, _cycles_in(Path(path)))
     folder = Path(sweep.output) / "dense"
     applied += _as_overrides({"name": f"{sweep.name}_dense", "output": str(folder)})
     config = load_config(path, applied)
