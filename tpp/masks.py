@@ -10,10 +10,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from fractions import Fraction
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from torch import Tensor, nn
 
 from tpp.common.errors import UserError
@@ -27,6 +27,12 @@ Mask = dict[str, Tensor]
 _PATTERN = re.compile(r"([1-9]\d*):([1-9]\d*)")
 
 
+def _in_quotes(value: Any) -> Any:
+    if isinstance(value, int) and not isinstance(value, bool):
+        raise ValueError("must be in quotes, as '2:4': without, YAML reads N:M as one number")
+    return value
+
+
 def _n_of_m(text: str) -> str:
     found = _PATTERN.fullmatch(text)
     if found is None or not int(found[1]) < int(found[2]):
@@ -35,7 +41,7 @@ def _n_of_m(text: str) -> str:
 
 
 # Of a setting.
-Pattern = Annotated[str, AfterValidator(_n_of_m)]
+Pattern = Annotated[str, BeforeValidator(_in_quotes), AfterValidator(_n_of_m)]
 
 
 class SparsifySection(Section):

@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +14,8 @@ from tpp.common.errors import UserError, printable
 from tpp.common.reading import parse_json
 from tpp.common.settings import Ratio, Section, UserPath, mistakes
 from tpp.common.yaml_files import read_yaml
-from train.config.config import Config, load_config
+from train.config.config import MERGING, Config, load_config
+from train.config.cycles import CYCLE
 from train.config.sections import MODEL_FILE
 from train.run_folder.results import Results, read_results
 from train.tasks.base import Metric
@@ -289,12 +290,19 @@ class _Grid:
         stage of its own from the same input, with everything else that the first one has.
         """
         path = Path(sweep.methods[method])
+        cycles = _cycles_in(path)
         fixed: dict[str, Any] = {
             "name": sweep.name,
             "pruning.ratios": next(iter(sweep.ratios.values())),
             "published": None,
         }
-        applied = _applied(load_config(path, _as_overrides(fixed)), overrides, unused)
+        given = load_config(path, _as_overrides(fixed))
+        if sweep.finetuning is not None and "finetune" not in given.stages:
+            raise UserError(
+                f"{path}: stages: the sweep's finetuning is of a stage 'finetune', and there is "
+                "none; without finetuning, rows are as their configurations have them"
+            )
+        applied = _applied(given, overrides, unused, cycles)
         stages: dict[str, Any] = {}
         evaluations: dict[str, str] = {}
         if sweep.finetuning is None:
@@ -342,7 +350,7 @@ def _dense_run(
     sweep: Sweep, path: str, overrides: list[str], unused: set[str]
 ) -> tuple[SweepRun, Path]:
     """The dense run and the checkpoint that it makes."""
-    applied = _applied(load_config(path), overrides, unused)
+    applied = _applied(load_config(path), overrides, unused, _cycles_in(Path(path)))
     folder = Path(sweep.output) / "dense"
     applied += _as_overrides({"name": f"{sweep.name}_dense", "output": str(folder)})
     config = load_config(path, applied)
@@ -365,13 +373,26 @@ def _dense_run(
     return run, folder / makers[-1] / MODEL_FILE
 
 
-def _applied(config: Config, overrides: list[str], unused: set[str]) -> list[str]:
+def _cycles_in(path: Path) -> set[str]:
+    """The names of a configuration's cycles, which are plain stages when it has been read."""
+    stages = read_yaml(path, MERGING).get("stages")
+    return {
+        str(name)
+        for name, stage in (stages.items() if isinstance(stages, dict) else ())
+        if isinstance(stage, dict) and stage.get("kind") == CYCLE
+    }
+
+
+def _applied(
+    config: Config, overrides: list[str], unused: set[str], cycles: Container[str] = ()
+) -> list[str]:
     """The overrides that are for this configuration; they are taken out of ``unused``."""
     applied = []
     for override in overrides:
         key = override.partition("=")[0].strip().split(".")
         stage = config.stages.get(key[1]) if key[0] == "stages" and len(key) > 1 else None
-        if key[0] != "stages" or (stage is not None and stage.does.trains):
+        of_cycle = len(key) > 1 and key[1] in cycles
+        if key[0] != "stages" or of_cycle or (stage is not None and stage.does.trains):
             applied.append(override)
     unused.difference_update(applied)
     return applied

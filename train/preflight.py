@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from data_pipelines.demo import generate_demo
 from tpp.common.errors import UserError, reason_of
-from tpp.masks import chosen_layers
+from tpp.masks import COMPANION, chosen_layers
 from tpp.measure.counts import count
 from tpp.models.architecture import (
     Architecture,
@@ -28,7 +28,7 @@ from train.data import RunData, preprocessing_at
 from train.distributed.collectives import from_main_rank
 from train.loop.optim import check_optimizer, is_elementwise, parameter_groups
 from train.teachers import check_teachers, open_teachers, teachers_exist
-from train.weights import starting_weights_exist
+from train.weights import starting_weights_exist, starts_with
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -145,15 +145,34 @@ def check_masks(config: Config, architecture: Architecture) -> None:
     """Check that what stages are to mask is there.
 
     Raises:
-        UserError: a pattern matches no layer; names the key.
+        UserError: a pattern matches no layer, or more is masked before; names the key.
     """
     for name, stage in config.stages.items():
         if stage.sparsify is not None:
             layers = [*prunable_layers(build_on_meta(architecture))]
             try:
-                chosen_layers(layers, stage.sparsify)
+                chosen = chosen_layers(layers, stage.sparsify)
             except UserError as error:
                 raise UserError(f"stages.{name}.sparsify: {error}") from None
+            _check_nested(config, name, layers, chosen)
+
+
+def _check_nested(config: Config, name: str, layers: list[str], chosen: list[str]) -> None:
+    """Check that a stage's ``sparsity`` is not below that of one before it, of the same layers."""
+    own = config.stages[name].sparsify
+    if own is None or own.sparsity is None:
+        return
+    for other in config.inputs_of(name):
+        before = config.stages[other].sparsify
+        if config.stages[other].does.removes:
+            return  # filters that go take zeros along
+        if before is None or before.sparsity is None or chosen_layers(layers, before) != chosen:
+            continue
+        if before.sparsity > own.sparsity:
+            raise UserError(
+                f"stages.{name}.sparsify.sparsity: {own.sparsity:g} is less than stage {other!r} "
+                f"masks before it ({before.sparsity:g}), and what is masked stays masked"
+            )
 
 
 def check_methods(config: Config, architecture: Architecture) -> None:
@@ -281,10 +300,12 @@ def what_counts_zeros(config: Config, name: str) -> str | None:
 
 
 def _masks_before(config: Config, name: str) -> str | None:
-    """The stage before ``name`` that masks weights, in words; None if there is none."""
+    """What masks weights before stage ``name``, in words; None if nothing does."""
     for other in config.inputs_of(name):
         if config.stages[other].does.masks:
             return f"stage {other!r}, whose mask is of the filters that there are"
+    if starts_with(config.model, COMPANION):
+        return f"{config.model.checkpoint}, whose mask is of the filters that there are"
     return None
 
 

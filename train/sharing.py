@@ -33,6 +33,7 @@ from train.config.config import Config, load_config, steps_for
 from train.config.sections import MODEL_FILE
 from train.data import look_at_images
 from train.grid import MAIN, SweepRun
+from train.run_folder.carried import is_carried
 from train.run_folder.checkpoints import CHECKPOINTS
 from train.run_folder.lock import RunLock
 from train.run_folder.log import drop_later_entries
@@ -139,7 +140,8 @@ def shared_stages(runs: Sequence[SweepRun], configs: SweepConfigs) -> list[Share
             continue
         config = configs.of(first)
         settings = json.dumps(stage_settings(config, name), sort_keys=True)
-        digest = hashlib.sha256(f"{settings} {until}".encode()).hexdigest()
+        carried = " carried" * is_carried(config, name)
+        digest = hashlib.sha256(f"{settings} {until}{carried}".encode()).hexdigest()
         parent = first.folder.parent / "shared"
         folder = parent / f"{name}-{digest[:12]}"
         own = {"name": f"{config.name}_shared", "output": str(folder), "published": None}
@@ -210,7 +212,9 @@ def _key(config: Config, part: _Part, known: dict[str, list[str] | None]) -> str
     # What may differ when one run goes on is still the same in runs that share.
     sections = (config.data, config.training, config.checkpoints)
     rest = [section.model_dump() for section in sections]
-    return json.dumps([settings, part.until, layers, rest], sort_keys=True, default=str)
+    # With the optimiser's state the file is another, whatever the stage's own settings are.
+    parts = [settings, part.until, layers, rest, is_carried(config, name)]
+    return json.dumps(parts, sort_keys=True, default=str)
 
 
 def _layers(config: Config, name: str) -> list[str] | None:

@@ -8,7 +8,7 @@ from urllib.parse import parse_qs, urlparse
 import torch
 from torch import Tensor, nn
 
-from tpp.checkpoints.model_file import find_metadata, load_model
+from tpp.checkpoints.model_file import find_metadata, load_model, read_companion
 from tpp.checkpoints.prune_file import read_dense
 from tpp.checkpoints.sources import load_weights
 from tpp.common.errors import UserError
@@ -33,6 +33,7 @@ from train.public_weights import (
 from train.tasks.class_names import few, note_on_order
 
 KEY = "model.checkpoint"
+Companion = dict[str, Tensor]
 # Names of a URL's parameters that grant access, those of signed links among them.
 _SECRET = re.compile(r"token|sig|secret|passw|credential|auth|api.?key|access.?key", re.IGNORECASE)
 
@@ -124,6 +125,36 @@ def load_starting_weights(
     for note in notes:
         say(f"{path}: {note}")
     return network
+
+
+def starting_companion(model: ModelSection, architecture: Architecture, name: str) -> Companion:
+    """What the file of the starting weights holds beside the network's, such as its mask.
+
+    Args:
+        model: what the configuration says; a file at a URL has been fetched.
+        architecture: the network.
+        name: of the companion; empty where there is none of that name.
+    """
+    path = _own_file(model)
+    if path is None:
+        return {}
+    replaced = {*classifier_tensors(architecture)} if model.head == "new" else set()
+    return {key: t for key, t in read_companion(path, name).items() if key not in replaced}
+
+
+def starts_with(model: ModelSection, companion: str) -> bool:
+    """Whether there is such a companion, as far as the file is here."""
+    path = _own_file(model)
+    info = find_metadata(path) if path is not None else None
+    return info is not None and companion in info.companions
+
+
+def _own_file(model: ModelSection) -> Path | None:
+    """The file of starting weights, if it is one of ours, and here."""
+    if model.checkpoint is None or named(model) is not None:
+        return None
+    path = place_of(model.checkpoint) if _is_url(model.checkpoint) else Path(model.checkpoint)
+    return path if path.is_file() and find_metadata(path) is not None else None
 
 
 _ADVICE = "; model.head=new gives it a classifier of its own"

@@ -139,6 +139,7 @@ def test_patterns_that_match_nothing(how, message):
         ({"sparsity": 1.0}, "less than 1"),
         ({"pattern": "4:2"}, "N < M"),
         ({"pattern": "24"}, "N:M"),
+        ({"pattern": 124}, "in quotes"),  # 2:4 in YAML without
     ],
 )
 def test_settings_that_make_no_sense(how, message):
@@ -276,6 +277,20 @@ def test_from_file_to_file_and_on_to_the_pruner(tmp_path, capsys):
     for key, stays in companions["mask"].items():
         assert stays.shape == tensors[key].shape
         assert not tensors[key][~stays.bool()].any()
+
+
+def test_layers_of_which_nothing_is_left_are_named(tmp_path, capsys):
+    tpp.save_model(tmp_path / "a.safetensors", network())
+    arguments = [
+        "--checkpoint",
+        f"{tmp_path}/a.safetensors",
+        "--output",
+        f"{tmp_path}/b.safetensors",
+    ]
+    sparsify([*arguments, "--sparsity", "0.99999"])
+    assert "note: no weight of " in capsys.readouterr().out
+    sparsify([*arguments, "--sparsity", "0.9", "--scope", "layer", "--overwrite"])
+    assert "note" not in capsys.readouterr().out
 
 
 def test_mistakes_are_one_line(tmp_path):

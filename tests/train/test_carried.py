@@ -122,6 +122,7 @@ def test_a_stage_done_before_is_told(two_stages, run_main):
             {"more": {"optimizer": {"name": "adamw", "lr": 0.1}}},
             "adamw cannot go on with the state",
         ),
+        ({"more": {"method": {"name": "interspace", "sparsity": 0.5}}}, "what interspace trains"),
         ({"check": {"kind": "evaluate", "carry_optimizer": True}}, "take no carry_optimizer"),
     ],
 )

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from tpp.checkpoints.model_file import read_checkpoint
-from train.config.config import Config
+from tpp.common.errors import UserError
+from train.config.config import Config, load_config
 
 
 @pytest.fixture
@@ -80,22 +82,53 @@ def test_inputs_within_a_round_and_from_outside(cycled):
     ("change", "message"),
     [
         ({"times": 0}, r"stages\.imp\.times: input should be greater than or equal to 1"),
+        ({"times": 10**9}, r"stages\.imp\.times: input should be less than or equal to 1000"),
         ({"tims": 2}, r"stages\.imp\.tims: unknown key; did you mean 'times'"),
+        ({"epochs": 2}, r"stages\.imp\.epochs: unknown key; there are: times, stages, input \["),
+        ({1: 2}, r"stages\.imp\.1: keys should be strings"),
         ({"stages": {}}, r"stages\.imp\.stages"),
         ({"stages": {"train": {}}}, r"stages\.imp\.stages\.train\.kind: .* not 'train'"),
-        ({"stages": {"x": {"kind": "cycle"}}}, r"stages\.imp\.stages\.x\.kind: .* not 'cycle'"),
+        (
+            {"stages": {"x": {"kind": "cycle"}}},
+            r"stages\.imp\.stages\.x\.kind: .* cycles in cycles",
+        ),
         ({"stages": {"evaluate": {}}}, "none of them makes a network"),
         (
             {"stages": {"sparsify": {"sparsify": {"sparsity": 1.5}}}},
             "imp1_sparsify.*less than 1|less",
         ),
-        ({"input": "nowhere"}, "'nowhere' is no earlier stage"),
+        ({"stages": {"sparsify": {"sparsify": {"sparsity": False}}}}, "valid number, not False"),
+        ({"input": "nowhere"}, r"stages\.imp\.input: 'nowhere' is no earlier stage; .*: dense \["),
     ],
 )
 def test_mistakes_in_a_cycle_name_the_key(cycled, change, message):
     cycled["stages"]["imp"] |= change
     with pytest.raises(ValueError, match=message):
         Config.model_validate(cycled)
+
+
+def test_a_mistake_in_a_cycle_is_said_once_and_where_it_stands(cycled, tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(cycled))
+    override = "stages.imp.stages.sparsify.sparsify.sparsity=1.5"
+    with pytest.raises(UserError) as caught:
+        load_config(file, [override, "seed=1"])
+    key = override.partition("=")[0]
+    assert (
+        str(caught.value) == f"override {override!r}: {key}: input should be less than 1, not 1.5"
+    )
+
+
+def test_a_round_names_its_own_stages_and_other_cycles(cycled):
+    inner = cycled["stages"]["imp"]["stages"]
+    like = {"schedule": "llr", "like": "retrain"}
+    inner["more"] = {"kind": "finetune", "epochs": 1, "optimizer": like}
+    sparsify = {"input": "imp", "sparsify": {"sparsity": 0.9}}
+    cycled["stages"]["back"] = {"kind": "cycle", "times": 2, "stages": {"sparsify": sparsify}}
+    inner["retrain"] = {**inner["retrain"], "epochs": 3}
+    found = Config.model_validate(cycled).stages
+    assert found["imp2_more"].optimizer.reference.epochs == 3
+    assert found["back2_sparsify"].input == "imp2_more"
 
 
 def test_a_stage_of_the_same_name_is_refused(cycled):

@@ -11,7 +11,12 @@ from safetensors.torch import load_file
 
 import tpp
 from tpp.checkpoints.model_file import read_checkpoint
+from tpp.checkpoints.sparsify_file import sparsify_checkpoint
+from tpp.common.errors import UserError
+from tpp.masks import SparsifySection, share_masked
+from tpp.models.architecture import Architecture, build_model
 from train.config.config import Config
+from train.preflight import check_masks
 
 ZERO1 = Path(__file__).resolve().parents[2] / "launch" / "deepspeed" / "zero1.json"
 
@@ -125,6 +130,42 @@ def test_patterns_that_match_nothing_are_found_before_anything_is_trained(sparse
         "error: stages.sparsify.sparsify: skip: 'conv9' matches no Conv2d or Linear layer\n"
     )
     assert not Path(sparse_config["output"]).exists()
+
+
+@pytest.mark.parametrize("first", ["finetune", "prune", "sparsify"])
+def test_the_mask_of_the_starting_weights_is_held(sparse_config, tmp_path, run_inside, first):
+    dense, start = tmp_path / "dense.safetensors", tmp_path / "start.safetensors"
+    torch.manual_seed(0)
+    tpp.save_model(dense, build_model("cifar_resnet8", 4))
+    sparsify_checkpoint(dense, SparsifySection(sparsity=0.8), start)
+    before = read_checkpoint(start)[1]["mask"]
+    stages = sparse_config["stages"]
+    stages["sparsify"] = {"sparsify": {"sparsity": 0.9}}
+    sparse_config["stages"] = {name: stages[name] for name in dict.fromkeys([first, "finetune"])}
+    sparse_config["model"] |= {"checkpoint": str(start), "num_classes": 4}
+    run_inside(sparse_config)
+    _, mask = masked(sparse_config, "finetune")
+    shares = {"finetune": 0.8, "sparsify": 0.9}
+    if first in shares:
+        assert share_masked(mask) == pytest.approx(shares[first], abs=1e-4)
+        assert not any((mask[key] & ~before[key].bool()).any() for key in before)
+    else:
+        assert mask.keys() == before.keys() and any(
+            m.shape != before[k].shape for k, m in mask.items()
+        )
+
+
+@pytest.mark.parametrize("later", [0.79, 0.8])
+def test_less_sparsity_than_before_is_found_before_anything_is_trained(sparse_config, later):
+    stages = sparse_config["stages"]
+    again = {"kind": "sparsify", "sparsify": {"sparsity": later}}
+    sparse_config["stages"] = {"sparsify": stages["sparsify"], "again": again}
+    config = Config.model_validate(sparse_config)
+    if later == 0.8:
+        check_masks(config, Architecture("cifar_resnet8", 4))
+        return
+    with pytest.raises(UserError, match=r"^stages\.again\.sparsify\.sparsity: 0\.79 is less than"):
+        check_masks(config, Architecture("cifar_resnet8", 4))
 
 
 def test_tpp_keeps_its_filters_to_the_end_behind_a_mask(sparse_config, run_main, tiny_config):

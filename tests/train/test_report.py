@@ -21,7 +21,7 @@ from tpp.common.errors import UserError
 from train.report import main, show_end, write_report
 from train.reporting.grids import comparison, stage_grid, summary_table, to_rich
 from train.reporting.picture import draw
-from train.reporting.rows import SummaryRow, headline_of, load_run, summary_rows
+from train.reporting.rows import SummaryRow, headline_of, load_run, method_title, summary_rows
 from train.run_folder.results import Evaluation, Results, StageResult
 from train.tasks.classification import Classification
 
@@ -728,6 +728,15 @@ STAGES = st.dictionaries(
         }
     ),
 )
+
+
+def test_a_way_of_finetuning_that_also_removed_the_filters_is_named_once() -> None:
+    method = {"method": "linear_overparam", "title": "Overparam"}
+    stages = {
+        "prune": StageResult(kind="prune", **method),
+        "finetune": StageResult(kind="finetune", input="prune", **method),
+    }
+    assert method_title(stages, "finetune") == "Overparam (a reconstruction)"
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -192,6 +192,22 @@ def test_rows_that_differ_in_their_finetuning_share_what_is_before_it(
             assert whole.read_bytes() == taken.read_bytes()
 
 
+def test_what_keeps_its_momentum_is_no_other_rows(tiny_sweep: Path, tmp_path: Path) -> None:
+    methods = {}
+    for name, carried in {"a": False, "b": True, "c": False, "d": True}.items():
+        methods[name] = f"{name}.yaml"
+        row = {"extends": "tpp.yaml", "stages": {"finetune": {"carry_optimizer": carried}}}
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(row))
+    ratios = {"half": {"layer*.conv1": 0.5}}
+    change(tiny_sweep, dense=None, finetuning=None, methods=methods, ratios=ratios)
+    _, shared = parts(tiny_sweep)
+    assert [(one.stage, one.runs) for one in shared] == [
+        ("regularize", (1, 3)),
+        ("regularize", (2, 4)),
+    ]
+    assert shared[0].folder != shared[1].folder
+
+
 def test_who_waits_takes_over_where_the_one_at_work_is_lost(
     tiny_sweep: Path, forks: Forks, tmp_path: Path
 ) -> None:

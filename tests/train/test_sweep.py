@@ -248,6 +248,24 @@ def test_overrides_of_a_stage_go_to_the_runs_that_train_in_it(tiny_sweep: Path) 
         assert config.stages["finetune"].epochs == config.stages["finetune_lr0.002"].epochs == 3
 
 
+def test_overrides_of_a_cycle_go_to_the_runs_that_have_it() -> None:
+    sweep = load_sweep(ROOT / "configs" / "cifar10" / "related.yaml")
+    sweep.methods = {name: sweep.methods[name] for name in ("l1+step", "imp+llr")}
+    override = "stages.imp.stages.retrain.epochs=0.5"
+    _, without, run = expand(sweep, [override, "stages.imp.times=2"])[:3]
+    assert override not in without.overrides
+    stages = load_config(run.config, run.overrides).stages
+    assert stages["imp2_retrain"].epochs == 0.5 and "imp3_retrain" not in stages
+
+
+def test_finetuning_needs_its_stage() -> None:
+    sweep = load_sweep(ROOT / "configs" / "cifar10" / "related.yaml")
+    sweep.methods = {"imp": sweep.methods["imp+llr"]}
+    sweep.finetuning = {"short": {"epochs": 1, "optimizer": {"lr": 0.1}}}
+    with pytest.raises(UserError, match=r"imp_llr\.yaml: stages: .* of a stage 'finetune'"):
+        expand(sweep)
+
+
 def test_another_seed_leaves_all_numbers_as_they_were(tiny_sweep: Path) -> None:
     before = [run.name for run in expand(load_sweep(tiny_sweep))]
     content = yaml.safe_load(tiny_sweep.read_text())

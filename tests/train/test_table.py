@@ -294,3 +294,17 @@ def test_the_picture_has_each_row_over_what_it_costs(tmp_path: Path) -> None:
         xs = [x for x, _ in points.values()]
         assert len({round(math.log10(x), 4) for x in xs}) == 3, "none on another"
     assert draw_sweep(collect(load_sweep(TABLE1, tmp_path / "none"))) is None
+
+
+@pytest.mark.parametrize("macs", [None, 0])
+def test_scores_without_sizes_are_no_points(tmp_path: Path, macs: int | None) -> None:
+    sizes = {"parameters": 1, "macs": macs}
+    stages = {"evaluate": {"kind": "evaluate", "top1": 70.0, **sizes}}
+    folder = tmp_path / "tpp+step_pr0.9_seed0"
+    folder.mkdir()
+    content = {"name": "x", "dense": sizes, "stages": stages}
+    (folder / "results.json").write_text(json.dumps(content))
+    table = collect(load_sweep(ROOT / "configs" / "cifar10" / "related.yaml", tmp_path))
+    figure = draw_sweep(table)
+    assert figure is not None and "| tpp+step | **70.00** |" in to_markdown(table)
+    assert not any(len(shown.lines[0].get_xydata()) for shown in figure.axes[0].containers)

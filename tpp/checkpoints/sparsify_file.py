@@ -103,7 +103,7 @@ def sparsify_checkpoint(
         removed=1 - kept / kept_before if kept_before else 0.0,
         norm_before=norm_of(tensors[name] for name in trained),
         norm_after=norm_of(masked[name] for name in trained),
-        notes=(*found.notes, *_left_dense(tensors, mask, settings)),
+        notes=(*found.notes, *_left_dense(tensors, mask, settings), *_left_empty(mask)),
     )
 
 
@@ -117,6 +117,16 @@ def _left_dense(
     if odd:
         more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
         yield f"{odd[0]}{more} stays as it is: its input channels are no multiple of {of}"
+
+
+def _left_empty(mask: Mask) -> Iterator[str]:
+    empty = [name.removesuffix(".weight") for name, stays in mask.items() if not stays.any()]
+    if empty:
+        more = f" and {len(empty) - 1} more" if len(empty) > 1 else ""
+        yield (
+            f"no weight of {empty[0]}{more} is left: what goes through there is the same for every "
+            "image; less sparsity, scope layer or skip keeps some"
+        )
 
 
 def _masked_along(members: Mapping[str, Tensor], mask: Mask) -> Mapping[str, Tensor]:

@@ -34,7 +34,7 @@ from tpp.methods.base import Method
 from tpp.models.settings import MODEL_REPLACED, ModelSection
 from tpp.selection.selection import Selection
 from tpp.selection.settings import PRUNING_REPLACED, PruningSection, another_budget
-from train.config.cycles import written_out
+from train.config.cycles import as_written, written_out
 from train.config.ema import EmaSection
 from train.config.optimizer import OptimizerSection
 from train.config.profile import ProfileSection
@@ -294,6 +294,13 @@ class Config(Section):
                 f"stages.{name}.carry_optimizer: {own.name} cannot go on with the state of "
                 f"{other.name}, the optimiser of stage {before!r}"
             )
+        for stage in (before, name):
+            method, does = self.stage_method(stage), self.stages[stage].does
+            if does.has_method and does.is_final and method.finetunes:
+                raise ValueError(
+                    f"stages.{name}.carry_optimizer: what {method.name} trains in stage {stage!r} "
+                    "are not the network's own weights, and neither is the optimiser's state"
+                )
 
     def _check_say(self, name: str, method: Method) -> None:
         """Check that a method has a say where it is named, and goes with the loss."""
@@ -449,7 +456,9 @@ def _mistakes_in(data: dict[str, Any]) -> list[str]:
     try:
         Config.model_validate(data)
     except ValidationError as error:
-        return mistakes(error, Config)
+        stages = data.get("stages")
+        lines = (as_written(line, stages) for line in mistakes(error, Config))
+        return [*dict.fromkeys(lines)]  # once, and not for each round of a cycle
     return []
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from train.config.optimizer import RETRAINING, ReferenceSection
 
-_LIKE = "like"
+LIKE = "like"
 
 
 def with_references(stages: Mapping[Any, Any]) -> dict[Any, Any]:
@@ -25,11 +25,13 @@ def with_references(stages: Mapping[Any, Any]) -> dict[Any, Any]:
         optimizer = stage.get("optimizer") if isinstance(stage, Mapping) else None
         if isinstance(optimizer, Mapping):
             optimizer = dict(optimizer)
-            if _LIKE in optimizer:
-                key = f"stages.{name}.optimizer.{_LIKE}"
+            if LIKE in optimizer:
+                key = f"stages.{name}.optimizer.{LIKE}"
+                if optimizer.get("schedule") not in RETRAINING:
+                    raise ValueError(f"{key}: goes with schedule: {', '.join(RETRAINING)}")
                 if optimizer.get("reference") is not None:
                     raise ValueError(f"{key}: goes without reference, which says the same")
-                optimizer["reference"] = _of_stage(found, optimizer.pop(_LIKE), key)
+                optimizer["reference"] = _of_stage(found, optimizer.pop(LIKE), key)
             reference, schedule = optimizer.get("reference"), optimizer.get("schedule")
             if schedule in RETRAINING and isinstance(reference, Mapping) and "lr" in reference:
                 optimizer.setdefault("lr", reference["lr"])

@@ -261,7 +261,8 @@ def method_title(stages: Mapping[str, StageResult], name: str) -> str | None:
     method = _method_of(stages[name])
     if method is not None and method.finetunes and _kind_of(stages[name]).is_final:
         titles.append(_title(stages, name))
-    return ", ".join(titles) or None
+    # Once, where filters went under the method's name, too.
+    return ", ".join(dict.fromkeys(titles)) or None
 
 
 def _title(stages: Mapping[str, StageResult], name: str) -> str:

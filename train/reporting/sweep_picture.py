@@ -98,15 +98,16 @@ def _draw_block(axes: Axes, table: ResultTable, block: str, what: str) -> None:
         axes.plot(
             costs[-1], table.dense_score, color="#1f2430", linestyle="", label="dense", **style
         )
-    axes.set_xlim(min(costs) / 1.5, max(costs) * 1.5)
+    if costs:  # results may have scores and say no sizes
+        axes.set_xlim(min(costs) / 1.5, max(costs) * 1.5)
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _cost(cell: Cell, what: str) -> float | None:
-    """Mean over the seeds, of a cell that has a score."""
-    values = [getattr(size, what) for size in cell.sizes]
+    """Mean over the seeds, of a cell that has a score; none at 0, which the axis has not."""
+    values = [cost for size in cell.sizes if (cost := getattr(size, what)) > 0]
     return None if cell.mean is None or not values else fmean(values)
 
 

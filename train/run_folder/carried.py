@@ -13,7 +13,7 @@ from train.distributed.engine import Engine
 from train.run import Run
 
 
-def _is_carried(config: Config, name: str) -> bool:
+def is_carried(config: Config, name: str) -> bool:
     """Whether a later stage goes on with the state of the optimiser of training stage ``name``."""
     return any(
         stage.carry_optimizer and config.trained_before(other) == name
@@ -37,7 +37,7 @@ def state_to_carry(
         engine: what trained it.
     """
     found: dict[str, dict[str, Tensor]] = {}
-    if not _is_carried(config, name):
+    if not is_carried(config, name):
         return found
     names = [parameter for parameter, _ in network.named_parameters()]
     for number, entries in engine.state_dict()["state"].items():

@@ -23,7 +23,7 @@ from train.distributed.engine import forward_pass
 from train.run import Run
 from train.run_folder.log import say
 from train.tasks.base import Scores
-from train.weights import load_starting_weights
+from train.weights import load_starting_weights, starting_companion
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -83,7 +83,7 @@ def dense_network(run: Run, name: str | None) -> nn.Module:
 def companion_of_input(run: Run, stage: StageSection, name: str) -> dict[str, Tensor]:
     """Tensors that a stage's input holds beside the network's; empty where it has none such."""
     if stage.input is None:
-        return {}
+        return starting_companion(run.config.model, run.architecture, name)
     return read_companion(_file_of(run, stage.input), name)
 
 

@@ -48,7 +48,8 @@ def prune_stage(run: Run, name: str) -> dict[str, Any]:
             source = run.stage_folder(stage.input) / MODEL_FILE
         else:  # straight from the starting weights, whatever kind of file they came in
             source = folder / "dense.safetensors"
-            save_network(run, name, source, model, None)
+            held = {COMPANION: mask} if mask else None
+            save_network(run, name, source, model, None, held)
         method.remove(source, plan, output)
         pruned = load_model(output)
         left = norm_of(pruned.parameters())

@@ -11,7 +11,7 @@ from train.config.sections import MODEL_FILE
 from train.distributed.collectives import from_main_rank
 from train.run import Run
 from train.run_folder.log import say
-from train.run_folder.networks import load_input, save_network
+from train.run_folder.networks import companion_of_input, load_input, save_network
 
 
 def sparsify_stage(run: Run, name: str) -> dict[str, Any]:
@@ -28,7 +28,9 @@ def sparsify_stage(run: Run, name: str) -> dict[str, Any]:
             source = run.stage_folder(stage.input) / MODEL_FILE
         else:  # straight from the starting weights, whatever kind of file they came in
             source = folder / "dense.safetensors"
-            save_network(run, name, source, load_input(run, None), None)
+            before = companion_of_input(run, stage, COMPANION)
+            held = {COMPANION: before} if before else None
+            save_network(run, name, source, load_input(run, None), None, held)
         try:
             found = sparsify_checkpoint(source, settings, output)
         except UserError as error:
