@@ -322,7 +322,7 @@ class Gate(nn.Module):
             first.normal_(0, math.sqrt(2 / inputs), generator=numbers)
             second.normal_(0, 0.5 / math.sqrt(settings.hidden), generator=numbers)
             bias.normal_(settings.open, settings.spread, generator=numbers)
-        like = {"device": weight.device, "dtype": weight.dtype}
+        like: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
         self.first = nn.Parameter(first.to(**like))
         self.first_bias = nn.Parameter(torch.zeros(settings.hidden, **like))
         self.second = nn.Parameter(second.to(**like))

@@ -43,6 +43,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_input, conv2d_weight
 from torch.utils.hooks import RemovableHandle
 
 from tpp.checkpoints.safetensors_files import sha256_of
@@ -125,12 +126,12 @@ class RecLRA(base.Method):
         self._chain = _chain(model)
         for number, link in enumerate(self._chain[:-1], 1):
             above = self._chain[-1] if self._skips(number) else self._chain[number]
-            weight = model.get_submodule(above.layer).weight
+            weight = _weight(model, above.layer)
             outputs = above.size if self._skips(number) else weight[:, 0].numel()
             shape = (link.size, outputs) if self._skips(number) else tuple(weight.shape)
             std = self.settings.error_std or outputs**-0.5
             layer = model.get_submodule(link.layer)
-            seed = int(sha256_of(layer.weight.detach())[:14], 16)
+            seed = int(sha256_of(_weight(model, link.layer).detach())[:14], 16)
             errors = std * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
             if self.settings.rule == "fixed":
                 layer.register_buffer(ERRORS, errors)
@@ -181,9 +182,7 @@ class RecLRA(base.Method):
         finally:
             self._second = self._images = None
         found = second.updates
-        value: Tensor = _Given.apply(  # type: ignore[no-untyped-call]
-            second.discrepancy, [*found.values()], *found
-        )
+        value: Tensor = _Given.apply(second.discrepancy, [*found.values()], *found)
         return {"discrepancy": value}
 
     def _skips(self, number: int) -> bool:
@@ -348,6 +347,7 @@ class _SecondPass:
             arriving = _sent_down(above.layer, errors, above.inputs, above.error)
             (sent,) = torch.autograd.grad(above.path, above.below, arriving.to(above.path.dtype))
             sent = _wide(sent)
+            assert above.delta is not None
             change = above.delta
             if rule != "lra_e":
                 change = _of_weights(above.layer, arriving, above.error) / len(self._top)
@@ -390,22 +390,28 @@ class _Given(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    def backward(ctx: Any, share: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, share: Tensor) -> tuple[Tensor | None, ...]:
         return (None, None, *(share.to(given.dtype) * given for given in ctx.gradients))
+
+
+def _weight(model: nn.Module, layer: str) -> Tensor:
+    found: Any = model.get_submodule(layer)
+    weight: Tensor = found.weight
+    return weight
 
 
 def _of_weights(layer: Any, inputs: Tensor, errors: Tensor) -> Tensor:
     """The gradient of ``errors`` times a layer's outputs, summed, with respect to its weights."""
     if isinstance(layer, nn.Linear):
         return errors.T @ inputs
-    return torch.nn.grad.conv2d_weight(inputs, layer.weight.shape, errors, *_geometry(layer))
+    return conv2d_weight(inputs, layer.weight.shape, errors, *_geometry(layer))
 
 
 def _sent_down(layer: Any, weights: Tensor, inputs: Tensor, errors: Tensor) -> Tensor:
     """The same gradient with respect to the inputs, had the layer these weights."""
     if isinstance(layer, nn.Linear):
         return errors @ weights
-    return torch.nn.grad.conv2d_input(inputs.shape, weights, errors, *_geometry(layer))
+    return conv2d_input(inputs.shape, weights, errors, *_geometry(layer))
 
 
 def _geometry(layer: nn.Conv2d) -> tuple[Any, Any, Any, int]:
