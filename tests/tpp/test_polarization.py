@@ -397,4 +397,4 @@ def test_masked_weights_and_layers_without_norms_are_one_line():
         begun(network(), companion={"conv1.weight": torch.ones(1)})
     torch.manual_seed(0)
     with pytest.raises(UserError, match="cannot have gates"):
-        begun(build_model("mlp7_linear", 10), Selection({"fc2": 0.5}), side=28)
+        begun(build_model("plain_convnet", 4, depth=6, width=8), Selection({"layers.1": 0.5}))
