@@ -109,10 +109,10 @@ def test_one_event_at_the_end_is_pruning_what_was_trained(thinning, run_main):
 
 
 def test_two_ranks_remove_what_one_does_by_the_activations_of_all_images(thinning, run_main):
-    """Of the first event, before what ranks round otherwise has grown."""
-    thinning["stages"] = {"regularize": thinning["stages"]["regularize"]}
+    """After three steps, before what ranks round otherwise has grown."""
+    thinning["stages"] = {"regularize": thinning["stages"]["regularize"] | {"epochs": 0.5}}
     thinning["training"]["sync_batchnorm"] = True
-    thinning["method"] |= {"criterion": "activation", "events": 1, "end": 0.25}
+    thinning["method"] |= {"criterion": "activation", "events": 1, "end": 1.0}
     plans = []
     for ranks in (1, 2):
         config = copy.deepcopy(thinning)
