@@ -185,10 +185,17 @@ def check_methods(config: Config, architecture: Architecture) -> None:
     for name, stage in config.stages.items():
         if stage.does.trains and config.has_method(name):
             key = "method" if stage.method is None else f"stages.{name}.method"
+            method = config.stage_method(name)
             try:
-                config.stage_method(name).check_network(model, stage.kind)
+                method.check_network(model, stage.kind)
             except UserError as error:
                 raise UserError(f"{key}.{error}") from None
+            masks = [other for other in config.inputs_of(name) if config.stages[other].does.masks]
+            if masks and (why := method.refuses_mask(stage.kind)):
+                raise UserError(
+                    f"{key}.name: {method.name} does not go behind stage {masks[-1]!r} in stage "
+                    f"{name!r}: its input has masked weights, {why}"
+                )
 
 
 def check_training_size(config: Config, architecture: Architecture) -> None:

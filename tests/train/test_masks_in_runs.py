@@ -16,7 +16,7 @@ from tpp.common.errors import UserError
 from tpp.masks import SparsifySection, share_masked
 from tpp.models.architecture import Architecture, build_model
 from train.config.config import Config
-from train.preflight import check_masks
+from train.preflight import check_masks, check_methods
 
 ZERO1 = Path(__file__).resolve().parents[2] / "launch" / "deepspeed" / "zero1.json"
 
@@ -195,3 +195,35 @@ def test_tpp_keeps_its_filters_to_the_end_behind_a_mask(sparse_config, run_main,
     assert (
         "filters cannot be removed in the middle of it because of stage 'sparsify'" in done.stderr
     )
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "why"),
+    [
+        ("finetune", {"name": "interspace", "sparsity": 0.9}, "one of coefficients"),
+        ("finetune", {"name": "linear_overparam"}, "use expand: false"),
+        ("regularize", {"name": "while_training"}, "filters that will go"),
+        ("regularize", {"name": "polarization"}, "filters that will go"),
+        ("finetune", {"name": "linear_overparam", "expand": False, "similarity": 1.0}, None),
+        ("finetune", {"name": "l1"}, None),
+    ],
+)
+def test_methods_that_cannot_keep_a_mask_say_so_before_anything_is_trained(
+    sparse_config, kind, method, why
+):
+    length = {"epochs": 1, "optimizer": {"lr": 0.02}}
+    stages = sparse_config["stages"]
+    stages["retrain"] = {"kind": kind, "method": method, **length}
+    config = Config(**sparse_config)
+    architecture = Architecture(config.model.name, 4, {})
+    if why is None:
+        check_methods(config, architecture)
+        return
+    line = rf"stages\.retrain\.method\.name: {method['name']} does not go behind stage 'sparsify'"
+    with pytest.raises(UserError, match=rf"{line}.*{why}"):
+        check_methods(config, architecture)
+    stages["retrain"]["input"] = "dense"
+    stages["sparsify"]["input"] = "retrain"
+    stages["prune"]["input"] = "sparsify"
+    sparse_config["stages"] = {key: stages[key] for key in ("dense", "retrain", "sparsify")}
+    check_methods(Config(**sparse_config), architecture)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tpp.checkpoints.prune_file import prune_checkpoint
 from tpp.common.errors import UserError
-from tpp.masks import Sparsity
+from tpp.masks import COMPANION, Sparsity
 from tpp.measure.counts import Counts
 from tpp.plan import PruningPlan
 from tpp.regularization.regularizer import LayerStatistics
@@ -214,6 +214,19 @@ class Method:
             counts: of the network that was multiplied out.
         """
         return None
+
+    def refuses_mask(self, stage: str) -> str | None:
+        """Why a stage of that kind cannot keep masked weights of its input at zero; None: it can.
+
+        As the end of a sentence that begins "its input has masked weights, ...".
+        """
+        return None
+
+    def check_mask(self, context: TrainingContext) -> None:
+        """Raise UserError if the stage's input has a mask that the method refuses."""
+        why = self.refuses_mask(context.stage)
+        if why is not None and context.companion(COMPANION):
+            raise UserError(f"method {self.name}: the stage's input has masked weights, {why}")
 
     def modify(self, model: nn.Module, stage: str) -> None:
         """Register what a stage trains besides the network's own weights, or in their place.

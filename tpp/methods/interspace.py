@@ -83,6 +83,10 @@ class Interspace(base.Method):
             if _has_coefficients(layer):
                 make_weight_plain(layer)
 
+    def refuses_mask(self, stage: str) -> str | None:
+        """As in :class:`tpp.methods.base.Method`."""
+        return "and the mask here is one of coefficients" if stage == "finetune" else None
+
     def prepare(self, model: nn.Module, context: base.TrainingContext) -> None:
         """Choose the coefficients that stay, unless a state that was loaded has them.
 
@@ -92,11 +96,7 @@ class Interspace(base.Method):
         """
         if not self._layers:
             return
-        if context.companion("mask"):
-            raise UserError(
-                f"method {self.name}: the stage's input has masked weights, and the mask here is "
-                "one of coefficients"
-            )
+        self.check_mask(context)
         if all(bool(combination.is_chosen) for combination in self._layers.values()):
             return
         coefficients = {name: _originals(model.get_submodule(name))[0] for name in self._layers}

@@ -120,6 +120,12 @@ class LinearOverparam(base.Method):
             if _has_factors(layer):
                 make_weight_plain(layer)
 
+    def refuses_mask(self, stage: str) -> str | None:
+        """As in :class:`tpp.methods.base.Method`; without factors there is no reason."""
+        if stage != "finetune" or not self.settings.expand:
+            return None
+        return "which are not held at zero in a product of factors; use expand: false"
+
     def prepare(self, model: nn.Module, context: base.TrainingContext) -> None:
         """Read the teacher, and look at what the layers of both networks put out.
 
@@ -129,11 +135,7 @@ class LinearOverparam(base.Method):
         """
         if context.stage != "finetune":
             return
-        if self.settings.expand and context.companion("mask"):
-            raise UserError(
-                f"method {self.name}: the stage's input has masked weights, which are not held at "
-                "zero in a product of factors; use expand: false"
-            )
+        self.check_mask(context)
         self._ranks = context.world_size
         if self.settings.expand and self.settings.weight_decay:
             names = self._layers[context.rank :: self._ranks]

@@ -169,6 +169,10 @@ class Polarization(base.Method):
             _zero(layer, ~layer.gate.stays)  # nothing comes of them, and pruning sees it
             del layer.gate
 
+    def refuses_mask(self, stage: str) -> str | None:
+        """As in :class:`tpp.methods.base.Method`."""
+        return "of filters that will go" if stage == "regularize" else None
+
     def prepare(self, model: nn.Module, context: base.TrainingContext) -> None:
         """Hang in the gates of the layers that are to lose filters.
 
@@ -177,10 +181,7 @@ class Polarization(base.Method):
         """
         if context.stage != "regularize":
             return
-        if context.companion("mask"):
-            raise UserError(
-                f"method {self.name}: the stage's input has masked weights, of filters that will go"
-            )
+        self.check_mask(context)
         assert context.total_steps is not None
         selection, example = context.selection, context.example_input
         names = selection.layers(model, example_input=example)

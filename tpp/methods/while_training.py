@@ -20,7 +20,6 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from tpp.channels.removal import pruned_on_meta
-from tpp.common.errors import UserError
 from tpp.measure.counts import count
 from tpp.methods import base
 from tpp.models.architecture import meta_copy
@@ -103,6 +102,10 @@ class WhileTraining(base.Method):
         }
         return PruningPlan(dict(self._filters), gone)
 
+    def refuses_mask(self, stage: str) -> str | None:
+        """As in :class:`tpp.methods.base.Method`."""
+        return "of filters that will go in the middle of it" if stage == "regularize" else None
+
     def prepare(self, model: nn.Module, context: base.TrainingContext) -> None:
         """Look at activations from now on, if they are the criterion.
 
@@ -111,11 +114,7 @@ class WhileTraining(base.Method):
         """
         if context.stage != "regularize":
             return
-        if context.companion("mask"):
-            raise UserError(
-                f"method {self.name}: the stage's input has masked weights, of filters that will "
-                "go in the middle of it"
-            )
+        self.check_mask(context)
         self._model, self._context = model, context
         if self.settings.criterion == "activation":
             # All that may ever be asked for, here and in smaller networks.
