@@ -13,7 +13,7 @@ from tpp.common.errors import UserError
 from tpp.masks import SparsifySection, hold_mask, select_mask
 from tpp.methods.base import TrainingContext
 from tpp.methods.interspace import Interspace, Settings
-from tpp.models.architecture import build_model
+from tpp.models.architecture import Architecture, build_model, build_on_meta
 from tpp.models.layers import prunable_layers
 from tpp.selection.selection import Selection
 
@@ -246,3 +246,12 @@ def test_in_other_stages_it_does_nothing():
 def test_mistakes(settings, companion, message):
     with pytest.raises(UserError, match=message):
         begun(network(), companion=companion, **settings)
+
+
+def test_too_few_numbers_left_are_seen_before_anything_is_trained():
+    model = build_on_meta(Architecture("cifar_resnet14", 4, {}))
+    Interspace(Settings(sparsity=0.9)).check_network(model, "finetune")
+    too_sparse = Interspace(Settings(sparsity=0.995))
+    too_sparse.check_network(model, "regularize")
+    with pytest.raises(UserError, match=r"^sparsity: .* the bases alone are 1,053 numbers"):
+        too_sparse.check_network(model, "finetune")

@@ -14,6 +14,7 @@ layers together. Settings and results could not be read: a reconstruction.
 A patent application, US 2023/0086617, reads like the same idea: ask before you ship it.
 """
 
+from collections.abc import Iterable
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -60,6 +61,15 @@ class Interspace(base.Method):
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
         self._layers: dict[str, Combination] = {}
+
+    def check_network(self, model: nn.Module, stage: str) -> None:
+        """Raise UserError if the bases alone are more than what is to be left."""
+        if stage != "finetune":
+            return
+        layers = [each for each in prunable_layers(model).values() if how_computed(each) is None]
+        positions = [layer.weight[0, 0].numel() for layer in layers]
+        in_bases = self._numbers_of_bases(number for number in positions if number > 1)
+        self._going(sum(layer.weight.numel() for layer in layers), in_bases)
 
     def modify(self, model: nn.Module, stage: str) -> None:
         """Put coefficients, and bases where a kernel has several positions, in place of weights."""
@@ -140,27 +150,36 @@ class Interspace(base.Method):
 
     def _choose(self, scores: dict[str, Tensor]) -> Mask:
         total = sum(values.numel() for values in scores.values())
-        going = round(self.settings.sparsity * total)
-        going += self._in_bases() if going else 0
-        if going >= total:
-            raise UserError(
-                f"method.sparsity: of {total:,} weights {total - going + self._in_bases():,} would "
-                f"be left, and the bases alone are {self._in_bases():,} numbers; ask for less"
-            )
+        try:
+            going = self._going(total, self._in_bases())
+        except UserError as error:
+            raise UserError(f"method {self.name}: {error}") from None
         # So many and no other number: the share is made of whole weights.
         settings = SparsifySection(sparsity=going / total)
         tensors = {f"{name}.weight": values for name, values in scores.items()}
         return select_mask(tensors, [*scores], settings)
 
+    def _going(self, total: int, in_bases: int) -> int:
+        """How many coefficients of so many are to go."""
+        going = round(self.settings.sparsity * total)
+        going += in_bases if going else 0
+        if going >= total:
+            raise UserError(
+                f"sparsity: of {total:,} weights {total - going + in_bases:,} would be left, and "
+                f"the bases alone are {in_bases:,} numbers; ask for less"
+            )
+        return going
+
     def _in_bases(self) -> int:
         """Numbers that are trained besides the coefficients."""
+        based = [one.positions for one in self._layers.values() if one.kind is not None]
+        return self._numbers_of_bases(based)
+
+    def _numbers_of_bases(self, positions: Iterable[int]) -> int:
+        """Of layers whose kernels have so many positions, more than one."""
         if not self.settings.train_basis and self.settings.basis == "standard":
             return 0
-        return sum(
-            combination.positions**2
-            for combination in self._layers.values()
-            if combination.kind is not None
-        )
+        return sum(number**2 for number in positions)
 
 
 class Combination(nn.Module):
