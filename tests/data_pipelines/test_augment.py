@@ -27,7 +27,7 @@ from data_pipelines.loading.augment import (
     trivial_augment_choices,
 )
 from data_pipelines.loading.draws import UNIFORMS
-from data_pipelines.loading.recipes import RECIPES, flips, random_resized_windows
+from data_pipelines.loading.recipes import RECIPES, flips, quarter_turns, random_resized_windows
 from data_pipelines.settings import (
     AugmentSection,
     ColorJitter,
@@ -332,8 +332,9 @@ def test_every_random_number_decides_one_thing() -> None:
         (range(31, 35), lambda draws: rand_augment_choices(draws, rand)[1]),
         (range(35, 58), lambda draws: erasing_boxes(draws, 64, 0.5)),
         ((27, 31, 58), trivial_augment_choices),
+        (range(59, 60), quarter_turns),
     ]
-    assert UNIFORMS == 59
+    assert UNIFORMS == 60
     for column in range(UNIFORMS):
         draws = base.copy()
         draws[:, column] = (draws[:, column] + 0.5) % 1
@@ -440,7 +441,7 @@ GROWING = ProgressiveResizing(start_size=33, end_epoch=1)
         ),
         ({"image_size": 0}, "image_size must be at least 1, not 0"),
         ({"resize": 16}, "resize 16 is smaller than image_size 32"),
-        ({"augmentation": "mixup"}, "one of imagenet, cifar, none, not 'mixup'"),
+        ({"augmentation": "mixup"}, "one of imagenet, cifar, patch, none, not 'mixup'"),
         ({"channels": 4}, "channels must be 3"),
         ({"channels": 1}, "mean must have 1 values, not 3"),
         ({"std": (0.5, 0.5)}, "std must have 3 values, not 2"),

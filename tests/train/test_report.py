@@ -580,13 +580,14 @@ def magnified(kind: str, source: str | None, psnr: float | None, **changes: Any)
     content = stage(kind, source, None)
     for key in ("top1", "top5"):
         del content[key]
-    return content | {"psnr": psnr, "loss": None if psnr is None else 0.0123} | changes
+    rest = {"ssim": None, "loss": None} if psnr is None else {"ssim": 0.8912, "loss": 0.0123}
+    return content | {"psnr": psnr} | rest | changes
 
 
 @pytest.fixture
 def super_resolution(tmp_path: Path) -> Path:
     """Trained and pruned; its finetuning is under way."""
-    before = {"psnr": 24.5, "loss": 0.03}
+    before = {"psnr": 24.5, "ssim": 0.7, "loss": 0.03}
     done = {
         "dense": magnified("dense", None, 31.256, steps=300, **DENSE, speedup=1.0),
         "prune": magnified("prune", "dense", None),
@@ -601,7 +602,7 @@ def super_resolution(tmp_path: Path) -> Path:
         for step in range(20, last + 1, 20)
         for event in ("evaluate", "train")
     ]
-    dense = {"psnr": 31.256, "loss": 0.0123, **DENSE}
+    dense = {"psnr": 31.256, "ssim": 0.8912, "loss": 0.0123, **DENSE}
     changes = {"task": "super_resolution", "model": "edsr", "status": "running", "dense": dense}
     config = {
         "task": {"kind": "super_resolution", "scale": 2},
@@ -617,22 +618,24 @@ def test_another_tasks_score_is_in_every_table(super_resolution: Path) -> None:
     run = load_run(super_resolution)
     assert list(comparison([run]).columns) == [
         *("Run", "Network", "PSNR dB", "Published dB", "Difference"),
-        *("Parameters", "MACs", "Speedup"),
+        *("SSIM", "Parameters", "MACs", "Speedup"),
     ]
-    text = printed(summary_table(run.results), to_rich(comparison([run])), to_rich(stage_grid(run)))
+    tables = [to_rich(grid, 200) for grid in (comparison([run]), stage_grid(run))]
+    text = printed(summary_table(run.results), *tables)
     assert "PSNR dB" in text and "PSNR before" in text and "Published dB" in text
     assert "31.26" in text and "0.0123" in text
     assert "op-1" not in text and "op-5" not in text and "%" not in text.replace("(-49.8%)", "")
     assert headline_of(run) == "PSNR: Dense 31.26 dB - still running"
     page, picture = write_report([run], super_resolution)
     rows = Page(page).rows
-    assert next(row[:7] for row in rows if row[0] == "Stage") == [
+    assert next(row[:8] for row in rows if row[0] == "Stage") == [
         "Stage",
         "Method",
         "Steps",
         "Epochs",
         "PSNR before",
         "PSNR dB",
+        "SSIM",
         "Loss",
     ]
     stages = {row[0]: row[1] for row in rows}
@@ -686,7 +689,7 @@ def test_what_is_read_is_written_to_the_letter(
     assert json.dumps(again) == json.dumps(content)
     assert list(content["stages"]["prune"]) == [
         *("kind", "method", "title", "input", "start", "steps", "epochs"),
-        *(["top1", "top5", "loss"] if task == "classification" else ["psnr", "loss"]),
+        *(["top1", "top5", "loss"] if task == "classification" else ["psnr", "ssim", "loss"]),
         *("parameters", "macs", "speedup"),
         *(["removed_magnitude"] if task == "classification" else []),
         "wall_seconds",
