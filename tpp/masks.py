@@ -161,17 +161,24 @@ def chosen_layers(layers: list[str], settings: SparsifySection) -> list[str]:
 
 def _take_smallest(weights: Mapping[str, Tensor], alive: Mask, keys: list[str], going: int) -> None:
     """Mask the ``going`` smallest weights that are alive, in place."""
-    if not going:
-        return
-    candidates = torch.cat([weights[key][alive[key]] for key in keys])
-    threshold = candidates.kthvalue(going).values
-    of_equals = going - int((candidates < threshold).sum())
-    for key in keys:
-        gone = alive[key] & (weights[key] < threshold)
-        equal = (alive[key] & (weights[key] == threshold)).flatten().nonzero()[:of_equals]
-        of_equals -= len(equal)
-        alive[key] = alive[key] & ~gone
-        alive[key].view(-1)[equal.flatten()] = False
+    candidates = [weights[key][alive[key]] for key in keys]
+    gone = smallest(torch.cat(candidates), going).split([len(some) for some in candidates])
+    for key, of_layer in zip(keys, gone, strict=True):
+        alive[key] = alive[key].masked_scatter(alive[key], ~of_layer)
+
+
+def smallest(magnitudes: Tensor, many: int) -> Tensor:
+    """Which are the ``many`` smallest, bool, of their shape; of equals those that come first.
+
+    Without waiting for the device.
+    """
+    if not many:
+        return torch.zeros_like(magnitudes, dtype=torch.bool)
+    flat = magnitudes.flatten()
+    threshold = flat.kthvalue(many).values
+    below, equal = flat < threshold, flat == threshold
+    first = equal & (equal.cumsum(0, dtype=torch.int32) <= many - below.sum())
+    return (below | first).view_as(magnitudes)
 
 
 def n_of_each_m(magnitude: Tensor, alive: Tensor, pattern: str) -> Tensor:

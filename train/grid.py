@@ -384,7 +384,7 @@ def _cycles_in(path: Path) -> set[str]:
 
 
 def _applied(
-    config: Config, overrides: list[str], unused: set[str], cycles: Container[str] = ()
+    config: Config, overrides: list[str], unused: set[str], cycles: Container[str]
 ) -> list[str]:
     """The overrides that are for this configuration; they are taken out of ``unused``."""
     applied = []

@@ -147,9 +147,11 @@ def check_masks(config: Config, architecture: Architecture) -> None:
     Raises:
         UserError: a pattern matches no layer, or more is masked before; names the key.
     """
+    if not any(stage.does.masks for stage in config.stages.values()):
+        return
+    layers = [*prunable_layers(build_on_meta(architecture))]
     for name, stage in config.stages.items():
         if stage.sparsify is not None:
-            layers = [*prunable_layers(build_on_meta(architecture))]
             try:
                 chosen = chosen_layers(layers, stage.sparsify)
             except UserError as error:
@@ -190,11 +192,11 @@ def check_methods(config: Config, architecture: Architecture) -> None:
                 method.check_network(model, stage.kind)
             except UserError as error:
                 raise UserError(f"{key}.{error}") from None
-            masks = [other for other in config.inputs_of(name) if config.stages[other].does.masks]
-            if masks and (why := method.refuses_mask(stage.kind)):
+            why = method.refuses_mask(stage.kind)
+            if why is not None and (masked := _masked_by(config, name)):
                 raise UserError(
-                    f"{key}.name: {method.name} does not go behind stage {masks[-1]!r} in stage "
-                    f"{name!r}: its input has masked weights, {why}"
+                    f"{key}.name: {method.name} does not go behind {masked} in stage {name!r}: its "
+                    f"input has masked weights, {why}"
                 )
 
 
@@ -307,13 +309,17 @@ def what_counts_zeros(config: Config, name: str) -> str | None:
 
 
 def _masks_before(config: Config, name: str) -> str | None:
+    """Why a mask before stage ``name`` speaks against removals in it; None if there is none."""
+    masked = _masked_by(config, name)
+    return f"{masked}, whose mask is of the filters that there are" if masked else None
+
+
+def _masked_by(config: Config, name: str) -> str | None:
     """What masks weights before stage ``name``, in words; None if nothing does."""
     for other in config.inputs_of(name):
         if config.stages[other].does.masks:
-            return f"stage {other!r}, whose mask is of the filters that there are"
-    if starts_with(config.model, COMPANION):
-        return f"{config.model.checkpoint}, whose mask is of the filters that there are"
-    return None
+            return f"stage {other!r}"
+    return config.model.checkpoint if starts_with(config.model, COMPANION) else None
 
 
 def _check_method(config: Config, name: str, model: nn.Module, plan: PruningPlan) -> None:

@@ -27,7 +27,7 @@ from tpp.common.settings import Ratio
 from tpp.masks import Mask, SparsifySection, Sparsity, select_mask
 from tpp.measure.counts import Counts
 from tpp.methods import base
-from tpp.models.layers import how_computed, make_weight_plain, prunable_layers
+from tpp.models.layers import how_computed, make_weights_plain, prunable_layers
 
 
 class Settings(base.Settings):
@@ -89,9 +89,7 @@ class Interspace(base.Method):
 
     def restore(self, model: nn.Module) -> None:
         """Multiply out: bit for bit the weights that the last forward pass had."""
-        for layer in model.modules():
-            if _has_coefficients(layer):
-                make_weight_plain(layer)
+        make_weights_plain(model, Combination)
 
     def refuses_mask(self, stage: str) -> str | None:
         """As in :class:`tpp.methods.base.Method`."""
@@ -243,10 +241,3 @@ def _originals(layer: nn.Module) -> list[Tensor]:
     parametrizations: Any = layer.parametrizations
     held = parametrizations["weight"]
     return [held.original] if hasattr(held, "original") else [held.original0, held.original1]
-
-
-def _has_coefficients(layer: nn.Module) -> bool:
-    if not parametrize.is_parametrized(layer, "weight"):
-        return False
-    parametrizations: Any = layer.parametrizations
-    return isinstance(parametrizations["weight"][0], Combination)

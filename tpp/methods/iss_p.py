@@ -37,7 +37,14 @@ from torch import Tensor, nn
 
 from tpp.common.errors import UserError
 from tpp.common.settings import Ratio
-from tpp.masks import Pattern, SparsifySection, chosen_layers, how_many_go, n_of_each_m
+from tpp.masks import (
+    Pattern,
+    SparsifySection,
+    chosen_layers,
+    how_many_go,
+    n_of_each_m,
+    smallest,
+)
 from tpp.methods import base
 from tpp.models.layers import how_computed, prunable_layers
 
@@ -141,17 +148,3 @@ class ISSP(base.Method):
             everything = torch.ones_like(magnitude, dtype=torch.bool)
             return ~n_of_each_m(magnitude, everything, self.settings.pattern)
         return smallest(magnitude, how_many_go(self.settings.sparsity, weight.numel()))
-
-
-def smallest(magnitude: Tensor, many: int) -> Tensor:
-    """Which are the ``many`` smallest, bool; of equals those that come first.
-
-    As :func:`tpp.masks.select_mask` chooses them, without waiting for the device.
-    """
-    flat = magnitude.flatten()
-    if not many:
-        return torch.zeros_like(magnitude, dtype=torch.bool)
-    threshold = flat.kthvalue(many).values
-    below, equal = flat < threshold, flat == threshold
-    first = equal & (equal.cumsum(0) <= many - below.sum())
-    return (below | first).view_as(magnitude)

@@ -36,7 +36,7 @@ from torch.nn.utils import parametrize
 from tpp.checkpoints.safetensors_files import sha256_of
 from tpp.common.errors import UserError
 from tpp.methods import base
-from tpp.models.layers import how_computed, make_weight_plain, prunable_layers
+from tpp.models.layers import how_computed, make_weights_plain, prunable_layers
 
 
 class Settings(base.Settings):
@@ -116,9 +116,7 @@ class LinearOverparam(base.Method):
         """Multiply the factors out: bit for bit the weights that the last forward pass had."""
         for hook in self._hooks:
             hook.remove()
-        for layer in model.modules():
-            if _has_factors(layer):
-                make_weight_plain(layer)
+        make_weights_plain(model, Factors)
 
     def refuses_mask(self, stage: str) -> str | None:
         """As in :class:`tpp.methods.base.Method`; without factors there is no reason."""
@@ -279,13 +277,6 @@ def _orthonormal(rows: int, columns: int, numbers: torch.Generator) -> Tensor:
 def _is_dense(layer: nn.Module) -> bool:
     """Whether every output depends on every input, by a weight that is a parameter."""
     return getattr(layer, "groups", 1) == 1 and how_computed(layer) is None
-
-
-def _has_factors(layer: nn.Module) -> bool:
-    if not parametrize.is_parametrized(layer, "weight"):
-        return False
-    parametrizations: Any = layer.parametrizations
-    return isinstance(parametrizations["weight"][0], Factors)
 
 
 def _weight(layer: Any) -> Tensor:

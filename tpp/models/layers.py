@@ -44,8 +44,16 @@ def how_computed(layer: Any) -> str | None:
 
 
 @torch.no_grad()
-def make_weight_plain(layer: nn.Module) -> None:
-    """Make a weight that is parametrised a parameter again, of the value that it has now."""
+def make_weights_plain(model: nn.Module, kind: type[nn.Module]) -> None:
+    """Make every weight that is parametrised by a ``kind`` a parameter again, of the same value."""
+    for layer in model.modules():
+        if parametrize.is_parametrized(layer, "weight"):
+            parametrizations: Any = layer.parametrizations
+            if isinstance(parametrizations["weight"][0], kind):
+                _make_weight_plain(layer)
+
+
+def _make_weight_plain(layer: nn.Module) -> None:
     value: Tensor = cast(Any, layer).weight
     weight = nn.Parameter(value.clone())
     parametrize.remove_parametrizations(layer, "weight")

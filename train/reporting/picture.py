@@ -30,14 +30,14 @@ from train.tasks.base import Metric, Task
 
 # Weights of pruned filters end at exactly zero, which a log axis cannot show.
 _LOG_FLOOR = 1e-9
-_INK, _PALE, _LINE = "#1f2430", "#6b7280", "#e5e7eb"
+INK, PALE, _LINE = "#1f2430", "#6b7280", "#e5e7eb"
 _COLOURS = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#0891b2", "#65a30d", "#b91c1c")
 STYLE: dict[Any, Any] = {
     "text.parse_math": False,  # names are names, whatever dollar signs are in them
     "font.size": 10,
-    "text.color": _INK,
-    "axes.labelcolor": _INK,
-    "axes.edgecolor": _PALE,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": PALE,
     "axes.titlesize": 11,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
@@ -45,8 +45,8 @@ STYLE: dict[Any, Any] = {
     "axes.spines.right": False,
     "axes.grid": True,
     "grid.color": _LINE,
-    "xtick.color": _PALE,
-    "ytick.color": _PALE,
+    "xtick.color": PALE,
+    "ytick.color": PALE,
     "legend.frameon": False,
     "legend.fontsize": 9,
 }
@@ -103,7 +103,7 @@ def _draw_title(figure: Figure, runs: Sequence[RunRecord]) -> None:
     # The empty line keeps the plots clear of the headline.
     figure.suptitle(f"{title}\n" if single else title, x=0.012, ha="left", size=15, weight="bold")
     if single:
-        figure.text(0.012, 0.935, headline_of(runs[0]), color=_PALE, va="center")
+        figure.text(0.012, 0.935, headline_of(runs[0]), color=PALE, va="center")
 
 
 def _branches(run: RunRecord, label: str) -> list[_Branch]:
@@ -175,7 +175,7 @@ def _draw_scores(
             x, y = _points(branch.run, "evaluate", stage, score.name, offset=offset)
             steps, values = steps + x, values + y
             if _is_shared(stage, branch, branches):
-                axes.plot(x, y, color=_PALE, linewidth=2, zorder=4)
+                axes.plot(x, y, color=PALE, linewidth=2, zorder=4)
         if steps:
             axes.plot(steps, values, color=colour, linewidth=2, label=branch.label, zorder=3)
             axes.plot(steps[-1], values[-1], "o", color=colour, markersize=5, zorder=4)
@@ -183,7 +183,7 @@ def _draw_scores(
             axes.axvline(branch.pruned_at, color=colour, linewidth=1.3, linestyle=":", zorder=2)
     _draw_references(axes, score, runs)
     if any(branch.pruned_at is not None for branch in branches):
-        axes.plot([], [], color=_PALE, linestyle=":", label="filters removed")
+        axes.plot([], [], color=PALE, linestyle=":", label="filters removed")
     if len(branches) == 1:
         _mark_stages(axes, branches[0])
     # Runs end near the best score, and on the other side of their ends there is room.
@@ -229,15 +229,15 @@ def _draw_results(
         name.set_in_layout(False)  # a long one may run over the edge, but not squeeze the plots
         axes.plot(score, -height, "o", color=colour, markersize=8, zorder=3)
         if published is not None:
-            axes.plot(published, -height, "D", mfc="none", mec=_INK, markersize=11, zorder=4)
+            axes.plot(published, -height, "D", mfc="none", mec=INK, markersize=11, zorder=4)
     if any(published is not None for published, _ in points.values()):
-        axes.plot([], [], "D", mfc="none", mec=_INK, label="published")
+        axes.plot([], [], "D", mfc="none", mec=INK, label="published")
         axes.legend(loc="lower left")
     if points:
         axes.set_ylim(-len(points) - 0.1, 0.7)
         axes.margins(x=0.12)
     else:
-        axes.text(0.5, 0.5, "nothing is done yet", ha="center", color=_PALE)
+        axes.text(0.5, 0.5, "nothing is done yet", ha="center", color=PALE)
         axes.set_xticks([])
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
@@ -251,7 +251,7 @@ def _colour_of(row: SummaryRow, run: RunRecord, branches: Sequence[_Branch]) -> 
             last in chain_of(run.stages, row.stage) or row.stage in chain_of(run.stages, last)
         ):
             return colour
-    return _PALE
+    return PALE
 
 
 def _mark_stages(axes: Axes, branch: _Branch) -> None:
@@ -267,7 +267,7 @@ def _mark_stages(axes: Axes, branch: _Branch) -> None:
             xytext=(0, 5),
             textcoords="offset points",
             ha="center",
-            color=_PALE,
+            color=PALE,
         )
 
 
@@ -278,7 +278,7 @@ def _draw_references(axes: Axes, score: Metric, runs: Sequence[RunRecord]) -> No
     for name, values, style in (("dense", dense, "-"), ("published", published, "--")):
         for value in sorted({value for value in values if value is not None}):
             label = f"{name} {score.number(value)}"
-            axes.axhline(value, color=_PALE, linewidth=1.2, linestyle=style, label=label)
+            axes.axhline(value, color=PALE, linewidth=1.2, linestyle=style, label=label)
 
 
 def _draw_filters(axes: Axes, runs: Sequence[RunRecord]) -> None:
@@ -300,7 +300,7 @@ def _draw_filters(axes: Axes, runs: Sequence[RunRecord]) -> None:
         axes.plot(steps, values, color=colour, linewidth=2, label=label)
     steps, strength = _points(run, "train", stage, "lambda")
     strength = [max(value, _LOG_FLOOR) for value in strength]
-    axes.plot(steps, strength, color=_INK, linewidth=1.3, linestyle="--", label="lambda")
+    axes.plot(steps, strength, color=INK, linewidth=1.3, linestyle="--", label="lambda")
     axes.set_yscale("log")
     axes.set_ylabel(f"0 is drawn as {_LOG_FLOOR:g}")
     _finish(axes, f"steps of {stage}" + (f", {run.results.name}" if len(runs) > 1 else ""))
@@ -320,7 +320,7 @@ def _draw_loss(axes: Axes, branches: Sequence[_Branch]) -> None:
         for stage, offset in branch.stages.items():
             keys = ("loss/task", "loss")
             steps, values = _points(branch.run, "train", stage, *keys, offset=offset)
-            shade = _PALE if _is_shared(stage, branch, branches) else colour
+            shade = PALE if _is_shared(stage, branch, branches) else colour
             axes.plot(steps, values, color=shade, linewidth=1.3, alpha=0.85)
     _finish(axes, "steps, all stages")
 
@@ -334,14 +334,14 @@ def _draw_rivals(
     for number, curve in enumerate(sorted(curves)):
         macs, scores = [p.cost / 1e9 for p in curve], [p.score for p in curve]
         label = None if number else "dense at fewer pixels"
-        axes.plot(macs, scores, "o-", color=_PALE, markersize=4, linewidth=1.5, label=label)
+        axes.plot(macs, scores, "o-", color=PALE, markersize=4, linewidth=1.5, label=label)
         for x, y, point in zip(macs, scores, curve, strict=True):
             axes.annotate(
                 f"{point.pixels}",
                 (x, y),
                 xytext=(5, -10),
                 textcoords="offset points",
-                color=_PALE,
+                color=PALE,
                 fontsize=8,
             )
     for run in runs:
@@ -363,7 +363,7 @@ def _finish(
     axes.margins(x=0.01)
     axes.set_axisbelow(True)
     if not axes.get_lines():
-        axes.text(0.5, 0.5, "not logged", transform=axes.transAxes, ha="center", color=_PALE)
+        axes.text(0.5, 0.5, "not logged", transform=axes.transAxes, ha="center", color=PALE)
     elif axes.get_legend_handles_labels()[1]:
         axes.legend(loc=legend, frameon=True, framealpha=0.9, edgecolor="none")
 

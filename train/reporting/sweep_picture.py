@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from train.reporting.paper_table import Cell, ResultTable
-from train.reporting.picture import STYLE
+from train.reporting.picture import INK, PALE, STYLE
 
 # Nine colours that colour-blind people tell apart (Okabe and Ito's, and a grey), and more shapes.
 _COLOURS = (
@@ -47,7 +47,7 @@ def draw_sweep(table: ResultTable) -> Figure | None:
     ]
     if not blocks:
         return None
-    with matplotlib.rc_context({**STYLE, "axes.grid.which": "major"}):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(11, 1.2 + 4.4 * len(blocks)), dpi=150, layout="constrained")
         grid: Any = figure.subplots(len(blocks), 2, sharey="row", squeeze=False)
         for row, block in zip(grid, blocks, strict=True):
@@ -60,7 +60,7 @@ def draw_sweep(table: ResultTable) -> Figure | None:
         handles, labels = grid[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=5)
         note = "mean and sample standard deviation over the seeds; side by side: at equal cost"
-        figure.text(0.99, 0.985, note, ha="right", va="top", size=9, color="#6b7280")
+        figure.text(0.99, 0.985, note, ha="right", va="top", size=9, color=PALE)
         figure.suptitle(table.sweep.name, x=0.012, ha="left", size=15, weight="bold")
     return figure
 
@@ -68,16 +68,18 @@ def draw_sweep(table: ResultTable) -> Figure | None:
 def _draw_block(axes: Axes, table: ResultTable, block: str, what: str) -> None:
     axes.set_xscale("log")
     points = {
-        method: [
-            (cost, cell)
-            for ratio in table.sweep.ratios
-            if (cost := _cost(cell := table.cells[block, method, ratio], what)) is not None
-        ]
+        method: sorted(
+            (
+                (cost, cell)
+                for ratio in table.sweep.ratios
+                if (cost := _cost(cell := table.cells[block, method, ratio], what)) is not None
+            ),
+            key=lambda point: point[0],
+        )
         for method in table.titles
     }
     shifts = _shifts({method: [cost for cost, _ in found] for method, found in points.items()})
     for number, (method, found) in enumerate(points.items()):
-        found = sorted(found, key=lambda point: point[0])
         axes.errorbar(
             [cost * 10**shift for (cost, _), shift in zip(found, shifts[method], strict=True)],
             [cell.mean or 0.0 for _, cell in found],
@@ -95,9 +97,7 @@ def _draw_block(axes: Axes, table: ResultTable, block: str, what: str) -> None:
     if table.dense_score is not None and dense is not None:
         costs.append(getattr(dense, what))
         style: dict[str, Any] = {"marker": "o", "markersize": 8, "markerfacecolor": "white"}
-        axes.plot(
-            costs[-1], table.dense_score, color="#1f2430", linestyle="", label="dense", **style
-        )
+        axes.plot(costs[-1], table.dense_score, color=INK, linestyle="", label="dense", **style)
     if costs:  # results may have scores and say no sizes
         axes.set_xlim(min(costs) / 1.5, max(costs) * 1.5)
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -120,7 +120,7 @@ def _shifts(costs: dict[str, Sequence[float]]) -> dict[str, list[float]]:
     return {
         method: [
             _APART * (members.index(method) - (len(members) - 1) / 2)
-            for cost in sorted(found)
+            for cost in found
             for members in [alike[round(math.log10(cost) / _APART)]]
         ]
         for method, found in costs.items()

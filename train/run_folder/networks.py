@@ -87,6 +87,28 @@ def companion_of_input(run: Run, stage: StageSection, name: str) -> dict[str, Te
     return read_companion(_file_of(run, stage.input), name)
 
 
+def file_of_input(run: Run, name: str, network: nn.Module | None = None) -> Path:
+    """The checkpoint that a stage which works on files reads; on one rank.
+
+    Starting weights, whatever kind of file they came in, are written down beside its own file, with
+    their mask.
+
+    Args:
+        run: the run.
+        name: of the stage.
+        network: that of its input, where it has been loaded.
+    """
+    stage = run.config.stages[name]
+    if stage.input is not None:
+        return _file_of(run, stage.input)
+    path = run.stage_folder(name) / "dense.safetensors"
+    mask = companion_of_input(run, stage, COMPANION)
+    companions = {COMPANION: mask} if mask else None
+    network = load_input(run, None) if network is None else network
+    save_network(run, name, path, network, None, companions)
+    return path
+
+
 def hold_mask_of_input(run: Run, name: str, network: nn.Module) -> Mask:
     """Hold the mask that a training stage's input has, see :func:`tpp.masks.hold_mask`.
 

@@ -20,7 +20,7 @@ from train.config.sections import MODEL_FILE
 from train.distributed.collectives import from_main_rank
 from train.run import Run
 from train.run_folder.log import say
-from train.run_folder.networks import companion_of_input, load_input, save_network
+from train.run_folder.networks import companion_of_input, file_of_input, load_input
 from train.run_folder.plans import choose_plan
 
 
@@ -44,13 +44,7 @@ def prune_stage(run: Run, name: str) -> dict[str, Any]:
         """Write the checkpoint; the norm of what is left of the weights."""
         if removed_before:
             say(f"{name}: stage {stage.input!r} has removed the filters already")
-        if stage.input is not None:
-            source = run.stage_folder(stage.input) / MODEL_FILE
-        else:  # straight from the starting weights, whatever kind of file they came in
-            source = folder / "dense.safetensors"
-            held = {COMPANION: mask} if mask else None
-            save_network(run, name, source, model, None, held)
-        method.remove(source, plan, output)
+        method.remove(file_of_input(run, name, model), plan, output)
         pruned = load_model(output)
         left = norm_of(pruned.parameters())
         if method.after_removal(pruned, run.config.seed):

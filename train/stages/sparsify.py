@@ -11,26 +11,19 @@ from train.config.sections import MODEL_FILE
 from train.distributed.collectives import from_main_rank
 from train.run import Run
 from train.run_folder.log import say
-from train.run_folder.networks import companion_of_input, load_input, save_network
+from train.run_folder.networks import file_of_input
 
 
 def sparsify_stage(run: Run, name: str) -> dict[str, Any]:
     """Mask weights of the input checkpoint: no data, no GPU, one rank."""
-    stage, folder = run.config.stages[name], run.stage_folder(name)
+    folder, settings = run.stage_folder(name), run.config.stages[name].sparsify
     output = folder / MODEL_FILE
-    settings = stage.sparsify
     assert settings is not None
 
     def mask() -> dict[str, float]:
         """Write the checkpoint; what that took."""
         folder.mkdir(parents=True, exist_ok=True)
-        if stage.input is not None:
-            source = run.stage_folder(stage.input) / MODEL_FILE
-        else:  # straight from the starting weights, whatever kind of file they came in
-            source = folder / "dense.safetensors"
-            before = companion_of_input(run, stage, COMPANION)
-            held = {COMPANION: before} if before else None
-            save_network(run, name, source, load_input(run, None), None, held)
+        source = file_of_input(run, name)
         try:
             found = sparsify_checkpoint(source, settings, output)
         except UserError as error:
