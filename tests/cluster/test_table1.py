@@ -1,6 +1,8 @@
 """slurm/table1.sh on a real scheduler: a tiny sweep as an array, with a task requeued half way."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ from safetensors.torch import load_file
 
 from data_pipelines.demo import generate_demo
 from data_pipelines.settings import DemoData
+from train.run_folder.lock import holder_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -157,7 +160,7 @@ def sharing_sweep(tiny_sweep: Path) -> Path:
         for name in ("sweep.yaml", "tpp.yaml")
     )
     run["method"] = {"name": "kernorth+l1"}
-    run["stages"]["regularize"]["epochs"] = 100  # long enough to be lost in the middle of it
+    run["stages"]["regularize"]["epochs"] = 200  # long enough to be lost in the middle of it
     run["checkpoints"]["every"] = "10 steps"
     run["model"]["num_classes"] = 4
     sweep["methods"] = {"kernorth": "kernorth.yaml"}
@@ -177,15 +180,22 @@ def test_a_shared_stage_whose_job_is_lost_is_taken_over_by_one_of_the_runs(
     assert done.returncode == 0, done.stderr
     dense, shared, array = ids(done.stdout)
     assert "shared stages s1: job" in done.stdout and "runs 1-2: job" in done.stdout
+    # The runs begin when their stage's task is lost, or they might be the ones that train it.
+    slurm.command("scontrol", "hold", array)
     checkpoints = "regularize-*/regularize/checkpoints/step-*"
     slurm.wait_until("checkpoint", lambda: any((runs / "shared").glob(checkpoints)), 250)
+    # It stands still until it is cancelled: a slow scheduler would come too late.
+    (folder,) = (runs / "shared").iterdir()
+    holder = holder_of(folder)
+    assert holder is not None, "the stage has ended"
+    os.kill(holder.pid, signal.SIGSTOP)
     slurm.command("scancel", f"{shared}_1")
+    slurm.command("scontrol", "release", array)
     ended = {f"{dense}_0": "COMPLETED", f"{shared}_1": "CANCELLED", f"{array}_1": "COMPLETED"}
     slurm.wait_until("end", lambda: jobs_of(slurm, dense, shared, array) == ended, 250)
 
     text = (runs / "logs" / f"{array}_1.log").read_text()
     assert "shared s1 (regularize, of runs 1, 2): started" in text
-    (folder,) = (runs / "shared").iterdir()
     taken_over = runs / "logs" / f"{folder.name}.log"
     assert "regularize: resumed after" in taken_over.read_text()
     files = []
