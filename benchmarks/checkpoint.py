@@ -1,7 +1,5 @@
 """What writing a checkpoint costs training, beside it and in its way.
 
-    python -m benchmarks.checkpoint [--model NAME] [--device cuda] [--folder DIR] [--output FILE]
-
 A network trains on random images, with momentum for every weight. In every round it takes some
 steps alone, then a checkpoint is written while it stands still, then one while it trains on, and
 what is found and read for resuming is timed too.
@@ -17,7 +15,6 @@ disk; without one it is the system's temporary folder. Results go to
 benchmarks/results/checkpoint.json.
 """
 
-import argparse
 import json
 import statistics
 import sys
@@ -31,8 +28,10 @@ import torch
 from torch import nn
 
 from tpp.checkpoints.training_state import TrainingState, state_folders
+from tpp.common.command_line import Parser, at_least_one
 from tpp.common.errors import UserError, run_command
 from tpp.common.files import in_bytes, write_whole
+from tpp.common.options import share
 from tpp.common.paths import user_path
 from tpp.measure.timing import LatencySettings, machine_of
 from tpp.models.architecture import build_model
@@ -150,28 +149,43 @@ def _show(found: Result) -> None:
 
 def main() -> None:
     """Measure, show, and write down."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.checkpoint",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = Parser.of_script(
+        "python -m benchmarks.checkpoint",
+        __doc__,
+        ["--model cifar_resnet8 --rounds 1 --image-size 32"],
     )
-    parser.add_argument("--model", default="resnet50")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--batch", type=int, default=8, help="images per step (default 8)")
-    parser.add_argument("--side", type=int, default=96, help="of the images (default 96 pixels)")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--steps", type=int, default=5, help="alone in each round (default 5)")
-    parser.add_argument("--folder", type=user_path, help="where to write, on the disk to measure")
-    parser.add_argument("--output", type=user_path, default=RESULTS)
+    share(parser, "--model", default="resnet50")
+    share(parser, "--device", default="cpu")
+    share(parser, "--batch-size", default=8)
+    share(parser, "--image-size", default=96)
+    share(parser, "--rounds", default=9)
+    parser.add_argument(
+        "--steps",
+        type=at_least_one,
+        default=5,
+        metavar="N",
+        help="alone in each round (default: 5)",
+    )
+    parser.add_argument(
+        "--work", type=user_path, metavar="DIR", help="where to write, on the disk to measure"
+    )
+    share(parser, "--output", default=RESULTS)
+    parser.renamed("--batch", "--batch-size")
+    parser.renamed("--side", "--image-size")
+    parser.renamed("--folder", "--work")
     arguments = parser.parse_args()
-    if arguments.folder is not None and not arguments.folder.is_dir():
-        raise UserError(f"--folder {arguments.folder}: no such folder")
-    if min(arguments.rounds, arguments.steps, arguments.batch, arguments.side) < 1:
-        raise UserError("--rounds, --steps, --batch and --side must be 1 or more")
-    training = Training(arguments.model, arguments.device, arguments.batch, arguments.side)
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+    if arguments.work is not None and not arguments.work.is_dir():
+        raise UserError(f"--work {arguments.work}: no such folder")
+    training = Training(
+        arguments.model, arguments.device, arguments.batch_size, arguments.image_size
+    )
+    with tempfile.TemporaryDirectory(dir=arguments.work) as folder:
         found = measure(training, Path(folder), rounds=arguments.rounds, steps=arguments.steps)
-    asked = {key: getattr(arguments, key) for key in ("model", "batch", "side")}
+    asked = {
+        "model": arguments.model,
+        "batch": arguments.batch_size,
+        "side": arguments.image_size,
+    }
     on = machine_of(LatencySettings(device=arguments.device))
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     write_whole(arguments.output, json.dumps({**asked, **found, "on": on}, indent=1) + "\n")

@@ -1,7 +1,5 @@
 """Damages a checkpoint in every way that a disk does, and counts what is noticed.
 
-    python -m benchmarks.damage [--model NAME] [--damages N] [--seed S] [--output FILE]
-
 A checkpoint of a network with momentum for every weight is written, and damaged N times in each of
 its files: a random bit is flipped, or the file is cut to a random length, with every length below
 64 bytes and the last 64 among them. Each time it is read as a resuming run reads it, and then
@@ -9,7 +7,6 @@ mended. What is loaded all the same is a failure: exit code 1. Results go to
 benchmarks/results/damage.json.
 """
 
-import argparse
 import json
 import sys
 import tempfile
@@ -28,9 +25,10 @@ from tpp.checkpoints.training_state import (
     state_folder,
     write_state,
 )
+from tpp.common.command_line import Parser
 from tpp.common.errors import UserError, run_command
 from tpp.common.files import in_bytes, write_whole
-from tpp.common.paths import user_path
+from tpp.common.options import share
 from tpp.models.architecture import build_model
 
 RESULTS = Path(__file__).parent / "results" / "damage.json"
@@ -93,15 +91,21 @@ def _is_noticed(path: Path) -> bool:
 
 def main() -> None:
     """Damage, show, and write down."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.damage",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = Parser.of_script(
+        "python -m benchmarks.damage",
+        __doc__,
+        ["--model cifar_resnet20 --damages 100 --output /tmp/damage.json"],
     )
-    parser.add_argument("--model", default="cifar_resnet20")
-    parser.add_argument("--damages", type=int, default=2000, help="of each kind and file")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=user_path, default=RESULTS)
+    share(parser, "--model", default="cifar_resnet20")
+    parser.add_argument(
+        "--damages",
+        type=int,
+        default=2000,
+        metavar="N",
+        help="of each kind and file (default: 2000)",
+    )
+    share(parser, "--seed", default=0)
+    share(parser, "--output", default=RESULTS)
     arguments = parser.parse_args()
     if arguments.damages < 1:
         raise UserError("--damages must be 1 or more")

@@ -1,9 +1,5 @@
 """From photos on the disk to trained steps: what of the slower of loader and step arrives.
 
-    python -m benchmarks.end_to_end [--folder FOLDER] [--device cuda] [--precision bf16]
-                                    [--network NAME --side PIXELS --batch N] [--threads N]
-                                    [--loader-threads N] [--turns N] [--output FILE]
-
 loader      batches of training images alone, as the ImageNet recipe augments them
 step        our training loop alone, on a batch that is there
 end to end  our training loop on the loader's batches
@@ -21,7 +17,6 @@ them are for each, alone as well as together: PyTorch's threads (--threads) and 
 (--loader-threads). Results go to benchmarks/results/end_to_end.json.
 """
 
-import argparse
 import contextlib
 import itertools
 import json
@@ -47,8 +42,9 @@ from data_pipelines.images.image_index import ImageIndex, scan_class_folders
 from data_pipelines.images.order import Steps
 from data_pipelines.loaders import resolve_loader, train_batches, training_order
 from data_pipelines.loading.augment import ImageTransform
+from tpp.common.command_line import Parser, at_least_one
 from tpp.common.errors import UserError, run_command
-from tpp.common.paths import user_path
+from tpp.common.options import share
 
 RESULTS = Path(__file__).parent / "results" / "end_to_end.json"
 TARGET = 0.95
@@ -179,30 +175,39 @@ def _show(rows: dict[str, Result]) -> None:
 def main() -> None:
     """Measure the rows and write them down."""
     cores = len(os.sched_getaffinity(0))
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.end_to_end",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = Parser.of_script(
+        "python -m benchmarks.end_to_end",
+        __doc__,
+        [
+            "--tiny --output /tmp/end_to_end.json",
+            "--device cuda --precision bf16 --data /data/imagenet/val",
+        ],
     )
-    parser.add_argument("--folder", type=user_path, help="class folders of photos")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
-    parser.add_argument("--network", help="one row, of this network")
-    parser.add_argument("--side", type=int, default=224, help="of its images, in pixels")
-    parser.add_argument("--batch", type=int, default=16, help="of it")
-    parser.add_argument("--threads", type=int, help="of PyTorch; on the CPU half of the cores")
-    parser.add_argument("--loader-threads", type=int, help="on the CPU the other half, else all")
-    parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--tiny", action="store_true", help="tiny sizes, to try the script")
-    parser.add_argument("--output", type=user_path, default=RESULTS)
+    share(parser, "--data")
+    share(parser, "--device", default="cpu")
+    share(parser, "--precision", choices=("fp32", "bf16"), default="bf16")
+    share(parser, "--model", " of one row (default: two rows)")
+    share(parser, "--image-size", ", of --model", default=224)
+    share(parser, "--batch-size", ", of --model", default=16)
+    share(parser, "--threads", ", of PyTorch (default: on the CPU half of the cores)")
+    add = parser.add_argument
+    add(
+        "--loader-threads",
+        type=at_least_one,
+        metavar="N",
+        help="of the loader (default: on the CPU the other half, else all)",
+    )
+    add("--turns", type=at_least_one, default=5, metavar="N", help="of each (default: 5)")
+    share(parser, "--tiny")
+    share(parser, "--output", default=RESULTS)
+    parser.renamed("--batch", "--batch-size")
+    parser.renamed("--side", "--image-size")
+    parser.renamed("--folder", "--data")
+    parser.renamed("--network", "--model")
     arguments = parser.parse_args()
     device, tiny = arguments.device, arguments.tiny
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch finds no CUDA GPU on this machine; use cpu")
-    for name in ("side", "batch", "threads", "loader_threads", "turns"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
     if device == "cuda":
         torch.backends.cudnn.benchmark = True
     half = max(cores // 2, 1)
@@ -211,22 +216,22 @@ def main() -> None:
         max(cores - half, 1) if device == "cpu" else cores
     )
     settings = default_settings(device, arguments.precision, arguments.turns)
-    if arguments.network:
+    if arguments.model:
         settings = [
             replace(
                 settings[0],
-                network=arguments.network,
-                side=arguments.side,
-                batch=arguments.batch,
+                network=arguments.model,
+                side=arguments.image_size,
+                batch=arguments.batch_size,
             )
         ]
     if tiny:
         settings = [Setting("cifar_resnet8", 1000, 32, 2, 1, 1, device, arguments.precision)]
     rows = {}
     with tempfile.TemporaryDirectory() as made:
-        if arguments.folder is None:
+        if arguments.data is None:
             make_photos(Path(made), 8 if tiny else 256)
-        index = scan_class_folders(arguments.folder or Path(made))
+        index = scan_class_folders(arguments.data or Path(made))
         for setting in settings:
             name = f"{setting.network}, {setting.side} pixels, batch {setting.batch}"
             print(f"measuring {name} ...", file=sys.stderr)
@@ -243,7 +248,7 @@ def main() -> None:
             "loader_threads": loader_threads,
             "precision": arguments.precision,
             "photos": len(index),
-            "made": arguments.folder is None,
+            "made": arguments.data is None,
         },
     }
     arguments.output.parent.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,4 @@
-"""An evaluation as `python -m train.evaluate` does it, beside timm's validation.
-
-    python -m benchmarks.evaluate [--networks NAME,NAME] [--device cuda] [--precision bf16]
-                                  [--images N | --folder DIR] [--batch N] [--threads N]
-                                  [--rounds N] [--tiny] [--output FILE]
+"""An evaluation as `tpp evaluate` does it, beside timm's validation.
 
 ours   images from files through the loader (DALI, or torchvision where that is not installed or
        asked for), the network, and top-1, top-5 and loss summed up
@@ -15,11 +11,10 @@ the files' list to the last figure, so it counts the start of workers. Both take
 the ratio of medians of images per second, ours over timm's, so that 1.0 is as fast; and seconds of
 the processor, with those of workers that have ended. The figures that both find are compared:
 decoders differ in single pixels. A small network shows the loader, a large one on a CPU itself.
-Without --folder, photos of 500 x 375 pixels are made here. Results go to
+Without --data, photos of 500 x 375 pixels are made here. Results go to
 benchmarks/results/evaluate.json.
 """
 
-import argparse
 import contextlib
 import gc
 import json
@@ -44,8 +39,9 @@ from data_pipelines.images.batch import LoaderSettings
 from data_pipelines.images.image_index import scan_class_folders
 from data_pipelines.loaders import LOADERS, eval_batches, resolve_loader
 from data_pipelines.loading.augment import ImageTransform
+from tpp.common.command_line import Parser, at_least_one
 from tpp.common.errors import UserError, run_command
-from tpp.common.paths import user_path
+from tpp.common.options import share
 from tpp.models.architecture import build_model
 from train.tasks.classification import Classification
 
@@ -213,34 +209,48 @@ def _show(results: Mapping[str, Result]) -> None:
 
 def main() -> None:
     """Measure each network and write what came out."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.evaluate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = Parser.of_script(
+        "python -m benchmarks.evaluate",
+        __doc__,
+        [
+            "--tiny --output /tmp/evaluate.json",
+            "--device cuda --data /data/imagenet/val --batch-size 256",
+        ],
     )
     add = parser.add_argument
-    add("--networks", default="resnet50,timm:test_resnet", help="default: %(default)s")
-    add("--device", choices=("cpu", "cuda"), default="cpu")
-    add("--precision", choices=("fp32", "bf16"), default="fp32")
-    add("--images", type=int, default=512, metavar="N", help="to make (default %(default)s)")
-    add("--folder", type=user_path, metavar="DIR", help="class folders to take instead")
-    add("--batch", type=int, default=64, metavar="N", help="default %(default)s")
-    add("--threads", type=int, default=2, metavar="N", help="or workers (default %(default)s)")
-    add("--loader", choices=LOADERS, default="auto", help="ours")
-    add("--rounds", type=int, default=5, metavar="N", help="default %(default)s")
-    add("--tiny", action="store_true", help="tiny sizes, to try the script")
-    add("--output", type=user_path, default=RESULTS)
+    add(
+        "--models",
+        default="resnet50,timm:test_resnet",
+        metavar="NAME,NAME",
+        help="networks (default: %(default)s)",
+    )
+    share(parser, "--device", default="cpu")
+    share(parser, "--precision", choices=("fp32", "bf16"), default="fp32")
+    add(
+        "--images",
+        type=at_least_one,
+        default=512,
+        metavar="N",
+        help="to make (default: %(default)s)",
+    )
+    share(parser, "--data", ", to take instead")
+    share(parser, "--batch-size", default=64)
+    share(parser, "--threads", ", or workers", default=2)
+    share(parser, "--loader", ", ours", choices=LOADERS, default="auto")
+    share(parser, "--rounds", default=5)
+    share(parser, "--tiny")
+    share(parser, "--output", default=RESULTS)
+    parser.renamed("--batch", "--batch-size")
+    parser.renamed("--folder", "--data")
+    parser.renamed("--networks", "--models")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch finds no CUDA GPU on this machine; use cpu")
-    for name in ("images", "batch", "threads", "rounds"):
-        if getattr(arguments, name) < 1:
-            raise UserError(f"--{name} must be at least 1, not {getattr(arguments, name)}")
-    if arguments.folder is not None and not arguments.folder.is_dir():
-        raise UserError(f"--folder {arguments.folder}: no such folder")
+    if arguments.data is not None and not arguments.data.is_dir():
+        raise UserError(f"--data {arguments.data}: no such folder")
     tiny = arguments.tiny
     setup = Setup(
-        batch=4 if tiny else arguments.batch,
+        batch=4 if tiny else arguments.batch_size,
         threads=1 if tiny else arguments.threads,
         side=64 if tiny else 224,
         resize=72 if tiny else 256,
@@ -248,13 +258,13 @@ def main() -> None:
         precision=arguments.precision,
         loader=resolve_loader(arguments.loader),
     )
-    networks = ["resnet18"] if tiny else arguments.networks.split(",")
+    networks = ["resnet18"] if tiny else arguments.models.split(",")
     rounds = 1 if tiny else arguments.rounds
     output = arguments.output
     results: dict[str, Result] = {}
     with tempfile.TemporaryDirectory() as made:
-        folder = arguments.folder or Path(made)
-        if arguments.folder is None:
+        folder = arguments.data or Path(made)
+        if arguments.data is None:
             make_photos(folder, 10 if tiny else arguments.images)
         for name in networks:
             print(f"measuring {name} ...", file=sys.stderr)

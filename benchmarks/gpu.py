@@ -1,7 +1,5 @@
 """What only a GPU can show, in parts that resume where they stopped.
 
-    python -m benchmarks.gpu --data CIFAR10 [--parts NAME,NAME] [--again] [--output FILE]
-
 trajectory  the regularised stage on the CPU and on the GPU from the same weights and batches, in
             float32: how far losses and weights are apart after each step
 captured    ResNet-56 in TPP's regularised stage by our loop, each step computed and each replayed
@@ -25,7 +23,6 @@ Results are written to benchmarks/results/gpu.json as they come, and what has on
 ``--work``). ``--device cpu --tiny`` tries the script where there is no GPU.
 """
 
-import argparse
 import copy
 import itertools
 import json
@@ -45,7 +42,9 @@ from benchmarks import loops, resnet56
 from benchmarks.penalty import textbook_penalty
 from benchmarks.step import loop_settings
 from tpp.channels.removal import prune_model
+from tpp.common.command_line import Parser
 from tpp.common.errors import UserError, run_command
+from tpp.common.options import share
 from tpp.common.paths import user_path
 from tpp.latency import arriving_share
 from tpp.measure.counts import count
@@ -359,21 +358,23 @@ PARTS: dict[str, Callable[[Options], Result]] = {
 
 def main() -> None:
     """Run the parts that have no result yet."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = Parser.of_script(
+        "python -m benchmarks.gpu",
+        __doc__,
+        ["--device cpu --tiny --output /tmp/gpu.json", "--data /data/cifar10"],
     )
-    parser.add_argument("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
+    share(parser, "--parts", default=",".join(PARTS))
     parser.add_argument("--again", action="store_true", help="run parts that have a result")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="tiny sizes, to try the script")
-    parser.add_argument("--output", type=user_path, default=RESULTS)
+    share(parser, "--device", default="cuda")
+    share(parser, "--tiny")
+    share(parser, "--output", default=RESULTS)
+    share(parser, "--data", ", in train/ and test/ of CIFAR-10")
     parser.add_argument(
-        "--data", type=user_path, help="CIFAR-10: train/ and test/ of class folders"
+        "--work", type=user_path, default=Options.work, metavar="DIR", help="kept between calls"
     )
-    parser.add_argument("--work", type=user_path, default=Options.work, help="kept between calls")
-    parser.add_argument("--minutes", type=float, default=Options.minutes, help="then save and stop")
+    parser.add_argument(
+        "--minutes", type=float, default=Options.minutes, metavar="N", help="then save and stop"
+    )
     arguments = parser.parse_args()
     unknown = [name for name in arguments.parts.split(",") if name not in PARTS]
     if unknown:

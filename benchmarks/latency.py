@@ -1,7 +1,5 @@
 """How much of the counted speedup arrives in time.
 
-    python -m benchmarks.latency [--parts NAME,NAME] [--threads N] [--quick] [--output FILE]
-
 published  ResNet-50 at its four published speedups and ResNet-34 at its one, each beside its dense
            network: batch 1 and 16, fp32 and bf16, contiguous and channels last
 round_to   the same ratios where every layer keeps a multiple of 8, 16 or 32 filters: channels last,
@@ -14,7 +12,6 @@ turns, pass by pass; times are medians. "arrives" is (real - 1) / (counted - 1),
 Results go to benchmarks/results/latency.json.
 """
 
-import argparse
 import itertools
 import json
 import sys
@@ -30,8 +27,9 @@ from torch import nn
 
 from benchmarks.penalty import CONFIGS, RUNS
 from tpp.channels.removal import prune_model
+from tpp.common.command_line import Parser
 from tpp.common.errors import UserError, run_command
-from tpp.common.paths import user_path
+from tpp.common.options import share
 from tpp.latency import arriving_share
 from tpp.measure.counts import count
 from tpp.measure.timing import LatencySettings, machine_of, measure
@@ -167,21 +165,20 @@ def _cell(time: Result) -> str:
 
 def main() -> None:
     """Run the parts and write what they measured."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.latency",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = Parser.of_script(
+        "python -m benchmarks.latency", __doc__, ["--tiny --output /tmp/latency.json"]
     )
-    parser.add_argument("--parts", default="published,round_to", help=f"of {', '.join(PARTS)}")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of PyTorch")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to try the script")
-    parser.add_argument("--output", type=user_path, default=RESULTS)
+    share(parser, "--parts", f", of {', '.join(PARTS)}", default="published,round_to")
+    share(parser, "--threads", ", of PyTorch", default=torch.get_num_threads())
+    share(parser, "--tiny")
+    share(parser, "--output", default=RESULTS)
+    parser.renamed("--quick", "--tiny")
     arguments = parser.parse_args()
     chosen = arguments.parts.split(",")
     unknown = [part for part in chosen if part not in PARTS]
     if unknown:
         raise UserError(f"--parts: no part {unknown[0]!r}; there are: {', '.join(PARTS)}")
-    quick, threads = arguments.quick, arguments.threads
+    quick, threads = arguments.tiny, arguments.threads
     size = (
         Size(("ResNet-34 1.32x",), {1: 2, 2: 1}, 0, 32, threads)
         if quick

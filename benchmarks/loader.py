@@ -1,8 +1,5 @@
 """How fast images arrive: our loaders beside bare DALI, torchvision and timm.
 
-    python -m benchmarks.loader [--data FILE] [--threads N] [--batch N] [--passes N]
-                                [--only NAME [NAME ...]] [--device cuda] [--output FILE]
-
 speed  images per second of every contestant. All do the ImageNet training recipe on the same
        photos: a random window scaled to 224 x 224 (bilinear, antialiased), a flip, normalised
        float32 batches
@@ -40,7 +37,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from multiprocessing.connection import Connection
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
@@ -66,9 +63,10 @@ from data_pipelines.images.image_index import (
 from data_pipelines.images.order import Steps
 from data_pipelines.loaders import eval_batches, train_batches, training_order
 from data_pipelines.loading.augment import ImageTransform
+from tpp.common.command_line import Parser, at_least_one
 from tpp.common.errors import UserError, run_command
 from tpp.common.files import write_whole
-from tpp.common.paths import user_path
+from tpp.common.options import share
 
 RESULTS = Path(__file__).parent / "results" / "loader.json"
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -82,7 +80,8 @@ STEP_OVER_BATCH = 1.5
 SHARD_BYTES = 16_000_000
 SHORTER_SIDE, QUALITY = 400, 90
 MODULES = {"dali": "dali", "torchvision": "torch_loader"}
-LIBRARIES = ("torch", "torchvision", "nvidia-dali-cuda130", "timm", "pillow", "numpy")
+DALI = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
+LIBRARIES = ("torch", "torchvision", *DALI, "timm", "pillow", "numpy")
 
 Result = dict[str, Any]
 Batches = Generator[Batch, None, None]
@@ -487,7 +486,7 @@ def prepare(folder: Path, names: Iterable[str], work: Path, options: argparse.Na
             threads=options.threads,
             **scaling[kind],
         )
-    return Setup(folder, **shards, batch=options.batch, threads=options.threads, device="cpu")
+    return Setup(folder, **shards, batch=options.batch_size, threads=options.threads, device="cpu")
 
 
 def measure_contestants(
@@ -685,12 +684,12 @@ def measure_start(setup: Setup, work: Path, options: argparse.Namespace) -> Resu
     """The way to the first batch, by loader, entries of the index and number of processes."""
     photos = len(scan_class_folders(setup.folder))
     files = {}
-    for entries in (options.entries,) if options.quick else (photos, options.entries):
+    for entries in (options.entries,) if options.tiny else (photos, options.entries):
         files[entries] = work / f"{entries}.safetensors"
         save_index(large_index(setup.folder, entries), files[entries])
     cases = [
         (loader, entries, processes)
-        for loader in (("dali",) if options.quick else MODULES)
+        for loader in (("dali",) if options.tiny else MODULES)
         for entries in files
         for processes in (1, 2)
     ]
@@ -890,36 +889,45 @@ def _chosen(only: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.loader",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = Parser.of_script(
+        "python -m benchmarks.loader",
+        __doc__,
+        ["--data photos.tar --tiny --only speed --output /tmp/loader.json"],
+    )
+    share(parser, "--data", ", as a tar file", metavar="FILE", default="imagenet-sample-500.tar")
+    share(parser, "--threads", ", or workers, of each", default=2)
+    share(parser, "--batch-size", default=64)
+    parser.add_argument(
+        "--passes",
+        type=at_least_one,
+        default=5,
+        metavar="N",
+        help="timed, of each (default: 5)",
     )
     parser.add_argument(
-        "--data",
-        type=user_path,
-        default="imagenet-sample-500.tar",
-        metavar="FILE",
-        help="tar of class folders",
+        "--only", nargs="+", default=[], metavar="NAME", help="parts, or contestants"
     )
-    parser.add_argument("--threads", type=int, default=2, metavar="N", help="or workers of each")
-    parser.add_argument("--batch", type=int, default=64, metavar="N", help="images per batch")
-    parser.add_argument("--passes", type=int, default=5, metavar="N", help="timed, of each")
-    parser.add_argument("--only", nargs="+", default=[], metavar="NAME")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="of ours")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to try the script")
-    parser.add_argument("--output", type=user_path, default=RESULTS, metavar="FILE")
+    share(parser, "--device", ", for ours", default="cpu")
+    share(parser, "--tiny")
+    share(parser, "--output", default=RESULTS)
+    parser.renamed("--batch", "--batch-size")
+    parser.renamed("--quick", "--tiny")
     options = parser.parse_args()
-    for name in ("threads", "batch", "passes"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name} must be 1 or more, not {getattr(options, name)}")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no GPU here")
     options.steps, options.entries, options.files = 30, 1_300_000, 100_000
-    if options.quick:
+    if options.tiny:
         options.steps, options.entries, options.files = 4, 20_000, 1_000
     options.parts, options.names = _chosen(options.only)
     return options
+
+
+def _is_there(package: str) -> bool:
+    try:
+        version(package)
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 def main() -> None:
@@ -934,8 +942,10 @@ def main() -> None:
         os.environ["TMPDIR"] = temporary
         folder = unpack(archive, work / "photos")
         images = len(scan_class_folders(folder))
-        if images < options.batch:
-            raise UserError(f"--batch {options.batch}: {archive} holds only {images} photos")
+        if images < options.batch_size:
+            raise UserError(
+                f"--batch-size {options.batch_size}: {archive} holds only {images} photos"
+            )
         compared = {"speed", "wait"} & set(options.parts)
         setup = prepare(folder, options.names if compared else (), work, options)
         found: Result = {}
@@ -950,7 +960,7 @@ def main() -> None:
         "machine": platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
-        **{name: version(name) for name in LIBRARIES},
+        **{name: version(name) for name in LIBRARIES if name not in DALI or _is_there(name)},
     }
     output.parent.mkdir(parents=True, exist_ok=True)
     write_whole(output, json.dumps({**results, **found, "on": on}, indent=1) + "\n")

@@ -1,14 +1,11 @@
 """What a training step keeps of its images at most, against depth: backpropagation and rec-LRA.
 
-    python -m benchmarks.local_memory [--depths 6,10,18,34] [--width 16] [--batch 48]
-
 Plain convolutional networks on images of 32x32. Counted is every tensor whose first dimension is
 the batch, activations and errors, from its first operation to its end; not the parameters, their
 gradients and updates, which grow with the depth in any case, nor what an operation needs inside.
 In brackets stands the time of a step, in milliseconds.
 """
 
-import argparse
 import json
 import time
 import weakref
@@ -22,9 +19,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tpp.common.command_line import Parser
 from tpp.common.errors import UserError, run_command
 from tpp.common.files import write_whole
-from tpp.common.paths import user_path
+from tpp.common.options import share
 from tpp.methods.base import TrainingContext
 from tpp.methods.rec_lra import RecLRA, Settings
 from tpp.models.architecture import build_model, example_input_for
@@ -114,14 +112,23 @@ def measure(depth: int, error_skip: int | None, width: int, batch: int) -> dict[
 
 def main() -> None:
     """Measure every depth and way, and print them as a table."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.local_memory",
-        description="What a step keeps of its images against depth.",
+    parser = Parser.of_script(
+        "python -m benchmarks.local_memory",
+        __doc__,
+        ["--depths 6,10 --batch-size 8 --output /tmp/local_memory.json"],
     )
-    parser.add_argument("--depths", default="6,10,18,34", help="separated by commas")
-    parser.add_argument("--width", type=int, default=16)
-    parser.add_argument("--batch", type=int, default=48)
-    parser.add_argument("--output", type=user_path, default=RESULTS, metavar="FILE")
+    parser.add_argument(
+        "--depths",
+        default="6,10,18,34",
+        metavar="N,N",
+        help="numbers of layers (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--width", type=int, default=16, metavar="N", help="first channels (default: 16)"
+    )
+    share(parser, "--batch-size", default=48)
+    share(parser, "--output", default=RESULTS)
+    parser.renamed("--batch", "--batch-size")
     arguments = parser.parse_args()
     try:
         depths = [int(depth) for depth in arguments.depths.split(",")]
@@ -129,20 +136,22 @@ def main() -> None:
         raise UserError(
             f"--depths: expected numbers such as 6,10, not {arguments.depths!r}"
         ) from None
-    if arguments.batch in (3, 10, *(arguments.width * 2**n for n in range(4))):
-        raise UserError(f"--batch: {arguments.batch} is a number of channels here; take another")
+    if arguments.batch_size in (3, 10, *(arguments.width * 2**n for n in range(4))):
+        raise UserError(
+            f"--batch-size: {arguments.batch_size} is a number of channels here; take another"
+        )
     rows = []
     print("| layers | " + " | ".join(f"{way}, MiB (ms)" for way in WAYS) + " |")
     print("|---" * (len(WAYS) + 1) + "|")
     for depth in depths:
         found = {
-            way: measure(depth, skip, arguments.width, arguments.batch)
+            way: measure(depth, skip, arguments.width, arguments.batch_size)
             for way, skip in WAYS.items()
         }
         rows.append({"depth": depth, **found})
         cells = [f"{one['mib']:.1f} ({one['ms']:.0f})" for one in found.values()]
         print(f"| {depth} | " + " | ".join(cells) + " |", flush=True)
-    figures = {"width": arguments.width, "batch": arguments.batch, "rows": rows}
+    figures = {"width": arguments.width, "batch": arguments.batch_size, "rows": rows}
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     write_whole(arguments.output, json.dumps(figures, indent=1) + "\n")
     print(f"figures: {arguments.output}")

@@ -1,14 +1,11 @@
 """Trainability of MLP-7-Linear on MNIST before and after pruning (Wang & Fu, ICLR 2023).
 
-    python -m benchmarks.mnist_trainability --data DIR [--seeds 0,1,2] [--runs DIR]
-
 Runs configs/mnist/mlp7_pr0.8.yaml and mlp7_pr0.9.yaml for every seed through train/main.py, and
 writes the figures to benchmarks/results/mnist_trainability.json, the table to standard output and
 the picture to docs/mnist_trainability.png. What is done is not done again: an interrupted study
 goes on where it stopped, and a finished one is only collected. 20 minutes on one CPU core.
 """
 
-import argparse
 import json
 import shutil
 import statistics
@@ -24,8 +21,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
+from tpp.common.command_line import Parser
 from tpp.common.errors import UserError, run_command
 from tpp.common.files import write_whole
+from tpp.common.options import share
 from tpp.common.paths import user_path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -225,22 +224,30 @@ def _band(axis: Axes, curve: dict[str, list[Any]], method: str) -> None:
 
 def main() -> None:
     """Run what is missing of the study, and collect it."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.mnist_trainability",
-        description="Trainability of MLP-7-Linear on MNIST before and after pruning.",
+    parser = Parser.of_script(
+        "python -m benchmarks.mnist_trainability", __doc__, ["--data /data/mnist --seeds 0"]
     )
+    share(parser, "--data", ", in train/ and test/; without it nothing is run")
     parser.add_argument(
-        "--data", type=user_path, metavar="DIR", help="holds train/ and test/; none: only collect"
+        "--seeds", default="0,1,2", metavar="N,N", help="of the runs (default: 0,1,2)"
     )
-    parser.add_argument("--seeds", default="0,1,2", help="separated by commas (default: 0,1,2)")
-    parser.add_argument(
-        "--runs", type=user_path, default=Path("runs/mnist_trainability"), metavar="DIR"
+    add = parser.add_argument
+    add(
+        "--runs",
+        type=user_path,
+        default=Path("runs/mnist_trainability"),
+        metavar="DIR",
+        help="folder of the runs (default: %(default)s)",
     )
-    parser.add_argument(
-        "--configs", type=user_path, default=ROOT / "configs" / "mnist", metavar="DIR"
+    add(
+        "--configs",
+        type=user_path,
+        default=ROOT / "configs" / "mnist",
+        metavar="DIR",
+        help="folder of the configurations (default: configs/mnist)",
     )
-    parser.add_argument("--output", type=user_path, default=RESULTS, metavar="FILE")
-    parser.add_argument("--plot", type=user_path, default=PLOT, metavar="FILE")
+    share(parser, "--output", default=RESULTS)
+    add("--plot", type=user_path, default=PLOT, metavar="FILE", help="picture of the results")
     arguments = parser.parse_args()
     try:
         seeds = [int(seed) for seed in arguments.seeds.split(",")]

@@ -1,7 +1,5 @@
 """What the penalty costs: beside the textbook way, on several ranks, and as a share of a step.
 
-    python -m benchmarks.penalty [--parts NAME,NAME] [--threads N] [--output FILE]
-
 textbook  per step (forward and backward): the textbook way, ours on one rank, and the slowest
           rank's share of 2 and of 4, for ResNet-50 at its four published speedups and ResNet-34
 share     a training step of ResNet-50 (float32, channels last, SGD) at batch 16 and 64, and the
@@ -18,7 +16,6 @@ the penalty, so what a rank computes is all that there is to measure. Times are 
 of a comparison take turns, step by step. Results go to benchmarks/results/penalty.json.
 """
 
-import argparse
 import functools
 import itertools
 import json
@@ -37,8 +34,9 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from tpp.common import options
+from tpp.common.command_line import Parser
 from tpp.common.errors import UserError, run_command
-from tpp.common.paths import user_path
 from tpp.models.architecture import build_model
 from tpp.plan import PruningPlan
 from tpp.regularization.regularizer import Regularizer
@@ -235,16 +233,14 @@ def _cell(column: str, value: float) -> str:
 
 def main() -> None:
     """Run the parts and write what they measured."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.penalty",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = Parser.of_script(
+        "python -m benchmarks.penalty", __doc__, ["--tiny --output /tmp/penalty.json"]
     )
     parts = ("textbook", "share", "memory")
-    parser.add_argument("--parts", default=",".join(parts), help=f"of {', '.join(parts)}")
-    parser.add_argument("--threads", type=int, default=1, help="of PyTorch (default 1: one core)")
-    parser.add_argument("--tiny", action="store_true", help="tiny sizes, to try the script")
-    parser.add_argument("--output", type=user_path, default=RESULTS)
+    options.share(parser, "--parts", default=",".join(parts))
+    options.share(parser, "--threads", ", of PyTorch", default=1)
+    options.share(parser, "--tiny")
+    options.share(parser, "--output", default=RESULTS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     chosen = arguments.parts.split(",")

@@ -1,7 +1,5 @@
 """What pruning a checkpoint costs, and what is right, beside Torch-Pruning on a live model.
 
-    python -m benchmarks.pruner [--parts NAME,NAME] [--rounds N] [--layers N] [--output FILE]
-
 time   ResNet-50 at 2.31x: file to file (read, check, choose, trace, cut, check, write, read back),
        beside Torch-Pruning's dependency graph doing the same to a model that is in memory already
        (trace, choose, cut, save); seconds and peak memory of each in a fresh process, imports not
@@ -41,8 +39,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from tpp.checkpoints.model_file import save_model
+from tpp.common.command_line import Parser
 from tpp.common.errors import UserError, run_command
-from tpp.common.paths import user_path
+from tpp.common.options import share
 from tpp.models.architecture import Architecture, build_model, build_on_meta
 from tpp.plan import PruningPlan
 
@@ -107,7 +106,7 @@ def memory_mark() -> float:
 
 
 def run_ours(source: Path, target: Path, ratios: dict[str, float]) -> Result:
-    """File to file, as ``python -m tpp.prune`` does it."""
+    """File to file, as ``tpp prune`` does it."""
     # What the command imports once it knows that it has something to do.
     for name in ("torchvision.models", "tpp.checkpoints.prune_file", "tpp.selection.configured"):
         importlib.import_module(name)
@@ -369,15 +368,15 @@ def show(results: Result, console: Console) -> None:
 
 def main() -> None:
     """Command-line entry point."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.pruner",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = Parser.of_script(
+        "python -m benchmarks.pruner", __doc__, ["--parts refused --output /tmp/pruner.json"]
     )
-    parser.add_argument("--parts", default="time,large,cases,refused", metavar="NAME,NAME")
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="of part time")
-    parser.add_argument("--layers", type=int, default=8, metavar="N", help="per network in cases")
-    parser.add_argument("--output", type=user_path, default=RESULTS, metavar="FILE")
+    share(parser, "--parts", default="time,large,cases,refused")
+    share(parser, "--rounds", ", in the part time", default=5)
+    parser.add_argument(
+        "--layers", type=int, default=8, metavar="N", help="of each network in cases"
+    )
+    share(parser, "--output", default=RESULTS)
     parser.add_argument("--side", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.side:

@@ -1,9 +1,5 @@
 """What Table 2 costs on a cluster, and where it stops scaling: arithmetic and a small simulation.
 
-    python -m benchmarks.scale [--gpu V100|A100|H100] [--gpus 8,64,512] [--precision fp32|mixed]
-                               [--batch-per-gpu N] [--images-per-second N] [--network GB/S]
-                               [--loader IMAGES/S] [--dispatch-ms MS] [--markdown] [--output FILE]
-
 hours    GPU-hours of every published row, from published throughput
 traffic  bytes that each GPU sends per step, and what else is communicated
 loader   images per second that a node of eight GPUs wants, and what that asks of cores and of the
@@ -41,8 +37,9 @@ from rich.table import Table
 from torch import nn
 
 from tpp.channels.removal import prune_model
+from tpp.common.command_line import Parser
 from tpp.common.errors import UserError, run_command
-from tpp.common.paths import user_path
+from tpp.common.options import share
 from tpp.measure.counts import count
 from tpp.models.architecture import Architecture, build_on_meta
 from train.config.config import load_config, steps_for
@@ -876,26 +873,34 @@ def _range(values: Sequence[float]) -> str:
     return " - ".join(f"{value:,.{digits}f}" for value in values)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.scale",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+def _parser() -> Parser:
+    parser = Parser.of_script(
+        "python -m benchmarks.scale",
+        __doc__,
+        ["--gpu A100 --gpus 8,32,128 --precision bf16 --images-per-second 2300"],
     )
-    parser.add_argument("--gpu", help="of V100, A100, H100 (default all)")
-    parser.add_argument("--gpus", default=",".join(map(str, COUNTS)), metavar="N,N")
-    parser.add_argument("--precision", help="fp32 or mixed (default both)")
-    parser.add_argument("--batch-per-gpu", default=str(BATCH_PER_GPU), metavar="N")
+    parser.add_argument("--gpu", metavar="NAME", help="V100, A100 or H100 (default: all)")
+    parser.add_argument(
+        "--gpus",
+        default=",".join(map(str, COUNTS)),
+        metavar="N,N",
+        help="how many (default: %(default)s)",
+    )
+    share(parser, "--precision", "; bf16 and fp16 are the same here (default: all)")
+    share(parser, "--batch-size", ", of each GPU", default=BATCH_PER_GPU)
     parser.add_argument(
         "--images-per-second", metavar="N", help="of ResNet-50, training on one GPU"
     )
     parser.add_argument("--network", metavar="GB/S", help="of a node's cards together")
-    parser.add_argument("--loader", metavar="IMAGES/S", help="that a node's loader makes")
+    parser.add_argument("--loader-speed", metavar="IMAGES/S", help="what a node's loader makes")
     parser.add_argument(
         "--dispatch-ms", metavar="MS", help="that a pass takes at least, however small its batch"
     )
     parser.add_argument("--markdown", action="store_true", help="tables as in docs/scale.md")
-    parser.add_argument("--output", type=user_path, metavar="FILE")
+    share(parser, "--output")
+    parser.renamed("--loader", "--loader-speed")
+    parser.renamed("--batch-per-gpu", "--batch-size")
+    parser.renamed_word("--precision", "mixed", "bf16")
     return parser
 
 
@@ -903,13 +908,13 @@ def _options(arguments: argparse.Namespace) -> Options:
     rate, network = arguments.images_per_second, arguments.network
     if rate is not None and not (arguments.gpu and arguments.precision):
         raise UserError("--images-per-second: needs --gpu and --precision, whose speed it replaces")
-    loader, dispatch = arguments.loader, arguments.dispatch_ms
+    loader, dispatch = arguments.loader_speed, arguments.dispatch_ms
     return Options(
         gpus=_gpu_counts(arguments.gpus),
-        batch_per_gpu=int(_number("--batch-per-gpu", arguments.batch_per_gpu, whole=True)),
+        batch_per_gpu=arguments.batch_size,
         images_per_second=None if rate is None else _number("--images-per-second", rate),
         network=None if network is None else 1e9 * _number("--network", network),
-        loader=math.inf if loader is None else _number("--loader", loader),
+        loader=math.inf if loader is None else _number("--loader-speed", loader),
         dispatch=DISPATCH if dispatch is None else 1e-3 * _number("--dispatch-ms", dispatch),
     )
 
@@ -960,7 +965,10 @@ def main() -> None:
     """Compute, simulate, show, and write down."""
     arguments = _parser().parse_args()
     gpus = {name: GPUS[name] for name in _chosen("--gpu", arguments.gpu, list(GPUS))}
-    precisions = _chosen("--precision", arguments.precision, PRECISIONS)
+    # Whatever has 16 bits is as fast as the other, where a GPU has both.
+    mixed = arguments.precision in ("bf16", "fp16")
+    asked = "mixed" if mixed else arguments.precision
+    precisions = _chosen("--precision", asked, PRECISIONS)
     options = _options(arguments)
     results = collect(gpus, precisions, options)
     # docs/scale.md shows the file of the project: what somebody tries must not replace it.

@@ -1,8 +1,5 @@
 """What a regularised stage costs that removes its filters as soon as they are all at zero.
 
-    python -m benchmarks.stage [--parts NAME,NAME] [--device cuda] [--precision bf16]
-                               [--batch N] [--threads N] [--output FILE]
-
 counted   multiply-adds of the whole published stage, task and penalty, beside one in which all
           filters stay to its end and the penalty of all layers is computed in every step
 measured  the same from the medians of steps: of the dense network with the whole penalty, with
@@ -15,7 +12,6 @@ A ratio is that of the stage with removal over the one without; 0.79 is 21% fewe
 benchmarks/results/stage.json.
 """
 
-import argparse
 import json
 import platform
 import statistics
@@ -39,8 +35,9 @@ from data_pipelines.demo import generate_demo
 from data_pipelines.settings import DemoData
 from tpp.channels.removal import prune_model
 from tpp.checkpoints.model_file import read_checkpoint
+from tpp.common.command_line import Parser
 from tpp.common.errors import UserError, run_command
-from tpp.common.paths import user_path
+from tpp.common.options import share
 from tpp.measure.counts import count
 from tpp.methods.base import Method
 from tpp.models.architecture import build_model, build_on_meta
@@ -285,30 +282,27 @@ def _cell(column: str, value: float) -> str:
 
 def main() -> None:
     """Run the parts and write what they measured."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.stage",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = Parser.of_script(
+        "python -m benchmarks.stage", __doc__, ["--tiny --output /tmp/stage.json"]
     )
-    parser.add_argument("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--batch", type=int, help="images per step of the part 'measured'")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of PyTorch")
-    parser.add_argument("--tiny", action="store_true", help="tiny sizes, to try the script")
-    parser.add_argument("--output", type=user_path, default=RESULTS)
+    share(parser, "--parts", default=",".join(PARTS))
+    share(parser, "--device", default="cpu")
+    share(parser, "--precision", choices=("fp32", "bf16"), default="fp32")
+    share(parser, "--batch-size", ", in the part measured")
+    share(parser, "--threads", ", of PyTorch", default=torch.get_num_threads())
+    share(parser, "--tiny")
+    share(parser, "--output", default=RESULTS)
+    parser.renamed("--batch", "--batch-size")
     arguments = parser.parse_args()
     device, tiny, output = arguments.device, arguments.tiny, arguments.output
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch finds no CUDA GPU on this machine; use cpu")
-    if arguments.batch is not None and arguments.batch < 1:
-        raise UserError(f"--batch must be at least 1, not {arguments.batch}")
     chosen = arguments.parts.split(",")
     unknown = [part for part in chosen if part not in PARTS]
     if unknown:
         raise UserError(f"--parts: no part {unknown[0]!r}; there are: {', '.join(PARTS)}")
     torch.set_num_threads(arguments.threads)
-    batch = arguments.batch or (2 if tiny else 256 if device == "cuda" else 8)
+    batch = arguments.batch_size or (2 if tiny else 256 if device == "cuda" else 8)
     smallest = list(RUNS)[-1:]
     todo: dict[str, Callable[[], Result]] = {
         "counted": lambda: counted(smallest if tiny else list(RUNS)),

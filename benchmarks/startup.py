@@ -1,8 +1,5 @@
 """How long commands take to say something, beside `import torch`.
 
-    python -m benchmarks.startup [--parts NAME,NAME] [--rounds N] [--ranks N,N] [--quick]
-                                 [--output FILE]
-
 first_line  until the first line of output: train/main.py --dry-run on a tiny configuration (its
             output comes before that of a real run), a configuration with a mistake in it, and
             tpp.describe of a network of this project's and of one of torchvision's
@@ -21,7 +18,6 @@ imported. first_step goes by the clock, takes three rounds at most, and counts w
 loaders alone. Results go to benchmarks/results/startup.json.
 """
 
-import argparse
 import json
 import os
 import platform
@@ -40,8 +36,9 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from tpp.common.command_line import Parser
 from tpp.common.errors import UserError, run_command
-from tpp.common.paths import user_path
+from tpp.common.options import share
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results" / "startup.json"
@@ -344,26 +341,23 @@ def _show_first_steps(rows: Result, console: Console) -> None:
 
 def main() -> None:
     """Measure the parts and write what came out."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.startup",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = Parser.of_script(
+        "python -m benchmarks.startup", __doc__, ["--tiny --parts help --output /tmp/startup.json"]
     )
-    parser.add_argument("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
-    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="default 7")
+    share(parser, "--parts", default=",".join(PARTS))
+    share(parser, "--rounds", default=7)
     parser.add_argument(
-        "--ranks", default="1,16", metavar="N,N", help="of first_step (default %(default)s)"
+        "--ranks", default="1,16", metavar="N,N", help="of first_step (default: %(default)s)"
     )
-    parser.add_argument("--quick", action="store_true", help="one round, to try the script")
-    parser.add_argument("--output", type=user_path, default=RESULTS)
+    share(parser, "--tiny")
+    share(parser, "--output", default=RESULTS)
+    parser.renamed("--quick", "--tiny")
     arguments = parser.parse_args()
     chosen = arguments.parts.split(",")
     unknown = [part for part in chosen if part not in PARTS]
     if unknown:
         raise UserError(f"--parts: no part {unknown[0]!r}; there are: {', '.join(PARTS)}")
-    if arguments.rounds < 1:
-        raise UserError(f"--rounds {arguments.rounds}: must be 1 or more")
-    quick = arguments.quick
+    quick = arguments.tiny
     rounds = 1 if quick else arguments.rounds
     numbers = arguments.ranks.split(",")
     if not all(number.isdecimal() and 0 < int(number) <= 256 for number in numbers):

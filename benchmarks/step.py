@@ -1,15 +1,12 @@
 """What a training step costs: our loop beside others, and each part of the recipe.
 
-    python -m benchmarks.step [--parts NAME,NAME] [--device cuda] [--precision fp32]
-                              [--batch N] [--threads N] [--output FILE]
-
 small   ResNet-20 on 32 x 32 images, batch 128, 10 classes
 large   ResNet-50 on 224 x 224 images, batch 16 (on a GPU: 128), 1000 classes
 loops   images per second of our loop beside a bare loop, torchvision's reference step and timm's
         (what a step does in each: benchmarks/loops.py): ResNet-56 on 32 x 32 images, ResNet-34 and
         ResNet-50 on 224 x 224, in fp32 and bf16, eager and compiled. On a GPU with 128, 256 and
         256 images, and ResNet-56 also with our steps captured; on the CPU with 64, 32 and 32.
-        --batch says another number for ResNet-50.
+        --batch-size says another number for ResNet-50.
         Targets: 0.98 of the bare loop, 1.0 of the two others, and compiling gains as much as in
         the bare loop
 loader  images per second, not steps: the ImageNet augmentation at 224 pixels with TrivialAugment,
@@ -27,7 +24,6 @@ settings of "loops" that have it in their names, such as "resnet56, bf16". Resul
 benchmarks/results/step.json.
 """
 
-import argparse
 import contextlib
 import copy
 import json
@@ -55,8 +51,9 @@ from data_pipelines.images.order import Steps
 from data_pipelines.loaders import resolve_loader, train_batches, training_order
 from data_pipelines.loading.augment import ImageTransform
 from data_pipelines.settings import AugmentSection, RandAugment
+from tpp.common.command_line import Parser
 from tpp.common.errors import UserError, run_command
-from tpp.common.paths import user_path
+from tpp.common.options import share
 from tpp.models.architecture import build_model, example_input_for
 from train.config.ema import EmaSection
 from train.config.optimizer import OptimizerSection
@@ -344,25 +341,22 @@ def _show(results: Mapping[str, Result]) -> None:
 
 def main() -> None:
     """Run the parts and write what they measured."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.step",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = Parser.of_script(
+        "python -m benchmarks.step", __doc__, ["--tiny --parts small --output /tmp/step.json"]
     )
-    parser.add_argument("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
-    parser.add_argument("--batch", type=int, help="images per step of ResNet-50")
+    share(parser, "--parts", default=",".join(PARTS))
+    share(parser, "--device", default="cpu")
+    share(parser, "--precision", choices=("fp32", "bf16"), default="bf16")
+    share(parser, "--batch-size", ", in the part loops, of ResNet-50")
     parser.add_argument("--only", default="", metavar="NAME", help="settings of the part 'loops'")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of PyTorch")
-    parser.add_argument("--tiny", action="store_true", help="tiny sizes, to try the script")
-    parser.add_argument("--output", type=user_path, default=RESULTS)
+    share(parser, "--threads", ", of PyTorch", default=torch.get_num_threads())
+    share(parser, "--tiny")
+    share(parser, "--output", default=RESULTS)
+    parser.renamed("--batch", "--batch-size")
     arguments = parser.parse_args()
     device, tiny = arguments.device, arguments.tiny
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch finds no CUDA GPU on this machine; use cpu")
-    if arguments.batch is not None and arguments.batch < 1:
-        raise UserError(f"--batch must be at least 1, not {arguments.batch}")
     torch.set_num_threads(arguments.threads)
     chosen = arguments.parts.split(",")
     unknown = [part for part in chosen if part not in PARTS]
@@ -372,11 +366,11 @@ def main() -> None:
     where = {"device": device, "precision": arguments.precision}
     small = Setup("cifar_resnet20", 10, 32, 128, 50 if on_gpu else 9, **where)
     large = Setup("resnet50", 1000, 224, 128 if on_gpu else 16, 30 if on_gpu else 3, **where)
-    large = replace(large, batch=arguments.batch or large.batch)
+    large = replace(large, batch=arguments.batch_size or large.batch)
     if tiny:
         small = replace(small, network="cifar_resnet8", batch=2, rounds=1)
         large = replace(large, network="resnet18", side=64, batch=2, rounds=1)
-    settings = loop_settings(device, arguments.batch, tiny=tiny)
+    settings = loop_settings(device, arguments.batch_size, tiny=tiny)
     settings = [setting for setting in settings if arguments.only in setting.name]
     if not settings:
         raise UserError(

@@ -1,14 +1,11 @@
 """Runs of a sweep side by side beside the same runs one after the other, in one go.
 
-    python -m benchmarks.sweep [--tiny] [--jobs N] [--repeats N]
-
 L1 at as many ratios as jobs, of a ResNet-20 on images that it makes; on the GPU, if there is one.
 Each command is the whole of train.sweep, start-up included, and one follows the other in turn.
 Targets: on two cores, two at once in at most 0.6 of the time; on a GPU, 8 at once at least 3 times
 the throughput of one. What it finds goes to benchmarks/results/sweep.json.
 """
 
-import argparse
 import json
 import os
 import platform
@@ -23,8 +20,9 @@ from typing import Any
 import torch
 import yaml
 
+from tpp.common.command_line import Parser, at_least_one
 from tpp.common.errors import UserError, run_command
-from tpp.common.paths import user_path
+from tpp.common.options import share
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "sweep.json"
@@ -82,18 +80,16 @@ def seconds(sweep: Path, output: Path, *options: str) -> float:
 def main() -> None:
     """Measure, print and write down."""
     gpu = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.sweep",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=__doc__,
+    parser = Parser.of_script(
+        "python -m benchmarks.sweep", __doc__, ["--tiny --output /tmp/sweep.json"]
     )
-    parser.add_argument("--tiny", action="store_true", help="only show that it runs")
-    parser.add_argument("--jobs", type=int, default=8 if gpu else 2, help="runs at once")
-    parser.add_argument("--repeats", type=int, default=3, help="of each (default: 3)")
-    parser.add_argument("--output", type=user_path, default=RESULTS, help="file of the results")
+    share(parser, "--tiny")
+    share(parser, "--jobs", default=8 if gpu else 2)
+    parser.add_argument(
+        "--repeats", type=at_least_one, default=3, metavar="N", help="of each (default: 3)"
+    )
+    share(parser, "--output", default=RESULTS)
     arguments = parser.parse_args()
-    if arguments.jobs < 1 or arguments.repeats < 1:
-        raise UserError("--jobs and --repeats: at least 1")
     ways = {"one_by_one": (), "at_once": ("--jobs", str(arguments.jobs))}
     found: dict[str, list[float]] = {way: [] for way in ways}
     with tempfile.TemporaryDirectory() as name:

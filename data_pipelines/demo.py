@@ -4,11 +4,10 @@
 occlusion and noise come from the same ranges for every class, so only the form tells them apart.
 """
 
-import argparse
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,9 @@ from PIL import Image
 
 from data_pipelines.images.order import uniforms
 from data_pipelines.settings import DemoData
+from tpp.common.command_line import Parser
 from tpp.common.errors import UserError, run_command
+from tpp.common.options import share
 from tpp.common.paths import user_path
 from tpp.common.reading import read_json
 
@@ -271,21 +272,28 @@ def _bar(draw: _Draws, x: Field, y: Field) -> Field:
     return abs(across) - draw(-0.08, 0.08, 1, 1)
 
 
-def main() -> None:
-    """Write the demo data set and say so in one line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m data_pipelines.demo",
-        description="Write a small made-up data set: shapes and textures in class folders.",
+def make_parser(prog: str = "python -m data_pipelines.demo") -> Parser:
+    """What the command takes."""
+    parser = Parser(
+        prog,
+        "Write a small made-up data set: shapes and textures in class folders.",
+        examples=["/tmp/shapes --classes 4 --train-per-class 100 --val-per-class 20"],
     )
     parser.add_argument(
         "folder", type=user_path, metavar="DIR", help="folder to make, with train/ and val/"
     )
-    parser.add_argument("--classes", type=int, default=10, help="2 to 10 (default 10)")
-    parser.add_argument("--train-per-class", type=int, default=500, help="images (default 500)")
-    parser.add_argument("--val-per-class", type=int, default=100, help="images (default 100)")
-    parser.add_argument("--image-size", type=int, default=32, help="pixels (default 32)")
-    parser.add_argument("--seed", type=int, default=0, help="of everything random (default 0)")
-    options = vars(parser.parse_args())
+    add = parser.add_argument
+    add("--classes", type=int, default=10, metavar="N", help="2 to 10 (default: 10)")
+    add("--train-per-class", type=int, default=500, metavar="N", help="images (default: 500)")
+    add("--val-per-class", type=int, default=100, metavar="N", help="images (default: 100)")
+    share(parser, "--image-size", type=int, default=32)
+    share(parser, "--seed", default=0)
+    return parser
+
+
+def main(words: Sequence[str] | None = None, prog: str = "python -m data_pipelines.demo") -> None:
+    """Write the demo data set and say so in one line; ``prog`` is how it was called."""
+    options = vars(make_parser(prog).parse_args(words))
     folder, image_size = options.pop("folder"), options.pop("image_size")
     fewest = min(options["train_per_class"], options["val_per_class"])
     _check(options["classes"], fewest, image_size)

@@ -1,10 +1,9 @@
-"""``python -m data_pipelines.index DIR`` writes the index of a folder of images.
+"""``tpp index DIR`` writes the index of a folder of images.
 
 Every file's header and its last bytes are read, so that a run knows each image's size beforehand,
 and a damaged file is found now and not in a run's third night.
 """
 
-import argparse
 import errno
 import multiprocessing
 import os
@@ -17,6 +16,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -47,8 +47,6 @@ from data_pipelines.images.image_index import (
     Location,
     check_replaceable,
     load_index,
-    parts_of,
-    said_of_flat_parts,
     save_index,
     scan_class_folders,
 )
@@ -56,8 +54,14 @@ from data_pipelines.images.order import Int64s
 from data_pipelines.images.plain_file import NOT_PLAIN, open_plain
 from data_pipelines.images.source import read_bytes
 from data_pipelines.sets.claim import progress_bar
+from data_pipelines.sets.foreign_tars import is_pattern, scan_tars, tars_in
+from data_pipelines.sets.image_lists import is_list
+from data_pipelines.sets.inputs import input_parts, said_of_flat_parts
+from data_pipelines.sets.table_files import find_tables, refusal
+from tpp.common.command_line import Parser
 from tpp.common.errors import UserError, run_command
 from tpp.common.files import in_bytes, write_whole
+from tpp.common.options import share
 from tpp.common.paths import user_path
 
 REPORT_FILE = ".index-report.tsv"
@@ -98,65 +102,87 @@ class _Survey:
     notes: dict[int, tuple[str, ...]]
 
 
-def main() -> None:
-    """Index a folder of images, or the train, val and test folders in it; print what they hold."""
-    parser = argparse.ArgumentParser(
-        prog="python -m data_pipelines.index",
-        description="Index a folder of images: their sizes, and which files are broken.",
+def make_parser(prog: str = "python -m data_pipelines.index") -> Parser:
+    """What the command takes."""
+    parser = Parser(
+        prog,
+        "Index a folder of images: their sizes, and which files are broken.",
+        examples=["/data/imagenet", "/data/imagenet --output ~/indices --decode"],
     )
     parser.add_argument(
         "folder",
         metavar="DIR",
         type=user_path,
-        help="folder with one folder of images per class, or with such folders train, val and test",
+        help="folder with one folder of images per class, or with tars made for WebDataset; or "
+        "with such folders train, val and test",
     )
-    parser.add_argument(
-        "--out",
-        metavar="FOLDER",
-        type=user_path,
-        help="write train.safetensors etc. there, for a run with data.index=FOLDER; "
-        f"by default {INDEX_FILE} beside the class folders",
+    share(
+        parser,
+        "--output",
+        " train.safetensors and so on, for a run with data.index=DIR (default: "
+        f"{INDEX_FILE} beside the class folders)",
+        metavar="DIR",
     )
-    parser.add_argument(
+    share(
+        parser,
         "--threads",
-        type=int,
-        help=f"files read (default {SCAN_THREADS}) or decoded (default: one a core) at a time",
+        f": files that are read (default: {SCAN_THREADS}) or decoded (default: one a core) at once",
     )
     parser.add_argument(
         "--also",
         metavar="ENDINGS",
         default="",
-        help="files with these endings too, as webp,bmp, or all; "
-        f"by default {', '.join(IMAGE_SUFFIXES)}",
+        help="files with these endings too, as webp,bmp, or all (default: "
+        f"{', '.join(IMAGE_SUFFIXES)})",
     )
     parser.add_argument(
         "--nested", action="store_true", help="images in sub-folders of the class folders too"
     )
+    parser.add_argument(
+        "--label-key", metavar="KEY", help="of the label in .json, in tars made for WebDataset"
+    )
     parser.add_argument("--decode", action="store_true", help="decode every image, to be sure")
     parser.add_argument("--strict", action="store_true", help="end with 1 if a file is broken")
-    options = parser.parse_args()
-    if options.threads is not None and options.threads < 1:
-        raise UserError(f"--threads must be at least 1, not {options.threads}")
+    parser.renamed("--out", "--output")
+    return parser
+
+
+def main(words: Sequence[str] | None = None, prog: str = "python -m data_pipelines.index") -> None:
+    """Index a folder of images, or the train, val and test folders in it; print what they hold."""
+    options = make_parser(prog).parse_args(words)
     wanted = Wanted.also(options.also, nested=options.nested)
     _silence_pil()
-    parts = parts_of(options.folder)
+    _check_kind(options.folder)
+    parts = input_parts(options.folder)
     for part in parts:
-        _check(part, options.out)
+        _check(part, options.output)
     broken = 0
     for number, part in enumerate(parts):
         start = time.perf_counter()
-        survey = _survey(part, wanted, options.threads, decode=options.decode)
-        index_file, report_file = _targets(part, options.out)
+        listing = _Listing(wanted, options.label_key)
+        survey = _survey(part, listing, options.threads, decode=options.decode)
+        index_file, report_file = _targets(part, options.output)
         _write_report(survey, report_file)
         save_index(survey.index, index_file)
         if number:
             print()
         _print(survey, index_file, report_file, time.perf_counter() - start)
         broken += len(survey.damages)
-    for line in said_of_flat_parts(options.folder):
+    for line in said_of_flat_parts(options.folder, parts):
         print(f"\n{_shown(line)}")
     if broken and options.strict:
         sys.exit(1)
+
+
+def _check_kind(folder: Path) -> None:
+    """Say what makes an index of what is no folder of images."""
+    if (folder.exists() and not folder.is_dir()) or is_list(folder) or is_pattern(folder.name):
+        raise UserError(
+            f"{folder}: an index is of a folder, of class folders or of tars; images of a list or "
+            f"of single files get one as shards: tpp shards {folder} --output DIR"
+        )
+    if folder.is_dir() and input_parts(folder) == [folder] and find_tables(folder) is not None:
+        raise refusal(folder)
 
 
 def _check(folder: Path, out: Path | None) -> None:
@@ -164,23 +190,28 @@ def _check(folder: Path, out: Path | None) -> None:
     if _holds_shards(folder):
         raise UserError(
             f"{folder}: these are tar shards, which carry their index ({INDEX_FILE}); "
-            "expected class folders"
+            "expected class folders, or tars that others made"
         )
     target = out or folder
     try:
         target.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{target}: cannot make the folder of --out ({error.strerror})") from None
+        raise UserError(
+            f"{target}: cannot make the folder of --output ({error.strerror})"
+        ) from None
     if not os.access(target, os.W_OK | os.X_OK):
-        raise UserError(f"{target}: cannot write the index there; choose another place with --out")
+        raise UserError(
+            f"{target}: cannot write the index there; choose another place with --output"
+        )
     check_replaceable(_targets(folder, out)[0])
 
 
 def _holds_shards(folder: Path) -> bool:
     try:
-        return bool(load_index(folder / INDEX_FILE, folder).containers)
+        index = load_index(folder / INDEX_FILE, folder)
     except UserError:
         return False
+    return bool(index.containers) and not index.labels_from
 
 
 def _targets(folder: Path, out: Path | None) -> tuple[Path, Path]:
@@ -191,25 +222,22 @@ def _targets(folder: Path, out: Path | None) -> tuple[Path, Path]:
     return out / f"{name}.safetensors", out / f"{name}-report.tsv"
 
 
-def _survey(folder: Path, wanted: Wanted, threads: int | None, *, decode: bool) -> _Survey:
+class _Listing(NamedTuple):
+    """Which files are images, and where tars have the labels."""
+
+    wanted: Wanted
+    label_key: str | None
+
+
+def _survey(folder: Path, listing: _Listing, threads: int | None, *, decode: bool) -> _Survey:
     """List a folder's images and look at each of them."""
-    # Before the listing, so that what comes or goes in the meantime is noticed by check_fits.
-    now = time.time_ns()
-    marks = {name: folder_mark(folder / name) for name in visible(folder, folders=True)}
-    # Another change within the same tick of the clock would not show.
-    marks = {name: mark if mark < now - _CLOCK else -1 for name, mark in marks.items()}
-    if wanted.nested:
-        # A change within its folders does not show in a class folder's own time.
-        marks = {
-            name: -1 if visible(folder / name, folders=True) else marks[name] for name in marks
-        }
-    index = scan_class_folders(folder, wanted)
-    index = replace(index, marks=np.array([marks.get(name, -1) for name in index.classes]))
+    tars = tars_in(folder)
+    index = scan_tars(tars, folder, listing.label_key) if tars else _listed(folder, listing.wanted)
     survey = _Survey(index, {}, {})
 
     def look(places: range) -> None:
         for place in places:
-            found = _look(index.location(place).path)
+            found = _look(*index.location(place), index.files[place])
             index.byte_sizes[place] = found.byte_size
             index.sizes[place] = found.height, found.width
             if found.damage:
@@ -229,19 +257,37 @@ def _survey(folder: Path, wanted: Wanted, threads: int | None, *, decode: bool) 
     return survey
 
 
-def _look(path: str) -> _Look:
-    """Read a file's header and its end; all of it only where these leave a doubt."""
+def _listed(folder: Path, wanted: Wanted) -> ImageIndex:
+    """The images in class folders, with the folders' times of change."""
+    # Before the listing, so that what comes or goes in the meantime is noticed by check_fits.
+    now = time.time_ns()
+    marks = {name: folder_mark(folder / name) for name in visible(folder, folders=True)}
+    # Another change within the same tick of the clock would not show.
+    marks = {name: mark if mark < now - _CLOCK else -1 for name, mark in marks.items()}
+    if wanted.nested:
+        # A change within its folders does not show in a class folder's own time.
+        marks = {
+            name: -1 if visible(folder / name, folders=True) else marks[name] for name in marks
+        }
+    index = scan_class_folders(folder, wanted)
+    return replace(index, marks=np.array([marks.get(name, -1) for name in index.classes]))
+
+
+def _look(path: str, offset: int = 0, length: int = -1, name: str = "") -> _Look:
+    """Read an image's header and its end; all of it only where these leave a doubt."""
+    byte_size = length
     try:
         descriptor = open_plain(path)
         try:
-            byte_size = os.fstat(descriptor).st_size
-            head = os.pread(descriptor, _HEAD, 0)
-            header = _header_of_whole(descriptor, head, byte_size)
+            if length < 0:
+                byte_size = os.fstat(descriptor).st_size
+            head = os.pread(descriptor, min(_HEAD, byte_size), offset)
+            header = _header_of_whole(descriptor, head, offset, byte_size)
         finally:
             os.close(descriptor)
         damage = None
         if header is None:
-            data = head if byte_size <= len(head) else read_bytes(Location(path, 0, -1))
+            data = head if byte_size <= len(head) else read_bytes(Location(path, offset, length))
             damage = find_damage(data)
             header = None if damage else read_header(data)
     except ValueError as error:
@@ -249,14 +295,14 @@ def _look(path: str) -> _Look:
     except OSError as error:
         if error.errno in _SHORTAGES:
             raise UserError(f"{path}: {error.strerror}; give fewer --threads") from None
-        return _Look(-1, 0, 0, f"{_UNREADABLE}{error.strerror}", ())
+        return _Look(length, 0, 0, f"{_UNREADABLE}{error.strerror}", ())
     if header is None:
         return _Look(byte_size, 0, 0, damage, ())
-    return _Look(byte_size, header.height, header.width, None, _notes(path, header, head))
+    return _Look(byte_size, header.height, header.width, None, _notes(name or path, header, head))
 
 
-def _header_of_whole(descriptor: int, head: bytes, byte_size: int) -> Header | None:
-    """The header of a large file that looks whole; None where all of the file must be seen."""
+def _header_of_whole(descriptor: int, head: bytes, offset: int, byte_size: int) -> Header | None:
+    """The header of a large image that looks whole; None where all of it must be seen."""
     if byte_size <= len(head):
         return None
     try:
@@ -265,12 +311,13 @@ def _header_of_whole(descriptor: int, head: bytes, byte_size: int) -> Header | N
             return None
     except ValueError:
         return None
-    tail = os.pread(descriptor, TAIL, max(byte_size - TAIL, len(head)))
+    start = max(byte_size - TAIL, len(head))
+    tail = os.pread(descriptor, byte_size - start, offset + start)
     return header if looks_whole(header, tail) else None
 
 
-def _notes(path: str, header: Header, head: bytes) -> tuple[str, ...]:
-    named_png = path.lower().endswith(".png")
+def _notes(name: str, header: Header, head: bytes) -> tuple[str, ...]:
+    named_png = name.lower().endswith(".png")
     noted = {
         "grey": header.channels < 3,
         "CMYK": header.format == "jpeg" and header.channels == 4,
@@ -285,13 +332,14 @@ def _notes(path: str, header: Header, head: bytes) -> tuple[str, ...]:
 def _decode(index: ImageIndex, places: list[int], processes: int) -> dict[int, str]:
     """Decode images in processes of their own; what is wrong with those that fail."""
     stretches = _stretches(places, _DECODED_A_TASK)
-    paths = [[index.location(place).path for place in stretch] for stretch in stretches]
+    locations = [[index.location(place) for place in stretch] for stretch in stretches]
     # Each process would import PyTorch for itself otherwise.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["data_pipelines.images.image_index"])
-    pool = ProcessPoolExecutor(processes, context, initializer=_begin_decoding)
+    _start_server_without_ctrl_c()
+    pool = ProcessPoolExecutor(processes, context, initializer=_silence_pil)
     try:
-        found = _in_pool(pool, _decode_files, paths, f"{index.root.name}: decoding")
+        found = _in_pool(pool, _decode_files, locations, f"{index.root.name}: decoding")
     except BrokenProcessPool:
         raise UserError(
             f"{index.root}: a process that decodes images was killed, perhaps for want of memory; "
@@ -301,10 +349,18 @@ def _decode(index: ImageIndex, places: list[int], processes: int) -> dict[int, s
     return {place: damage for place, damage in zip(places, damages, strict=True) if damage}
 
 
-def _begin_decoding() -> None:
-    # Ctrl-C reaches all processes; the first one ends the others.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _silence_pil()
+def _start_server_without_ctrl_c() -> None:
+    """Ctrl-C reaches all processes; the first one ends the others.
+
+    They have it blocked from their beginning: one that it ended while it was starting would break
+    the pool under the first one's hands.
+    """
+    resource_tracker.ensure_running()  # the server would, and that unblocks the signal
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _silence_pil() -> None:
@@ -312,11 +368,11 @@ def _silence_pil() -> None:
     warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
-def _decode_files(paths: list[str]) -> list[str | None]:
+def _decode_files(locations: list[Location]) -> list[str | None]:
     found: list[str | None] = []
-    for path in paths:
+    for location in locations:
         try:
-            found.append(find_damage(read_bytes(Location(path, 0, -1)), decode=True))
+            found.append(find_damage(read_bytes(location), decode=True))
         except OSError as error:
             found.append(f"{_UNREADABLE}{error.strerror}")
         except ValueError as error:
@@ -353,7 +409,7 @@ def _write_report(survey: _Survey, path: Path) -> None:
     ]
     lines = ["path\tfinding\twhat to do"]
     for place, what in sorted(survey.damages.items()) + sorted(odd):
-        file = _shown(survey.index.location(place).path)
+        file = _shown(survey.index.name(place))
         lines.append(f"{file}\t{_shown(what)}\t{_advice(what)}")
     try:
         if len(lines) > 1:
@@ -362,7 +418,8 @@ def _write_report(survey: _Survey, path: Path) -> None:
             path.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(
-            f"{path}: cannot write the report ({error.strerror}); choose another place with --out"
+            f"{path}: cannot write the report ({error.strerror}); choose another place with "
+            "--output"
         ) from None
 
 
@@ -392,10 +449,10 @@ def _print(survey: _Survey, index_file: Path, report_file: Path, seconds: float)
         "bytes": in_bytes(int(index.byte_sizes[index.byte_sizes > 0].sum())),
         "pixels": _pixels(index),
     }
-    if survey.damages:
-        first = sorted(survey.damages)[:3]
-        names = ", ".join(_shown(index.files[place]) for place in first)
-        lines["broken"] = f"{len(survey.damages):,} ({names}{', ...' * (len(survey.damages) > 3)})"
+    first = sorted(survey.damages)[:3]
+    names = ", ".join(_shown(index.files[place]) for place in first)
+    some = f" ({names}{', ...' * (len(survey.damages) > 3)})" if first else ""
+    lines["broken"] = f"{len(survey.damages):,}{some}"
     found = Counter(note for notes in survey.notes.values() for note in notes)
     lines |= {note: f"{found[note]:,}" for note in (*_ADVICE, "grey") if found[note]}
     if found["turned"]:

@@ -13,9 +13,11 @@ import numpy as np
 import torch
 
 from data_pipelines.images.batch import Batch, LoaderSettings, Request
+from data_pipelines.images.episodes import EpisodeOrder
 from data_pipelines.images.image_index import ImageIndex
 from data_pipelines.images.order import (
     Int64s,
+    Order,
     SampleOrder,
     Steps,
     mixing_uniforms,
@@ -26,7 +28,7 @@ from data_pipelines.loading.augment import ImageTransform, training_size
 from data_pipelines.loading.draws import UNIFORMS
 from data_pipelines.loading.mixing import MIXING_UNIFORMS, mix
 from data_pipelines.loading.recipes import quarter_turns
-from data_pipelines.settings import AugmentSection, Loader
+from data_pipelines.settings import AugmentSection, EpisodesSection, Loader
 from tpp.common.errors import UserError
 
 LOADERS = get_args(Loader)
@@ -35,7 +37,7 @@ LOADERS = get_args(Loader)
 def train_batches(
     index: ImageIndex,
     transform: ImageTransform,
-    order: SampleOrder,
+    order: Order,
     steps: Steps,
     settings: LoaderSettings,
     *,
@@ -47,7 +49,8 @@ def train_batches(
         index: the images.
         transform: how they are augmented and normalised; with mixup or CutMix each batch is mixed
             with itself on this rank.
-        order: which image each sample is, see :func:`training_order`; its seed is that of the
+        order: which image each sample is, see :func:`training_order` and
+            :class:`data_pipelines.images.episodes.EpisodeOrder`; its seed is that of the
             augmentation too.
         steps: which samples, and how many to a batch.
         settings: how the batches are made, and on which rank.
@@ -99,8 +102,14 @@ def eval_batches(
 
 
 def training_order(
-    index: ImageIndex, seed: int, *, repeats: int = 1, window: int | None = None
-) -> SampleOrder:
+    index: ImageIndex,
+    seed: int,
+    *,
+    repeats: int = 1,
+    window: int | None = None,
+    episodes: EpisodesSection | None = None,
+    batch: int = 1,
+) -> SampleOrder | EpisodeOrder:
     """The order in which training goes through an index.
 
     Args:
@@ -109,14 +118,27 @@ def training_order(
         repeats: how often an image comes in a row, see :class:`SampleOrder`.
         window: images that are shuffled among each other, shards being read one after the other;
             None for a whole shuffle.
+        episodes: for training on a few classes at a time, in whole shuffles of their images.
+        batch: images of an optimiser step, over all ranks; of episodes only.
 
     Raises:
-        UserError: a window for images that are not in shards.
+        UserError: a window for images that are not in shards, or fewer classes than an episode has.
     """
+    if episodes is not None:
+        number = len(index.classes)
+        if episodes.classes > number:
+            raise UserError(
+                f"episodes.classes: {episodes.classes}, and {index.place} has {number} classes"
+            )
+        if not np.bincount(index.labels, minlength=number).all():
+            empty = index.classes[int(np.bincount(index.labels, minlength=number).argmin())]
+            raise UserError(f"episodes: {index.place} has no images of class {empty!r}")
+        length = episodes.steps * batch
+        return EpisodeOrder(seed, index.labels, number, episodes.classes, length, repeats)
     if window is not None and not index.containers:
         raise UserError(
-            f"data.shuffle_window: the images in {index.root} are files of their own, not shards; "
-            "leave it out, or make shards with: python -m data_pipelines.shards"
+            f"data.shuffle_window: the images in {index.place} are files of their own, not shards; "
+            "leave it out, or make shards with: tpp shards"
         )
     shards = index.container if window is not None else None
     return SampleOrder(seed, len(index), repeats, window, shards)
@@ -171,7 +193,7 @@ def _image_side(transform: ImageTransform, epochs_per_step: float) -> Callable[[
 
 def _train_requests(
     parts: Iterator[tuple[int, Int64s]],
-    order: SampleOrder,
+    order: Order,
     bad: BadImages,
     image_side: Callable[[int], int],
 ) -> Iterator[Request]:

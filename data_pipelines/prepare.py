@@ -1,4 +1,4 @@
-"""``python -m data_pipelines.prepare SET --out DIR`` makes a data set ready for training.
+"""``tpp prepare SET --output DIR`` makes a data set ready for training.
 
 The images of ImageNet's official archives, or of a smaller data set's, become class folders in
 DIR/train and DIR/val, or tar shards. They appear class by class, or shard by shard, and whole or
@@ -16,6 +16,7 @@ import numpy as np
 
 from data_pipelines.images.image_index import ImageIndex
 from data_pipelines.sets.claim import progress_bar
+from data_pipelines.sets.division import SHARE, prepare_split
 from data_pipelines.sets.imagenet import (
     TRAIN_IMAGES,
     check_train_counts,
@@ -23,6 +24,7 @@ from data_pipelines.sets.imagenet import (
     train_index,
     val_index,
 )
+from data_pipelines.sets.inputs import Input
 from data_pipelines.sets.preparation import (
     IMAGES_FILE,
     THREADS,
@@ -34,12 +36,17 @@ from data_pipelines.sets.preparation import (
 )
 from data_pipelines.sets.shard_format import QUALITY
 from data_pipelines.shards import byte_count
+from tpp.common.command_line import Parser
 from tpp.common.errors import UserError, run_command
 from tpp.common.files import aside_of, in_bytes, sync
+from tpp.common.options import add_reading, reading_of, share
 from tpp.common.paths import user_path
 
 if TYPE_CHECKING:
     from data_pipelines.sets.small_sets import FoundImage
+
+_PROGRAM = "python -m data_pipelines.prepare"
+_PHOTOGRAPHS = ("photos", "div2k", "set5", "set14", "b100", "urban100")
 
 
 def prepare_imagenet(
@@ -214,23 +221,28 @@ def _newer(archive: Path, index: ImageIndex) -> bool:
     return index.file is not None and archive.stat().st_mtime > index.file.stat().st_mtime
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None, prog: str = _PROGRAM) -> None:
     """Make a data set ready and say what there is and what comes next."""
-    options = _parser().parse_args()
-    if options.threads is not None and options.threads < 1:
-        raise UserError(f"--threads must be at least 1, not {options.threads}")
+    options = make_parser(prog).parse_args(words)
+    if options.set in _PHOTOGRAPHS:
+        _say_folders(options)
+        return
     shards = _shard_settings(options)
     started = time.monotonic()
     name, common = options.set, {"shards": shards, "threads": options.threads}
     if name == "imagenet":
         files = {key: getattr(options, key) for key in ("train", "val", "devkit")}
-        made = prepare_imagenet(options.out, **files, **common)
+        made = prepare_imagenet(options.output, **files, **common)
+    elif name == "split":
+        source = Input(options.source, **reading_of(options))
+        division = {"share": options.val, "seed": options.seed}
+        made = prepare_split(options.output, source, **division, **common)
     else:
         if name == "imagenette" and options.size != "full":
             name += f"-{options.size}"
-        made = prepare_small(name, options.out, archives=options.archive, **common)
+        made = prepare_small(name, options.output, archives=options.archive, **common)
     if not made:
-        print(f"{options.out}: already prepared")
+        print(f"{options.output}: already prepared")
     for part in made:
         what = "class folders" if shards is None else "shards"
         kept = f"; {part.kept:,} {what} were there" if part.kept else ""
@@ -242,19 +254,59 @@ def main() -> None:
             print("not checked  number of images of each class, for want of --devkit")
     print(f"seconds      {time.monotonic() - started:,.1f}")
     if shards is None:
-        print(f"next         python -m data_pipelines.index {options.out}")
-        print(f"             and then train with data.root={options.out}")
+        print(f"next         tpp index {options.output}")
+        print(f"             and then train with data.root={options.output}")
     else:
-        print(f"next         train with data.root={options.out}")
+        print(f"next         train with data.root={options.output}")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_pipelines.prepare",
-        description="Make a data set ready for training, from its official archives.",
+def _say_folders(options: argparse.Namespace) -> None:
+    """Make photographs for super-resolution ready and say what there is."""
+    # With PyTorch.
+    from data_pipelines.sets.photographs import prepare_div2k, prepare_photos, prepare_test_set
+
+    started = time.monotonic()
+    name, out = options.set, options.output
+    if name == "div2k":
+        made = prepare_div2k(out, train=options.train, val=options.val)
+    elif name == "photos":
+        made = prepare_photos(out, options.archive, halve=options.halve, only=options.only)
+    else:
+        made = prepare_test_set(name, out, options.archive, scale=options.scale)
+    for part in made:
+        kept = "; was there" if part.kept else ""
+        name = str(part.folder.relative_to(options.output))
+        print(f"{name:<13}{part.images:,} images, {in_bytes(part.bytes)}{kept}")
+    print(f"seconds      {time.monotonic() - started:,.1f}")
+    print(f"next         train with data.root={options.output}")
+
+
+def make_parser(prog: str = _PROGRAM) -> Parser:
+    """What the command takes, with a parser for each set."""
+    parser = Parser(
+        prog,
+        "Make a data set ready for training, from its archives or from class folders.",
+        more="What was stopped goes on by the same command.",
+        examples=[
+            "cifar10 --output /data/cifar10",
+            "split --from /data/classes --output /data/images --val 0.1",
+            "imagenet --train ILSVRC2012_img_train.tar --val ILSVRC2012_img_val.tar "
+            "--devkit ILSVRC2012_devkit_t12.tar.gz --output /data/imagenet",
+        ],
     )
-    sets = parser.add_subparsers(dest="set", metavar="SET", required=True)
-    imagenet = sets.add_parser("imagenet", help="ImageNet (ILSVRC 2012) from its archives")
+    sets = parser.add_subparsers(
+        dest="set", metavar="SET", required=True, help="the data set; SET --help says more of each"
+    )
+
+    def one_of(name: str, what: str, summary: str, example: str) -> Parser:
+        return sets.add_parser(name, help=what, summary=summary, examples=[example])
+
+    imagenet = one_of(
+        "imagenet",
+        "ImageNet (ILSVRC 2012), from its archives",
+        "Make ImageNet (ILSVRC 2012) ready from its official archives.",
+        "--train ILSVRC2012_img_train.tar --output /data/imagenet",
+    )
     for option, file, use in (
         ("--train", "ILSVRC2012_img_train.tar", "training images"),
         ("--val", "ILSVRC2012_img_val.tar", "validation images; needs --devkit"),
@@ -263,7 +315,12 @@ def _parser() -> argparse.ArgumentParser:
         imagenet.add_argument(option, type=user_path, metavar="FILE", help=f"{file}: {use}")
     chosen = [imagenet]
     for name in ("imagenette", "cifar10", "cifar100", "mnist", "tiny-imagenet"):
-        small = sets.add_parser(name, help="downloaded, or from local files")
+        small = one_of(
+            name,
+            "downloaded, or from local files",
+            f"Make {name} ready, downloaded or from local files.",
+            f"--output /data/{name}",
+        )
         small.add_argument(
             "--archive",
             type=user_path,
@@ -277,22 +334,93 @@ def _parser() -> argparse.ArgumentParser:
                 "--size",
                 choices=("full", "320", "160"),
                 default="full",
-                help="shorter side in pixels",
+                help="shorter side in pixels (default: full)",
             )
         chosen.append(small)
+    split = one_of(
+        "split",
+        "class folders, tars, Parquet files or a list, into train and val",
+        "Divide class folders, tars, Parquet files or a list of images into train and val, by "
+        "their names.",
+        "--from /data/classes --output /data/images --val 0.1",
+    )
+    split.add_argument(
+        "--from",
+        dest="source",
+        type=user_path,
+        metavar="DIR",
+        required=True,
+        help="with one folder of images per class, or tars made for WebDataset, or Parquet files; "
+        "or a list of images (.csv, .txt), a tar, a Parquet file, a pattern of these; nothing in "
+        "it is changed",
+    )
+    add_reading(split, tables=True)
+    split.add_argument(
+        "--val",
+        type=float,
+        default=SHARE,
+        metavar="SHARE",
+        help=f"of each class, for validation (default: {SHARE})",
+    )
+    share(split, "--seed", ": another one is another division", default=0)
+    chosen.append(split)
     for one in chosen:
         _add_common(one)
+    for name in _PHOTOGRAPHS:
+        what = "for super-resolution, from local archives"
+        _add_photographs(
+            name,
+            one_of(
+                name,
+                what,
+                f"Make {name} ready {what}.",
+                ("--train DIV2K_train_HR.zip" if name == "div2k" else f"--archive {name}.tar")
+                + " --output /data/sr",
+            ),
+        )
     return parser
 
 
-def _add_common(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--out", metavar="DIR", type=user_path, required=True, help="folder to make")
-    add("--threads", type=int, help="classes, or shards, that are written at once")
-    add("--shards", action="store_true", help="write tar shards instead of class folders")
-    add("--shard-size", help="of a tar file (default 1GB)")
-    add("--resize", metavar="N", type=int, help="scale larger images to a shorter side of N pixels")
-    add("--quality", type=int, help=f"of scaled JPEGs (default {QUALITY})")
+def _add_photographs(name: str, one: Parser) -> None:
+    """The options of a set for super-resolution."""
+    add = one.add_argument
+    if name == "div2k":
+        for option, file in (("--train", "train"), ("--val", "valid")):
+            add(option, type=user_path, metavar="FILE", help=f"DIV2K_{file}_HR.zip")
+    else:
+        add("--archive", type=user_path, metavar="FILE", required=True, help="tar or zip")
+    if name == "photos":
+        add("--halve", action="store_true", help="half as large, with weaker JPEG artefacts")
+        add(
+            "--only",
+            choices=("train", "val"),
+            help="of each ten photographs, by path, the first nine (train) or the last (val)",
+        )
+    elif name != "div2k":
+        add(
+            "--scale",
+            type=int,
+            choices=(2, 3, 4),
+            default=2,
+            help="whose image_SRF_ folder, where the archive has such (default: 2)",
+        )
+    _add_output(one)
+
+
+def _add_common(parser: Parser) -> None:
+    _add_output(parser)
+    share(parser, "--threads", ": classes, or shards, that are written at once")
+    parser.add_argument(
+        "--shards", action="store_true", help="write tar shards instead of class folders"
+    )
+    share(parser, "--shard-size", " (default: 1GB)")
+    share(parser, "--resize", ", if they are larger")
+    share(parser, "--quality", f" (default: {QUALITY})")
+
+
+def _add_output(parser: Parser) -> None:
+    share(parser, "--output", " the data set", metavar="DIR", required=True)
+    parser.renamed("--out", "--output")
 
 
 def _shard_settings(options: argparse.Namespace) -> ShardSettings | None:

@@ -1,11 +1,8 @@
 """What can be known to go wrong with a job before it waits in the queue.
 
-    python -m launch.check --config FILE [key.sub=value ...] [-- option of sbatch ...]
-
-Prints nothing if nothing is wrong. `bash slurm/NAME.sh` and launch/submit_chain call it.
+`bash slurm/NAME.sh` and launch/submit_chain call it.
 """
 
-import argparse
 import os
 import re
 import subprocess
@@ -16,13 +13,14 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tpp.common.command_line import Parser
 from tpp.common.errors import UserError, run_command
+from tpp.common.options import add_settings, share
 from tpp.common.paths import user_path
 from train.run_folder.lock import holder_of, refusal
 
 if TYPE_CHECKING:
     from train.config.config import Config
-    from train.config.stage_kinds import StageKind
 
 _SHORT = {
     "-N": "--nodes",
@@ -31,6 +29,7 @@ _SHORT = {
     "-n": "--ntasks",
     "-M": "--clusters",
 }
+_OF_GPUS = ("--gpus", "--gpus-per-node", "--gpus-per-task")
 _OF_ENVIRONMENT = {
     "SBATCH_PARTITION": "--partition",
     "SBATCH_GPUS": "--gpus",
@@ -48,6 +47,7 @@ class Request:
         partitions: names; empty: the site's default.
         nodes: how many; None for a range of them.
         ranks: one per GPU; None where only the allocation will tell.
+        gpus: the kinds of GPUs that are asked for, such as ``a100``; "" is any; none: no GPUs.
         elsewhere: the job goes to another cluster, of which nothing is known.
     """
 
@@ -55,6 +55,7 @@ class Request:
     nodes: int | None = 1
     ranks: int | None = None
     elsewhere: bool = False
+    gpus: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, options: Sequence[str], script: str, environment: Mapping[str, str]) -> "Request":
@@ -75,7 +76,11 @@ class Request:
         asked |= _options(options)
         partitions = tuple(filter(None, asked.get("--partition", "").split(",")))
         nodes = _count(asked.get("--nodes", "1"))
-        return cls(partitions, nodes, _ranks(asked, nodes), "--clusters" in asked)
+        wanted = [f"gpu:{asked[option]}" for option in _OF_GPUS if asked.get(option)]
+        gpus = _kinds(",".join([*wanted, asked.get("--gres", "")]))
+        if "--exclusive" in asked:  # with all that a node has
+            gpus = gpus or ("",)
+        return cls(partitions, nodes, _ranks(asked, nodes), "--clusters" in asked, gpus)
 
 
 def _options(words: Sequence[str]) -> dict[str, str]:
@@ -102,6 +107,12 @@ def _ranks(asked: Mapping[str, str], nodes: int | None) -> int | None:
     return None if per_node is None or nodes is None else nodes * per_node
 
 
+def _kinds(text: str) -> tuple[str, ...]:
+    """Of SLURM's ``gpu:a100:4,gpu:v100:2(S:0-1),shard:8`` a100 and v100; "" of ``gpu:4``."""
+    found = re.findall(r"(?:^|,)gpu\b(?::([A-Za-z][\w.-]*))?", text)
+    return tuple(dict.fromkeys(found))
+
+
 def _count(text: str) -> int | None:
     """Of "4", "a100:4" or "gpu:a100:4" the 4; "gpu" is one."""
     if text == "gpu":
@@ -110,9 +121,15 @@ def _count(text: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def resources(does: "StageKind") -> str:
-    """What a job for a stage asks for: ``training``, ``evaluation``, or ``files`` for no images."""
-    return "training" if does.trains else "evaluation" if does.needs_images else "files"
+def resources(config: "Config", name: str) -> str:
+    """What a job for a stage asks for: ``training``, ``evaluation``, or ``files`` for no images.
+
+    A stage that removes filters and looks at images for it takes batches of training.
+    """
+    does = config.stages[name].does
+    if does.trains or (config.needs_images(name) and not does.needs_images):
+        return "training"
+    return "evaluation" if does.needs_images else "files"
 
 
 def check(config: "Config", request: Request, *, data_on_nodes: bool = False) -> None:
@@ -143,18 +160,22 @@ def check(config: "Config", request: Request, *, data_on_nodes: bool = False) ->
         check_data(config)
     if not request.elsewhere:
         check_partitions(request.partitions, request.nodes)
+        check_gpus(request)
     check_free(Path(config.output))
 
 
 def check_data(config: "Config") -> None:
-    """Check that the folders of images are there."""
-    from train.data import image_place
+    """Check that the images' folders, tars and lists are there."""
+    from data_pipelines.sets.inputs import refuse_tables
+    from train.data import SIDES, input_of
 
-    for name in (config.data.train, config.data.val):
-        folder, _ = image_place(config, name)
-        if not folder.is_dir():
+    for side in SIDES:
+        source = input_of(config, side)
+        if not source.is_there():
+            refuse_tables(source)
+            what = f"list {source.listing}" if source.listing else f"folder {source.place}"
             raise UserError(
-                f"data.root: there is no folder {folder} on this machine; give another data.root, "
+                f"data.root: there is no {what} on this machine; give another data.root, "
                 "or set TPP_DATA_ON_NODES=1 if it is on the compute nodes only"
             )
 
@@ -181,6 +202,21 @@ def check_partitions(names: Sequence[str], nodes: int | None) -> None:
         )
 
 
+def check_gpus(request: Request) -> None:
+    """Check that the installed PyTorch has code for the kinds of GPUs that the job will get.
+
+    SLURM's names of them say which they are at most sites; where they do not, nothing is known.
+    """
+    from train.cards import refuse_by_name
+
+    if "" not in request.gpus:
+        refuse_by_name(" or ".join(request.gpus), request.gpus)
+        return
+    where = ("-p", ",".join(request.partitions)) if request.partitions else ()
+    there = _kinds(",".join(_lines("sinfo", "-h", "-a", *where, "-o", "%G")))
+    refuse_by_name(" or ".join(request.partitions) or "this cluster", there)
+
+
 def check_free(folder: Path) -> None:
     """Check that no other job has the run folder."""
     holder = holder_of(folder)
@@ -199,13 +235,18 @@ def _lines(*command: str) -> list[str]:
     return done.stdout.splitlines() if done.returncode == 0 else []
 
 
-def main() -> None:
-    """Check, from the command line."""
-    parser = argparse.ArgumentParser(prog="python -m launch.check", description=__doc__)
-    parser.add_argument("--config", type=user_path, required=True, metavar="FILE")
-    parser.add_argument("--until", metavar="STAGE[:STEP]", help="as of train/main.py")
+def make_parser(prog: str = "python -m launch.check") -> Parser:
+    """What the command takes, but for what stands behind ``--``."""
+    parser = Parser(
+        prog,
+        "Say what can be known to go wrong with a job before it waits in the queue.",
+        more="Prints nothing if nothing is wrong. Behind -- stand options of sbatch.",
+        examples=["--config configs/imagenet/resnet50_tpp_2.31x.yaml -- --nodes=4"],
+    )
+    share(parser, "--config", required=True)
+    share(parser, "--until")
     parser.add_argument(
-        "--script", type=user_path, metavar="FILE", help="whose #SBATCH lines count"
+        "--script", type=user_path, metavar="FILE", help="a batch script, whose #SBATCH lines count"
     )
     parser.add_argument("--data-on-nodes", action="store_true", help="do not look for the images")
     parser.add_argument(
@@ -213,12 +254,17 @@ def main() -> None:
         action="store_true",
         help="print names and kinds of the stages, and what they need",
     )
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
-    own, options = sys.argv[1:], list[str]()
+    add_settings(parser)
+    return parser
+
+
+def main(words: Sequence[str] | None = None, prog: str = "python -m launch.check") -> None:
+    """Check, from the command line; ``prog`` is how it was called, for ``--help``."""
+    own, options = list(sys.argv[1:] if words is None else words), list[str]()
     if "--" in own:
         place = own.index("--")
         own, options = own[:place], own[place + 1 :]
-    arguments = parser.parse_intermixed_args(own)
+    arguments = make_parser(prog).parse_args(own)
     from train.config.config import load_config, stages_until
 
     config = load_config(arguments.config, arguments.overrides)
@@ -228,7 +274,7 @@ def main() -> None:
     check(config, request, data_on_nodes=arguments.data_on_nodes)
     if arguments.stages:
         for name, stage in config.stages.items():
-            print(name, stage.kind, resources(stage.does))
+            print(name, stage.kind, resources(config, name))
 
 
 if __name__ == "__main__":

@@ -291,9 +291,18 @@ add_container() { # to SRUN (pyxis) or INSIDE (apptainer)
   fi
 }
 
+check_cards() { # on each node, before anything is copied for hours; the ranks look again themselves
+  [[ "$GPUS" == yes && "$CONTAINER" == none ]] || return 0
+  local gpus=("--gpus-per-node=${RANKS[0]}")
+  if [[ "$ALIKE" == no ]]; then gpus=("--gpus=$WORLD"); fi
+  do_or_print srun --nodes="${#NODES[@]}" --ntasks="${#NODES[@]}" --ntasks-per-node=1 "${gpus[@]}" \
+    "$PYTHON" -m train.cards --quiet || exit "$MISTAKE"
+}
+
 stage_data() { # a copy on each node's own disk
   [[ -n "${TPP_STAGE_DATA:-}" ]] || return 0
   [[ -z "$DATA_ROOT" ]] || fail "data.root and TPP_STAGE_DATA are both given; leave one out"
+  check_cards
   local copy
   copy="$LOCAL_DISK/tpp-data-$(id -un)/$(basename "$TPP_STAGE_DATA")"
   do_or_print srun --nodes="${#NODES[@]}" --ntasks="${#NODES[@]}" --ntasks-per-node=1 \

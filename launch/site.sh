@@ -28,7 +28,7 @@
 # A container image: a .sqsh file or a registry's name is for pyxis/enroot (srun
 # --container-image), a .sif file for apptainer. TPP_CONTAINER_KIND=pyxis|apptainer says otherwise.
 # The repository, the working directory and data.root are mounted; TPP_MOUNTS adds more,
-# comma-separated: /scratch,/host/path:/path/inside
+# comma-separated: /scratch,/host/path:/path/inside. launch/container/ has what makes an image.
 #: "${TPP_CONTAINER=/shared/images/tpp.sqsh}"
 #: "${TPP_MOUNTS=/scratch}"
 

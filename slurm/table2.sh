@@ -6,7 +6,7 @@
 #   bash slurm/table2.sh data.root=/data/imagenet                             (checked first)
 #
 # One row is one task, on whole nodes with all their GPUs; each has its own run folder and resumes
-# by itself. When they have ended: python -m train.report runs/resnet*_tpp_*x
+# by itself. When they have ended: tpp report runs/resnet*_tpp_*x
 #
 #SBATCH --job-name=table2
 #SBATCH --array=0-4

@@ -7,6 +7,7 @@ from pathlib import Path
 import processes
 import pytest
 from fork_server import Forks
+from hub_server import TOKEN, Hub
 
 ROOT = Path(__file__).resolve().parents[1]
 # A worker of pytest-xdist runs a file from its beginning to its end, so that what begins last
@@ -19,18 +20,32 @@ LONGEST = (
     "test_method_contract.py",
 )
 
-# Networks that take their time, and of which each kind has a smaller one: not for `make check`.
+# Networks that take their time, and of which each kind has a smaller one: for `make nightly` alone.
 LARGE = {
     *("resnet101", "wide_resnet50_2", "resnext50_32x4d", "vgg16_bn", "densenet121"),
     *("convnext_tiny", "timm:seresnet50", "timm:resnet50d", "timm:repvit_m1"),
 }
 
+# What starts processes in these files is for `make nightly`: that a rival method is killed and
+# resumed to the bit is held for each by test_method_contract.py, and benchmarks are run by hand.
+NIGHTLY = {
+    *(
+        "test_stamp_runs.py",
+        "test_iss_p_runs.py",
+        "test_interspace_runs.py",
+        "test_rec_lra_runs.py",
+    ),
+    *("test_polarization_runs.py", "test_ffr_runs.py", "test_while_training_runs.py"),
+    *("test_startup_script.py", "test_loader_script.py", "test_gpu_script.py"),
+    *("test_mnist_trainability.py", "test_pruner_script.py", "test_latency_script.py"),
+    *("test_evaluate_script.py", "test_end_to_end_script.py", "test_graph_runs.py"),
+}
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """In the background of a shell SIGINT is ignored, and what the tests start would inherit it."""
-    # Where it is by default, clones in two places build what DeepSpeed compiles again and again.
-    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".cache" / "torch_extensions"))
     config.addinivalue_line("markers", "large: a large network; set by itself")
+    config.addinivalue_line("markers", "nightly: not for `make test`; set by itself")
     for marker in processes.MARKERS:
         config.addinivalue_line("markers", marker)
     processes.install_guard()
@@ -47,6 +62,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
         if LARGE.intersection(map(str, parameters)):
             item.add_marker("large")
+        alone = item.get_closest_marker("no_process") is not None
+        if item.get_closest_marker("large") or (item.path.name in NIGHTLY and not alone):
+            item.add_marker("nightly")
     order = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
@@ -107,3 +125,21 @@ def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
     forks = Forks(tmp_path_factory.mktemp("forks"))
     yield forks
     forks.close()
+
+
+@pytest.fixture
+def hub_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """The Hub's HTTP interface on loopback, an empty cache, and a token that may write."""
+    import huggingface_hub.constants
+
+    from tpp.common import hub
+
+    # Read when huggingface_hub is imported; the address and the token are asked for each time.
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hf cache"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(hub, "_WAITS", (0.01, 0.01, 0.01))
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    service = Hub()
+    monkeypatch.setenv("HF_ENDPOINT", service.url)
+    yield service
+    service.close()

@@ -25,7 +25,11 @@ from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parents[1]
 # One thread and no GPU from the imports on: a process with threads must not be forked.
-BARE = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+BARE = {
+    **{"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)},
+    # Of pyarrow, which pandas imports where it is installed.
+    "JE_ARROW_MALLOC_CONF": "background_thread:false",
+}
 PRELOADED = (
     *(
         "accelerate",

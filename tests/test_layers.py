@@ -23,7 +23,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("data_pipelines.images",),
     ("data_pipelines.loading", "data_pipelines.sets"),
     ("data_pipelines",),
-    ("train.downloads",),
+    ("train.downloads", "train.copies"),
     ("train.public_weights",),
     ("train.tasks",),
     ("train.distillation",),
@@ -31,13 +31,17 @@ LAYERS: list[tuple[str, ...]] = [
     ("train.distributed",),
     ("train.data", "train.weights", "train.loop.optim"),
     ("train.teachers",),
-    ("train.loop", "train.run", "train.preflight", "train.schedules"),
+    ("train.loop", "train.run", "train.opening", "train.preflight", "train.schedules"),
     ("train.run_folder",),
-    ("train.monitor", "train.grid"),
+    ("train.tags",),
+    ("train.monitor", "train.grid", "train.trackers"),
     ("train.stages", "train.reporting"),
     ("train",),
+    ("train.graphs",),
     ("launch",),
     ("benchmarks",),
+    # The command `tpp`: Python looks for it there, and nothing imports it. It starts all commands.
+    ("tpp.__main__",),
 ]
 LARGEST_FILE = 650  # lines
 
@@ -53,7 +57,10 @@ def modules(root: Path) -> dict[str, Path]:
 
 
 def imported(path: Path, known: dict[str, Path]) -> Iterator[tuple[str, int]]:
-    """Modules that a file imports, with the line; those inside functions and for types too."""
+    """Modules that a file imports, with the line; those inside functions and for types too.
+
+    And those that it names in a string of nothing else, as for ``importlib.import_module``.
+    """
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             for alias in node.names:
@@ -65,12 +72,18 @@ def imported(path: Path, known: dict[str, Path]) -> Iterator[tuple[str, int]]:
                 inner = f"{node.module}.{alias.name}"
                 if inner in known or node.module in known:
                     yield (inner if inner in known else node.module), node.lineno
+        elif isinstance(node, ast.Constant) and node.value in known and "." in node.value:
+            # Without a dot it is any word, such as the folder `train` of images.
+            yield node.value, node.lineno
 
 
 def arrows(root: Path) -> dict[str, dict[str, int]]:
     """For every module those that it imports, with a line where it does."""
     known = modules(root)
-    return {name: dict(imported(path, known)) for name, path in known.items()}
+    return {
+        name: {other: line for other, line in imported(path, known) if other != name}
+        for name, path in known.items()
+    }
 
 
 def layer_of(module: str) -> int:
@@ -130,6 +143,22 @@ def test_no_circle_of_imports():
     assert circle(arrows(ROOT)) == []
 
 
+def test_nothing_imports_what_rewires_graphs():
+    """It prunes nothing, and takes of a run no more than its folder."""
+    graph = arrows(ROOT)
+    importing = [
+        (module, other)
+        for module, targets in graph.items()
+        for other in targets
+        if other.startswith("train.graphs") != module.startswith("train.graphs")
+        and module != "tpp.__main__"  # which starts it as a command
+    ]
+    assert [pair for pair in importing if pair[1].startswith("train.graphs")] == []
+    taken = {".".join(other.split(".")[:2]) for _, other in importing if other.startswith("train")}
+    # Of these the settings of checkpoints, the stop signals and their exit code.
+    assert taken == {"train.run_folder", "train.monitor", "train.config", "train.distributed"}
+
+
 def test_no_file_is_a_hallway():
     long = {
         name: lines
@@ -146,6 +175,7 @@ def test_no_file_is_a_hallway():
         "from train.run import Run\n",
         "def late():\n    import train.run\n",
         "if TYPE_CHECKING:\n    from train import run\n",
+        "importlib.import_module('train.run')\n",
     ],
 )
 def test_an_arrow_upward_is_seen_wherever_it_stands(tmp_path, text):

@@ -1,8 +1,8 @@
-"""How big a network is, layer by layer: ``python -m tpp.describe CHECKPOINT``."""
+"""How big a network is, layer by layer: ``tpp describe CHECKPOINT``."""
 
-import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -11,55 +11,93 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from tpp.common.command_line import Parser
+from tpp.common.consoles import output_console
 from tpp.common.errors import UserError, printable, run_command
 from tpp.common.numbers import in_short
+from tpp.common.options import add_checkpoint, add_model, checkpoint_of, share
 from tpp.common.outputs import check_output
 from tpp.common.paths import user_path
 
 if TYPE_CHECKING:
-    from tpp.checkpoints.model_file import CheckpointInfo
     from tpp.measure.counts import Counts, LayerCount
+    from tpp.models.architecture import Architecture
 
 _HEADINGS = ("layer", "filters", "inputs", "parameters", "MACs", "share")
 # From here on a table is broken up into the network's stages.
 _MANY_LAYERS = 20
 
 
-def print_description(path: str, console: Console, image_size: int | None = None) -> None:
+@dataclass(frozen=True)
+class Described:
+    """What is in a checkpoint, and the size of its network.
+
+    Attributes:
+        dense: before pruning.
+        counts: now.
+        preprocessing: how images are prepared, if the file says it.
+        companions: names of what the file holds beside the network.
+        extra: what its writer added.
+        notes: of a file of others, what a user should know.
+    """
+
+    architecture: "Architecture"
+    dense: "Counts"
+    counts: "Counts"
+    preprocessing: Mapping[str, Any] | None
+    companions: Sequence[str]
+    extra: Mapping[str, Any]
+    notes: Sequence[str] = ()
+
+
+def print_description(
+    path: str,
+    console: Console,
+    image_size: int | None = None,
+    network: "Architecture | None" = None,
+) -> None:
     """Print what is in a checkpoint: a table of its layers, totals, and where it came from.
 
     Args:
-        path: one of our checkpoints.
+        path: a checkpoint, see ``docs/checkpoints.md``.
         console: where to.
         image_size: side of the image that is counted, in pixels; by default what the checkpoint
             says, or else its architecture.
+        network: which it is, where the checkpoint does not say that.
 
     Raises:
-        UserError: the file is not one of our checkpoints, or the network takes no such images.
+        UserError: the file is no checkpoint, does not say which network it holds, or the network
+            takes no such images.
     """
-    info, dense, counts = _read(path, image_size)
-    console.print(_layer_table(dense, counts, console), highlight=False)
-    console.print(_facts(path, info, dense, counts), highlight=False)
+    found = _read(path, image_size, network)
+    console.print(_layer_table(found.dense, found.counts, console), highlight=False)
+    console.print(_facts(path, found), highlight=False)
+    for note in found.notes:
+        console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
 
 
-def plot_description(path: str, picture: Path, image_size: int | None = None) -> None:
+def plot_description(
+    path: str,
+    picture: Path,
+    image_size: int | None = None,
+    network: "Architecture | None" = None,
+) -> None:
     """Draw what is in a checkpoint: filters and multiply-accumulates, layer by layer.
 
     Args:
-        path: one of our checkpoints.
+        path, image_size, network: see :func:`print_description`.
         picture: the file to write, ``.png``, ``.svg`` or ``.pdf``.
-        image_size: see :func:`print_description`.
 
     Raises:
-        UserError: the file is not one of our checkpoints, or the picture cannot be written.
+        UserError: as there, or the picture cannot be written.
     """
     from tpp.measure.counts import summary
 
     plot = _plot()
-    info, dense, counts = _read(path, image_size)
-    title = f"{info.architecture.name}, {info.architecture.output}"
-    headline = summary(dense, counts).replace("->", "→")
-    figure = plot.draw_layers(dense, counts, title=title, headline=headline)
+    found = _read(path, image_size, network)
+    title = f"{found.architecture.name}, {found.architecture.output}"
+    headline = summary(found.dense, found.counts).replace("->", "→")
+    figure = plot.draw_layers(found.dense, found.counts, title=title, headline=headline)
     plot.write_figure(figure, picture)
 
 
@@ -72,19 +110,26 @@ def _plot() -> ModuleType:
     return plot
 
 
-def _read(path: str, image_size: int | None) -> "tuple[CheckpointInfo, Counts, Counts]":
-    """What a checkpoint says, and the size of its network before pruning and now."""
-    from tpp.checkpoints.model_file import network_of, read_metadata
+def _read(path: str, image_size: int | None, network: "Architecture | None") -> Described:
+    from tpp.checkpoints.any_file import outline
     from tpp.measure.counts import count
-    from tpp.models.architecture import build_on_meta, set_preprocessing
-    from tpp.models.preparation import take_image_size
+    from tpp.models.architecture import architecture_of, build_on_meta, set_preprocessing
 
-    info = read_metadata(path)
-    dense, now = build_on_meta(info.architecture), network_of(info, source=path)
-    set_preprocessing(dense, info.preprocessing)
-    for model in (dense, now):
-        take_image_size(model, image_size)
-    return info, count(dense), count(now)
+    found = outline(path, network, image_size=image_size)
+    now = found.model
+    architecture, preprocessing = architecture_of(now), getattr(now, "preprocessing", None)
+    assert architecture is not None
+    dense = build_on_meta(architecture)
+    set_preprocessing(dense, preprocessing)
+    return Described(
+        architecture,
+        count(dense),
+        count(now),
+        preprocessing,
+        found.companions,
+        found.extra,
+        found.notes,
+    )
 
 
 def _layer_table(dense: "Counts", counts: "Counts", console: Console) -> Table:
@@ -164,8 +209,8 @@ def _stage(layer: "LayerCount") -> str:
     return layer.name.partition(".")[0]
 
 
-def _facts(path: str, info: "CheckpointInfo", dense: "Counts", counts: "Counts") -> Table:
-    architecture = info.architecture
+def _facts(path: str, found: Described) -> Table:
+    architecture, dense, counts = found.architecture, found.dense, found.counts
     network = f"{architecture.name}, {architecture.output}"
     if architecture.args:
         network += f", {_plain(architecture.args)}"
@@ -177,13 +222,13 @@ def _facts(path: str, info: "CheckpointInfo", dense: "Counts", counts: "Counts")
         "MACs": f"{in_short(counts.macs)} of {in_short(dense.macs)} for {counts.of_image}",
         "speedup": f"{dense.macs / counts.macs:.4f}x",
     }
-    if "mask" in info.companions:
+    if "mask" in found.companions:
         facts["masked"] = _masked(path, counts)
-    if info.companions:
-        facts["companions"] = ", ".join(info.companions)
-    if info.preprocessing:
-        facts["images"] = _plain(info.preprocessing)
-    facts |= {key: _plain(value) for key, value in info.extra.items()}
+    if found.companions:
+        facts["companions"] = ", ".join(found.companions)
+    if found.preprocessing:
+        facts["images"] = _plain(found.preprocessing)
+    facts |= {key: _plain(value) for key, value in found.extra.items()}
     table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
@@ -231,31 +276,36 @@ def _bar(share: float, width: int, console: Console) -> str:
 
 def make_console() -> Console:
     """A console that colours terminals only, and is wide enough for a table when piped."""
-    console = Console()
-    if not console.is_terminal:
-        console.width = 120
-    return console
+    return output_console(120)
+
+
+def make_parser(prog: str = "python -m tpp.describe") -> Parser:
+    """What the command takes."""
+    parser = Parser(
+        prog,
+        "Show what is in a checkpoint, layer by layer.",
+        more="A row for each layer, with its share of the multiply-accumulates (MACs), and what "
+        "is left of the network in all. A cyan row has lost filters.",
+        examples=[
+            "half.safetensors",
+            "resnet50.pth --model resnet50 --plot layers.svg",
+        ],
+    )
+    add_checkpoint(parser)
+    add_model(parser)
+    parser.add_argument(
+        "--plot", type=user_path, metavar="FILE", help="draw it too, as .png, .svg or .pdf"
+    )
+    share(parser, "--image-size", " (default: what the checkpoint says)")
+    share(parser, "--overwrite")
+    return parser
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m tpp.describe") -> None:
     """Command-line entry point; ``prog`` is how it was called, for ``--help``."""
-    parser = argparse.ArgumentParser(
-        prog=prog, description="Show what is in a checkpoint, layer by layer."
-    )
-    parser.add_argument(
-        "checkpoint", type=user_path, metavar="CHECKPOINT", help="a file that tpp wrote"
-    )
-    parser.add_argument(
-        "--plot", type=user_path, metavar="FILE", help="draw it too, as a .png, .svg or .pdf file"
-    )
-    parser.add_argument(
-        "--image-size",
-        type=int,
-        metavar="N",
-        help="side of the image that MACs are counted for, in pixels (default: what the file says)",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace FILE if it is there")
+    parser = make_parser(prog)
     options = parser.parse_args(arguments)
+    checkpoint_of(parser, options)
     if options.plot:
         _plot().check_ending(options.plot)
         check_output(
@@ -266,9 +316,12 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m tpp.desc
             overwrite=options.overwrite,
             inputs=[options.checkpoint],
         )
-    print_description(options.checkpoint, make_console(), options.image_size)
+    from tpp.selection.configured import network_named
+
+    network = network_named(options.model, options.image_size, options.model_args)
+    print_description(options.checkpoint, make_console(), options.image_size, network)
     if options.plot:
-        plot_description(options.checkpoint, options.plot, options.image_size)
+        plot_description(options.checkpoint, options.plot, options.image_size, network)
         print(f"\nwrote {options.plot}")
 
 

@@ -1,13 +1,14 @@
-"""Networks for serving: ``python -m tpp.export CHECKPOINT --output FILE.onnx`` (or FILE.pt2)."""
+"""Networks for serving: ``tpp export CHECKPOINT --output FILE.onnx`` (or FILE.pt2)."""
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tpp.common.command_line import Parser
 from tpp.common.errors import run_command
+from tpp.common.options import add_checkpoint, add_model, checkpoint_of, share
 from tpp.common.outputs import check_output
-from tpp.common.paths import user_path
 
 if TYPE_CHECKING:
     from tpp.checkpoints.export_file import Exported
@@ -15,36 +16,28 @@ if TYPE_CHECKING:
 _KINDS = {".onnx": "ONNX", ".pt2": "an exported program"}
 
 
-def _parse_arguments(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description="Write a checkpoint, pruned or not, as a file for serving programs.",
+def make_parser(prog: str = "python -m tpp.export") -> Parser:
+    """What the command takes."""
+    parser = Parser(
+        prog,
+        "Write a checkpoint, pruned or not, as a file for serving programs.",
+        more="The file is run on random images beside the network before it is written.",
+        examples=["half.safetensors --output half.onnx", "half.safetensors --output half.pt2"],
     )
-    parser.add_argument(
-        "checkpoint", type=user_path, metavar="CHECKPOINT", help="a file that tpp wrote"
-    )
-    parser.add_argument(
-        "--output",
-        type=user_path,
-        required=True,
-        metavar="FILE",
-        help="FILE.onnx (ONNX) or FILE.pt2 (torch.export)",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace FILE if it is there")
-    parser.add_argument("--batch", type=int, metavar="N", help="images per call (default: any)")
-    parser.add_argument(
-        "--image-size",
-        type=int,
-        metavar="N",
-        help="side of the images, in pixels (default: what the checkpoint says)",
-    )
+    add_checkpoint(parser)
+    share(parser, "--output", ": FILE.onnx for ONNX, FILE.pt2 for torch.export", required=True)
+    add_model(parser)
+    share(parser, "--overwrite")
+    share(parser, "--batch-size", " (default: any number)")
+    share(parser, "--image-size", " (default: what the checkpoint says)")
     parser.add_argument("--opset", type=int, metavar="N", help="version of the ONNX operators")
     parser.add_argument(
         "--no-check",
         action="store_true",
         help="do not run the file on random images beside the network",
     )
-    return parser.parse_args(arguments)
+    parser.renamed("--batch", "--batch-size")
+    return parser
 
 
 def _say(source: str, exported: "Exported") -> None:
@@ -76,14 +69,18 @@ def _check_output(options: argparse.Namespace) -> None:
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m tpp.export") -> None:
     """Command-line entry point; ``prog`` is how it was called, for ``--help``."""
-    options = _parse_arguments(arguments, prog)
+    parser = make_parser(prog)
+    options = parser.parse_args(arguments)
+    checkpoint_of(parser, options)
     _check_output(options)
     from tpp.checkpoints.export_file import export_model
+    from tpp.selection.configured import network_named
 
     exported = export_model(
         options.checkpoint,
         options.output,
-        batch=options.batch,
+        architecture=network_named(options.model, options.image_size, options.model_args),
+        batch=options.batch_size,
         opset=options.opset,
         check=not options.no_check,
         image_size=options.image_size,

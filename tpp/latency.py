@@ -1,4 +1,4 @@
-"""How fast networks run: ``python -m tpp.latency CHECKPOINT [CHECKPOINT ...]``.
+"""How fast networks run: ``tpp latency CHECKPOINT [CHECKPOINT ...]``.
 
 Counted multiply-accumulates say how much less there is to do; this says how much less time it
 takes. Every pruned network is measured beside the dense one that it came from, and if asked beside
@@ -17,10 +17,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from tpp.common.command_line import Parser
 from tpp.common.errors import UserError, printable, run_command
-from tpp.common.files import write_whole
+from tpp.common.files import write_json_option
+from tpp.common.options import add_checkpoint, add_model, checkpoint_of, share
 from tpp.common.outputs import check_output
-from tpp.common.paths import user_path
 from tpp.describe import make_console
 from tpp.measure.curves import place_of_cost
 
@@ -56,17 +57,21 @@ class _Network:
 
 
 def _read_networks(
-    paths: list[str], image_size: int | None = None, dense_sizes: Sequence[int] = ()
+    paths: list[str],
+    image_size: int | None = None,
+    dense_sizes: Sequence[int] = (),
+    network: "Architecture | None" = None,
 ) -> dict[str, _Network]:
     """The networks of the checkpoints by row name, the dense ones that they came from before them.
 
-    There is a dense one for each architecture and size of the images, and for each of
-    ``dense_sizes``, sides in pixels.
+    There is a dense one for each architecture and size of the images, which is one of the
+    checkpoints where that has lost no filter, and for each of ``dense_sizes``, sides in pixels.
+    ``network`` is what a checkpoint holds that does not say it.
 
     Raises:
         UserError: a dense network does not take images of such a size.
     """
-    from tpp.checkpoints.model_file import load_model
+    from tpp.checkpoints.any_file import open_network
     from tpp.measure.counts import count
     from tpp.measure.timing import in_words
     from tpp.models.architecture import (
@@ -77,11 +82,10 @@ def _read_networks(
     )
     from tpp.models.preparation import take_image_size
 
-    models = {path: load_model(path) for path in paths}
+    models = {path: open_network(path, network, image_size=image_size).model for path in paths}
     architectures: dict[str, Architecture] = {}
     of_path: dict[str, list[str]] = {}
     for path, model in models.items():
-        take_image_size(model, image_size)
         architecture = architecture_of(model)
         assert architecture is not None
         said = {**architecture.to_dict(), "image": image_shape_for(model)}
@@ -92,12 +96,14 @@ def _read_networks(
     networks = {}
     for key, architecture in architectures.items():
         first = models[of_path[key][0]]
-        dense = f"dense {in_words(architecture) if len({*kinds}) > 1 else architecture.name}"
+        called = f"dense {in_words(architecture) if len({*kinds}) > 1 else architecture.name}"
         if kinds.count(str(architecture)) > 1:
-            dense += f", {'x'.join(map(str, image_shape_for(first)))}"
+            called += f", {'x'.join(map(str, image_shape_for(first)))}"
         model = build_model(architecture.name, architecture.num_classes, **architecture.args)
         set_preprocessing(model, getattr(first, "preprocessing", None))
-        networks[dense] = _Network(model, count(model), dense)
+        given = next((path for path in of_path[key] if _as_wide(models[path], model)), None)
+        dense = called if given is None else _row_name(given, paths)
+        networks[dense] = _Network(model if given is None else models[given], count(model), dense)
         for size in dense_sizes:
             if size == image_shape_for(first)[-1]:
                 continue
@@ -108,11 +114,17 @@ def _read_networks(
                 take_image_size(smaller, size)
                 counts = count(smaller)
             except UserError as error:
-                raise UserError(f"--dense-sizes {size}: {dense}: {error}") from None
-            networks[f"{dense} at {size} px"] = _Network(smaller, counts, dense, smaller=True)
-        for path in of_path[key]:
+                raise UserError(f"--dense-sizes {size}: {called}: {error}") from None
+            networks[f"{called} at {size} px"] = _Network(smaller, counts, dense, smaller=True)
+        for path in (path for path in of_path[key] if path != given):
             networks[_row_name(path, paths)] = _Network(models[path], count(models[path]), dense)
     return networks
+
+
+def _as_wide(one: "nn.Module", other: "nn.Module") -> bool:
+    """Whether all layers of two networks have the same shapes."""
+    shapes = [[(n, p.shape) for n, p in network.named_parameters()] for network in (one, other)]
+    return shapes[0] == shapes[1]
 
 
 def _row_name(path: str, paths: list[str]) -> str:
@@ -256,6 +268,8 @@ def _conditions(settings: "LatencySettings") -> str:
     where = f"{threads} thread{'s' if threads > 1 else ''}"
     if settings.device == "cuda":
         where = torch.cuda.get_device_name()
+    if settings.backend != "torch":
+        return ", ".join([settings.dtype, settings.backend, where])
     order = "channels last" if settings.channels_last else "contiguous"
     return ", ".join([settings.dtype, order, "compiled" if settings.compile else "eager", where])
 
@@ -264,7 +278,9 @@ def _batches(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise UserError(f"--batch {text}: must be numbers of images, such as 1 or 1,16") from None
+        raise UserError(
+            f"--batch-size {text}: must be numbers of images, such as 1 or 1,16"
+        ) from None
 
 
 def _dense_sizes(text: str) -> list[int]:
@@ -276,86 +292,99 @@ def _dense_sizes(text: str) -> list[int]:
         ) from None
 
 
-def _parse_arguments(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
+def make_parser(prog: str = "python -m tpp.latency") -> Parser:
+    """What the command takes."""
     # What is not given is not in the result: LatencySettings knows the defaults.
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        argument_default=argparse.SUPPRESS,
-        description="Time pruned networks beside the dense ones that they came from, in turn, so "
-        "that noise of the machine hits all alike. 'arrives' is how much of the speedup in "
-        "multiply-accumulates is one in time: (real - 1) / (counted - 1).",
+    left = argparse.SUPPRESS
+    parser = Parser(
+        prog,
+        "Time pruned networks beside the dense ones that they came from.",
+        more="""
+            They are timed in turn, so that noise of the machine hits all alike. 'arrives' is how
+            much of the speedup in multiply-accumulates is one in time: (real - 1) / (counted - 1).
+            A cyan row is of a pruned network.
+        """,
+        examples=[
+            "half.safetensors",
+            "half.safetensors --batch-size 1,16 --precision bf16 --channels-last",
+            "half.safetensors --dense-sizes 160,176,192 --json latency.json",
+        ],
     )
-    parser.add_argument(
-        "checkpoints",
-        nargs="+",
-        type=user_path,
-        metavar="CHECKPOINT",
-        help="a file that tpp wrote",
-    )
-    parser.add_argument(
-        "--image-size",
-        type=int,
-        default=None,
-        metavar="N",
-        help="side of the images, in pixels (default: what each checkpoint says)",
-    )
+    add_checkpoint(parser, several=True)
+    add_model(parser)
+    share(parser, "--image-size", " (default: what each checkpoint says)")
     parser.add_argument(
         "--dense-sizes",
         default="",
-        metavar="N,N",
+        metavar="SIZE,SIZE",
         help="time the dense networks with images of these sides in pixels too, such as "
         "160,176,192, and say at which one the dense network takes as long as a pruned one "
         "('as dense at', interpolated)",
     )
-    parser.add_argument("--batch", default="1", metavar="N[,N]", help="images per pass (default 1)")
-    parser.add_argument(
+    share(parser, "--batch-size", ", as 1 or 1,16", metavar="N[,N]", type=str, default="1")
+    share(
+        parser,
         "--threads",
-        type=int,
-        metavar="N",
-        help="threads of PyTorch on the CPU; where other work keeps a core busy, threads wait for "
-        "each other, and one fewer than there are cores says more",
+        ", of PyTorch; where other work keeps a core busy, threads wait for each other, and one "
+        "fewer than there are cores says more",
+        default=left,
     )
-    parser.add_argument(
-        "--dtype",
-        choices=("fp32", "bf16", "fp16"),
-        help="what weights and images are converted to (no autocast; default fp32)",
+    share(
+        parser,
+        "--precision",
+        ": weights and images are converted, there is no autocast (default: fp32)",
+        default=left,
     )
-    parser.add_argument(
-        "--channels-last", action="store_true", help="channels-last memory order, else contiguous"
+    add = parser.add_argument
+    add(
+        "--channels-last",
+        action="store_true",
+        default=left,
+        help="channels-last memory order, else contiguous",
     )
-    parser.add_argument(
+    add(
         "--compile",
         action="store_true",
+        default=left,
         help="run through torch.compile; compiling can take minutes for each network and batch",
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default cpu")
-    parser.add_argument("--repeats", type=int, metavar="N", help="timed passes of each")
-    parser.add_argument("--warmup", type=int, metavar="N", help="untimed rounds before them")
-    parser.add_argument(
-        "--json",
-        type=user_path,
-        default=None,
-        metavar="FILE",
-        help="write the results here as well",
+    share(parser, "--device", " (default: cpu)", default=left)
+    add(
+        "--backend",
+        choices=("torch", "onnxruntime"),
+        default=left,
+        help="what runs the networks; onnxruntime on the CPU in fp32 (default: torch)",
     )
-    parser.add_argument(
-        "--overwrite", action="store_true", default=False, help="replace the file of --json"
-    )
-    return parser.parse_args(arguments)
+    add("--repeats", type=int, default=left, metavar="N", help="timed passes of each")
+    add("--warmup", type=int, default=left, metavar="N", help="untimed rounds before them")
+    share(parser, "--json")
+    share(parser, "--overwrite")
+    parser.renamed("--batch", "--batch-size")
+    parser.renamed("--dtype", "--precision")
+    return parser
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m tpp.latency") -> None:
     """Command-line entry point; ``prog`` is how it was called, for ``--help``."""
-    options = dict(vars(_parse_arguments(arguments, prog)))
+    parser = make_parser(prog)
+    found = parser.parse_args(arguments)
+    checkpoint_of(parser, found)
+    options = dict(vars(found))
     from tpp.measure.timing import LatencySettings
 
-    paths, file, batches = options.pop("checkpoints"), options.pop("json"), options.pop("batch")
+    paths, file = options.pop("checkpoint"), options.pop("json")
+    batches = options.pop("batch_size")
+    if "precision" in options:
+        options["dtype"] = options.pop("precision")
     image_size, overwrite = options.pop("image_size"), options.pop("overwrite")
     dense_sizes = _dense_sizes(options.pop("dense_sizes"))
+    from tpp.selection.configured import network_named
+
+    network = network_named(options.pop("model"), image_size, options.pop("model_args"))
     each = [LatencySettings(**options, batch=batch) for batch in _batches(batches)]
     if file:
         check_output("--json", file, kind="JSON", ending=".json", overwrite=overwrite, inputs=paths)
-    networks = _read_networks([str(path) for path in paths], image_size, dense_sizes)
+    networks = _read_networks([str(path) for path in paths], image_size, dense_sizes, network)
     console = make_console()
     rows = []
     for settings in each:
@@ -374,11 +403,7 @@ def _write_json(path: Path, rows: list[dict[str, Any]], settings: "LatencySettin
     conditions = asdict(settings)
     del conditions["batch"]  # each row has its own
     content = {"settings": conditions, "on": machine_of(settings), "results": rows}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(content, indent=1) + "\n")
-    except OSError as error:
-        raise UserError(f"--json {path}: cannot write it: {error.strerror}") from None
+    write_json_option(path, content)
 
 
 if __name__ == "__main__":

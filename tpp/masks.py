@@ -45,18 +45,25 @@ Pattern = Annotated[str, BeforeValidator(_in_quotes), AfterValidator(_n_of_m)]
 
 
 class SparsifySection(Section):
-    """Which weights a network is to keep. Exactly one of the first three keys.
+    """Which single weights a network keeps (docs/masks.md). Exactly one of the first three keys.
 
     Attributes:
         sparsity: share of the weights of all these layers together that are zero in the end, those
-            masked before counted in.
-        fraction: share of the weights that are not masked yet which go now; n times
-            ``1 - (1 - s)^(1/n)`` comes to s (Zimmer et al. 2023).
-        pattern: ``N:M``: of M weights in a row along the input channels N stay.
+            masked before included.
+        fraction: share of the weights not masked yet that go now; n times ``1 - (1 - s)^(1/n)``
+            comes to s (Zimmer et al. 2023).
+        pattern: ``N:M``, in quotes: of M weights in a row along the input channels N stay.
         scope: whether the smallest weights of all layers together go (``global``), or the same
-            share of each layer.
+            share of each layer (``layer``).
         layers: patterns of the Conv2d and Linear layers whose weights may go.
         skip: patterns of those among them that are left alone.
+
+    Example:
+        {sparsity: 0.9, scope: layer, layers: [layer*], skip: [layer1.0.conv1]}
+
+        {fraction: 0.5}
+
+        {pattern: "2:4"}
     """
 
     sparsity: Ratio | None = None

@@ -1,4 +1,4 @@
-"""The picture of a pruned network, layer by layer: ``python -m tpp.describe --plot FILE``."""
+"""The picture of a pruned network, layer by layer: ``tpp describe --plot FILE``."""
 
 import io
 from itertools import groupby

@@ -1,39 +1,33 @@
-"""Masking weights of a checkpoint: ``python -m tpp.sparsify`` needs neither data nor a GPU."""
+"""Masking weights of a checkpoint: ``tpp sparsify`` needs neither data nor a GPU."""
 
-import argparse
 from collections.abc import Sequence
 
+from tpp.common.command_line import Parser
 from tpp.common.errors import UserError, run_command
 from tpp.common.imports import quick_imports
+from tpp.common.options import add_checkpoint, add_model, checkpoint_of, share
 from tpp.common.outputs import check_output
-from tpp.common.paths import user_path
 
 
-def _parse_arguments(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description="Set the smallest weights of a checkpoint to zero, and keep a mask of those "
-        "that stay. Shapes stay as they are; training and tpp.prune keep to the mask. Needs "
-        "neither data nor a GPU.",
+def make_parser(prog: str = "python -m tpp.sparsify") -> Parser:
+    """What the command takes."""
+    parser = Parser(
+        prog,
+        "Set the smallest weights of a checkpoint to zero, and keep a mask.",
+        more="Shapes stay as they are; training and tpp prune keep to the mask of the weights "
+        "that stay. Needs neither data nor a GPU.",
+        examples=[
+            "dense.safetensors --output masked.safetensors --sparsity 0.9",
+            "dense.safetensors --output masked.safetensors --pattern 2:4 --skip conv1",
+        ],
     )
-    add = parser.add_argument
-    add(
-        "--checkpoint",
-        type=user_path,
-        required=True,
-        metavar="IN",
-        help="as of tpp.prune; a mask that it has is kept to",
+    add_checkpoint(parser, "; a mask that it has is kept to")
+    share(parser, "--output", ": the masked checkpoint (safetensors)", required=True)
+    add_model(parser)
+    share(parser, "--overwrite")
+    many = parser.add_argument_group("how much goes (one of these)").add_mutually_exclusive_group(
+        required=True
     )
-    add(
-        "--output",
-        type=user_path,
-        required=True,
-        metavar="OUT",
-        help="the masked checkpoint (safetensors)",
-    )
-    add("--model", metavar="NAME", help="the network, where IN does not say it")
-    add("--overwrite", action="store_true", help="replace OUT if it is there")
-    many = parser.add_mutually_exclusive_group(required=True)
     add = many.add_argument
     add(
         "--sparsity",
@@ -52,22 +46,28 @@ def _parse_arguments(arguments: Sequence[str] | None, prog: str) -> argparse.Nam
         metavar="N:M",
         help="N of M weights in a row along the input channels stay, as 2:4",
     )
-    which = parser.add_argument_group("which")
-    add = which.add_argument
-    add(
+    which = parser.add_argument_group("which weights")
+    which.add_argument(
         "--scope",
         default="global",
         choices=("global", "layer"),
         help="the smallest of all layers together, or the same share of each (default: global)",
     )
-    add("--layers", action="append", metavar="PATTERN", help="only these layers (default: all)")
-    add("--skip", action="append", metavar="PATTERN", help="leave these layers alone")
-    return parser.parse_args(arguments)
+    which.add_argument(
+        "--layers",
+        action="append",
+        metavar="PATTERN",
+        help="only these layers; may be repeated (default: all)",
+    )
+    share(which, "--skip", action="append")
+    return parser
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m tpp.sparsify") -> None:
     """Command-line entry point; ``prog`` is how it was called, for ``--help``."""
-    options = _parse_arguments(arguments, prog)
+    parser = make_parser(prog)
+    options = parser.parse_args(arguments)
+    checkpoint_of(parser, options)
     check_output(
         "--output",
         options.output,
@@ -94,7 +94,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m tpp.spar
         )
     except ValidationError as error:
         raise UserError(f"--{mistakes(error, SparsifySection)[0]}") from None
-    named = network_named(options.model) if options.model else None
+    named = network_named(options.model, args=options.model_args)
     found = sparsify_checkpoint(options.checkpoint, settings, options.output, architecture=named)
     left, counts = found.sparsity, found.counts
     print(

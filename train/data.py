@@ -3,15 +3,17 @@
 from collections.abc import Generator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from data_pipelines.images.batch import Batch, LoaderSettings
-from data_pipelines.images.image_index import ImageIndex, load_index, open_images
+from data_pipelines.images.episodes import EpisodeOrder
+from data_pipelines.images.image_index import ImageIndex, load_index
 from data_pipelines.images.order import SampleOrder, Steps
+from data_pipelines.images.remote import fetch_index, keep_shards
 from data_pipelines.images.source import BadImages
 from data_pipelines.loaders import (
     eval_batches,
@@ -20,13 +22,21 @@ from data_pipelines.loaders import (
     training_order,
 )
 from data_pipelines.loading.augment import ImageTransform
+from data_pipelines.sets.inputs import Input, open_input
 from tpp.common.errors import UserError, printable
+from tpp.common.object_storage import is_url
 from tpp.models.preparation import changed
 from train.config.config import Config
 from train.distributed.collectives import led_by_main_rank
+from train.tasks.base import Task
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+Side = Literal["train", "val"]
+SIDES: tuple[Side, ...] = get_args(Side)
+# Where there are more folders, they are none that anyone wants a figure of each of.
+_MOST_TEST_SETS = 20
 
 
 @dataclass(frozen=True)
@@ -58,14 +68,17 @@ class RunData:
         self._config, self._accelerator = config, accelerator
         self.skipped: dict[str, str] = {}
         self.loader = resolve_loader(config.data.loader)
-        self.train = self._open(config.data.train)
-        self.val = self._open(config.data.val)
-        _check_same_classes(config, self.train.index, self.val.index)
-        training_order(self.train.index, config.seed, window=config.data.shuffle_window)
+        self.train = self._open("train")
+        self.val = self._open("val", self.train.index)
+        if config.data.cache is not None:
+            keep_shards([self.val.index, self.train.index], config.data.cache_gb)
+        _check_orders(config, self.train.index)
 
-    def _open(self, name: str) -> Images:
+    def _open(self, side: Side, train: ImageIndex | None = None) -> Images:
         data, accelerator = self._config.data, self._accelerator
-        index = open_for_all_ranks(*image_place(self._config, name), accelerator)
+        index = open_for_all_ranks(input_of(self._config, side), accelerator)
+        if train is not None:
+            index = _of_same_classes(self._config, train, index)
         bad = BadImages(
             index,
             on_error=data.on_error,
@@ -75,6 +88,14 @@ class RunData:
         if not accelerator.is_main_process:
             bad.take_new()  # what the index knows, the main rank knows as well
         return Images(index, bad)
+
+    def task(self, stage: str) -> Task:
+        """The task as a stage trains for it; in episodes it is of their classes."""
+        task, order = self._config.stage_task(stage), self._order(stage)
+        if not isinstance(order, EpisodeOrder):
+            return task
+        steps = order.length // self._config.training.batch_size
+        return task.in_episodes(lambda step: order.classes_of(step // steps).tolist())
 
     def train_batches(
         self, stage: str, start_step: int, steps: int
@@ -90,6 +111,24 @@ class RunData:
             bad=self.train.bad,
         )
 
+    def calibration_batches(self, steps: int) -> Generator[Batch, None, None]:
+        """This rank's batches of the first steps of training, of images as evaluation has them.
+
+        Where those are of any size, squares of them, as in training.
+        """
+        training, transform = self._config.training, image_transform(self._config)
+        if not transform.plain().recipe.one_by_one:
+            transform = transform.plain()
+        window = self._config.data.shuffle_window
+        return train_batches(
+            self.train.index,
+            transform,
+            training_order(self.train.index, self._config.seed, window=window),
+            Steps(training.batch_size, training.accumulation, 0, steps),
+            self._settings(),
+            bad=self.train.bad,
+        )
+
     def images_of(self, stage: str, step: int) -> list[str]:
         """Paths of the images of a training step, on all ranks; in shards with the member's name.
 
@@ -100,7 +139,7 @@ class RunData:
         images = self._order(stage).images(samples).tolist()
         return [self.train.index.name(image) for image in images]
 
-    def _order(self, stage: str) -> SampleOrder:
+    def _order(self, stage: str) -> SampleOrder | EpisodeOrder:
         """Which image each sample of a training stage is."""
         config = self._config
         return training_order(
@@ -108,6 +147,8 @@ class RunData:
             config.seed,
             repeats=config.stage_augment(stage).repeats,
             window=config.data.shuffle_window,
+            episodes=config.stages[stage].episodes,
+            batch=config.training.batch_size,
         )
 
     def eval_batches(
@@ -157,35 +198,64 @@ class RunData:
         )
 
 
-def look_at_images(config: Config) -> ImageIndex:
-    """Open the images as a run does, on one rank; returns the training images.
+def look_at_images(config: Config) -> tuple[ImageIndex, ImageIndex]:
+    """Open the images as a run does, on one rank; returns those of training and of validation.
 
     Raises:
         UserError: as :class:`RunData` does.
     """
     data = config.data
     resolve_loader(data.loader)
-    train, val = (open_images(*image_place(config, name)) for name in (data.train, data.val))
+    train, val = (open_input(input_of(config, side)) for side in SIDES)
+    val = _of_same_classes(config, train, val)
     for index in (train, val):
         BadImages(index, on_error=data.on_error, limit=data.max_skipped, world_size=1)
-    _check_same_classes(config, train, val)
-    training_order(train, config.seed, window=data.shuffle_window)
-    return train
+    _check_orders(config, train)
+    return train, val
 
 
-def _check_same_classes(config: Config, train: ImageIndex, val: ImageIndex) -> None:
-    if config.make_task().has_classes and train.classes != val.classes:
-        odd = min({*train.classes} ^ {*val.classes})
+def _of_same_classes(config: Config, train: ImageIndex, val: ImageIndex) -> ImageIndex:
+    """The validation images, of the classes of training in their order.
+
+    Raises:
+        UserError: a class is known to one side only.
+    """
+    if not config.make_task().has_classes or train.classes == val.classes:
+        return val
+    data = config.data
+    sides = f"{data.train_list or data.train!r} and {data.val_list or data.val!r}"
+    listed = train.labels_from or val.labels_from
+    for odd in sorted({*train.classes} ^ {*val.classes}):
+        advice = "; data.class_names may name those of both" if listed else ""
         raise UserError(
-            f"data.root: {config.data.root}: class folder {odd!r} is in only one of "
-            f"{config.data.train!r} and {config.data.val!r}"
+            f"data.root: {data.root}: class {'' if listed else 'folder '}{odd!r} is in only "
+            f"one of {sides}{advice}"
         )
+    places = {name: place for place, name in enumerate(train.classes)}
+    return val.with_classes(train.classes, [places[name] for name in val.classes])
+
+
+def _check_orders(config: Config, index: ImageIndex) -> None:
+    """Raise UserError if these images cannot come in the order that a stage asks for."""
+    window = config.data.shuffle_window
+    training_order(index, config.seed, window=window)
+    for name, stage in config.stages.items():
+        try:
+            training_order(index, config.seed, window=window, episodes=stage.episodes)
+        except UserError as error:
+            raise UserError(f"stages.{name}.{error}") from None
 
 
 def image_transform(config: Config, image_size: int | None = None) -> ImageTransform:
     """How images are prepared for the network, at the run's size or at another one."""
     values = preprocessing_at(config, image_size)
     return ImageTransform.prepared(values, augmentation=config.data.augmentation)
+
+
+def test_sets(task: Task, index: ImageIndex, crop_mode: str) -> list[str]:
+    """The folders of images to be evaluated each by itself: a few, of whole images, no classes."""
+    several = not task.has_classes and 1 < len(index.classes) <= _MOST_TEST_SETS
+    return index.classes if several and crop_mode == "whole" else []
 
 
 def preprocessing_at(config: Config, image_size: int | None) -> dict[str, Any]:
@@ -208,6 +278,16 @@ def preprocessing_at(config: Config, image_size: int | None) -> dict[str, Any]:
     return changed(values, image_size=image_size)
 
 
+def smaller_sizes(config: Config, stage: str) -> tuple[list[int], list[int]]:
+    """The ``image_sizes`` of a stage that are smaller than the run's own, and the others.
+
+    Configurations for large images name sizes that are no smaller where ``data.image_size`` is
+    changed: larger images say nothing of a network at lower cost.
+    """
+    sizes, side = config.stages[stage].image_sizes or [], config.data.image_size
+    return [size for size in sizes if size < side], [size for size in sizes if size >= side]
+
+
 def stage_transform(config: Config, stage: str) -> ImageTransform:
     """How the training images of a stage are augmented and prepared."""
     transform, augment = image_transform(config), config.stage_augment(stage)
@@ -217,17 +297,32 @@ def stage_transform(config: Config, stage: str) -> ImageTransform:
     return replace(transform, image_size=config.data.train_size, resize=None, augment=augment)
 
 
-def image_place(config: Config, name: str) -> tuple[Path, Path | None]:
-    """Where the images called ``name`` lie, and their index if the configuration says where."""
-    data = config.data
-    file = Path(data.index) / f"{name}.safetensors" if data.index is not None else None
-    return Path(data.root) / name, file
+def input_of(config: Config, side: Side) -> Input:
+    """Where the images of one side are, and how they are read."""
+    data, root = config.data, Path(config.data.root)
+    if is_url(data.root):
+        name = getattr(data, side)
+        return Input(
+            Path(name),
+            url=f"{data.root}/{name}",
+            cache=Path(data.cache) if data.cache is not None else None,
+            index_file=Path(data.index) / f"{name}.safetensors" if data.index is not None else None,
+            class_names=Path(data.class_names) if data.class_names is not None else None,
+        )
+    name, listing = getattr(data, side), getattr(data, f"{side}_list")
+    indexed = data.index is not None and listing is None
+    return Input(
+        root / name,
+        listing=root / listing if listing is not None else None,
+        index_file=Path(data.index or "") / f"{name}.safetensors" if indexed else None,
+        class_names=root / data.class_names if data.class_names is not None else None,
+        path_key=data.path_key,
+        label_key=data.label_key,
+    )
 
 
-def open_for_all_ranks(
-    folder: Path, index_file: Path | None, accelerator: "Accelerator"
-) -> ImageIndex:
-    """The index of a folder, the same on every rank, with one rank looking through the folder.
+def open_for_all_ranks(source: Input, accelerator: "Accelerator") -> ImageIndex:
+    """The index of a set of images, the same on every rank, with one rank looking through it.
 
     Where there is an index file, each rank maps it and the main rank alone compares it with the
     folder; else the main rank lists the folder and tells the others. What the folder holds besides
@@ -237,26 +332,41 @@ def open_for_all_ranks(
         UserError: on all ranks, if any of them meets a mistake or has another index file.
     """
 
-    def look() -> tuple[ImageIndex | tuple[Path, str], ImageIndex]:
-        index = open_images(folder, index_file)
+    def look() -> tuple[ImageIndex | _Mapped, ImageIndex]:
+        index = open_input(source)
         rest = index.said_of_the_rest()
         if rest:
             print(printable(rest), flush=True)
-        return (index if index.file is None else (index.file, index.fingerprint)), index
+        if index.file is None:
+            return index, index
+        told = index.file, index.root, index.url, index.fingerprint, index.classes
+        return _Mapped(*told), index
 
     _, index = led_by_main_rank(
         accelerator,
         look,
-        lambda told: told if isinstance(told, ImageIndex) else _same_index(folder, *told),
+        lambda told: told if isinstance(told, ImageIndex) else _same_index(told),
     )
     return index
 
 
-def _same_index(folder: Path, file: Path, fingerprint: str) -> ImageIndex:
-    index = load_index(file, folder)
-    if index.fingerprint != fingerprint:
+class _Mapped(NamedTuple):
+    """An index that is in a file, as one rank tells the others of it."""
+
+    file: Path
+    root: Path
+    url: str
+    fingerprint: str
+    classes: list[str]
+
+
+def _same_index(told: _Mapped) -> ImageIndex:
+    if told.url and not told.file.exists():  # on a node of its own
+        fetch_index(told.url, told.file)
+    index = load_index(told.file, told.root, told.url)
+    if index.fingerprint != told.fingerprint:
         raise UserError(
-            f"{file}: this node's index is of other images ({index.fingerprint}) than the main "
-            f"rank's ({fingerprint}); give every node the same data"
+            f"{told.file}: this node's index is of other images ({index.fingerprint}) than the "
+            f"main rank's ({told.fingerprint}); give every node the same data"
         )
-    return index
+    return index.with_classes(told.classes, range(len(told.classes)))

@@ -1,26 +1,31 @@
 """What a run would do: configuration, plan, counts, and how the penalty is shared."""
 
 import os
-import sys
 from pathlib import Path
 from statistics import mean
 
-import yaml
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from data_pipelines.images.image_index import open_images
+from data_pipelines.images.image_index import ImageIndex
+from data_pipelines.sets.inputs import open_input
 from tpp.channels.removal import prune_model
+from tpp.common.consoles import output_console
 from tpp.common.errors import UserError
+from tpp.common.object_storage import is_url
 from tpp.measure.counts import Counts, count
+from tpp.methods.base import Method
 from tpp.models.architecture import Architecture, build_on_meta, set_preprocessing
 from tpp.plan import PruningPlan
-from train.config.batch_rule import describe
-from train.config.config import Config
-from train.data import image_place, look_at_images
+from train.config.batch_rule import describe, describe_length
+from train.config.config import Config, as_yaml
+from train.config.tracking import check_trackers
+from train.data import input_of, look_at_images
+from train.opening import opening
 from train.preflight import (
     check_network,
+    check_plans,
     only_prunes,
     what_counts_zeros,
 )
@@ -34,8 +39,8 @@ def dry_run(config: Config, *, ranks: int | None = None) -> None:
     """Print what the run would do; nothing is trained, downloaded or written.
 
     What is there is opened: images, starting weights, what the run folder holds. The data need not
-    be there if ``model.num_classes`` says how many classes there are; the last lines name what was
-    not.
+    be there if ``model.num_classes`` says how many classes there are; a line names what was
+    not. What one looks for first comes first, the resolved configuration last.
 
     Raises:
         UserError: what the run would end with, as far as it can be known here; or fewer than one
@@ -47,28 +52,34 @@ def dry_run(config: Config, *, ranks: int | None = None) -> None:
         from train.distributed.accelerator import check_batch_size
 
         check_batch_size(config.training, ranks)
-    # A pipe has no width; 100 columns keep every row on one line there.
-    console = Console(width=None if sys.stdout.isatty() else 100, highlight=False)
+    console = output_console(100, highlight=False)
+    check_trackers(config.trackers)
     architecture = _architecture(config)
     plan = check_network(config, architecture)
-    missing = _open_what_is_there(config, architecture)
-    for note in notes_on_images(config.model, config.data):
-        console.print(note, markup=False)
-    console.print(yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True))
-    _say_reconstructions(config, console)
-    _say_batch_rule(config, console)
+    missing, indexes = _open_what_is_there(config, architecture)
+    images = len(indexes[0]) if indexes is not None else None
+    if images is not None and any(map(config.is_stretched, config.stages)):
+        check_plans(config, architecture, images)
     dense = build_on_meta(architecture)
     set_preprocessing(dense, config.data.preprocessing())
     counts = count(dense)
+    for line in opening(config, counts, images=indexes, where=None):
+        console.print(line, markup=False, soft_wrap=True)
+    for note in notes_on_images(config.model, config.data):
+        console.print(note, markup=False)
+    _say_reconstructions(config, console)
+    _say_batch_rule(config, images, console)
     if plan is None:
         console.print(
             f"no pruning: {counts.parameters:,} parameters, {counts.macs:,} MACs for "
             f"{counts.of_image}"
         )
     else:
-        _say_plan(config, plan, dense, counts, ranks or _RANKS, console)
+        _say_plan(config, plan, dense, counts, ranks or _RANKS, images, console)
     for what in missing:
         console.print(f"not looked at: {what}", soft_wrap=True)
+    console.print("\nthe configuration, resolved:")
+    console.print(as_yaml(config), markup=False)
 
 
 def _say_plan(
@@ -77,6 +88,7 @@ def _say_plan(
     dense: nn.Module,
     counts: Counts,
     ranks: int,
+    images: int | None,
     console: Console,
 ) -> None:
     """What goes, what is left, and how the penalty is shared."""
@@ -91,7 +103,7 @@ def _say_plan(
         console.print(f"{name}: {before:,} -> {after:,} ({removed:.2f}% removed)")
     console.print(f"speedup: {counts.macs / pruned.macs:.4f}x fewer MACs\n")
     for name, stage in config.stages.items():
-        method = config.stage_method(name)
+        method = config.stage_method(name, images=images)
         costs = method.rank_costs(dense, plan, ranks)
         if stage.does.regularizes and costs is not None:
             average = mean(costs)
@@ -102,7 +114,8 @@ def _say_plan(
                 soft_wrap=True,
             )
         if stage.does.regularizes:
-            _say_removal(config, name, dense, plan, console)
+            if images is not None or not config.is_stretched(name):
+                _say_removal(config, name, method, dense, plan, console)
             cost = method.training_cost(dense, plan)
             if cost is not None:
                 console.print(
@@ -113,10 +126,15 @@ def _say_plan(
 
 
 def _say_removal(
-    config: Config, name: str, dense: nn.Module, plan: PruningPlan, console: Console
+    config: Config,
+    name: str,
+    method: Method,
+    dense: nn.Module,
+    plan: PruningPlan,
+    console: Console,
 ) -> None:
     """When a stage removes its filters itself, or what keeps it from that."""
-    method, counts_zeros = config.stage_method(name), what_counts_zeros(config, name)
+    counts_zeros = what_counts_zeros(config, name)
     steps = method.removes_after(dense, plan, counts_zeros=counts_zeros)
     total = method.steps()
     if steps is not None and total is not None and steps < total:
@@ -131,8 +149,14 @@ def _say_removal(
         )
 
 
-def _open_what_is_there(config: Config, architecture: Architecture) -> list[str]:
-    """Meet the mistakes that the run would meet; returns what of its files is not there."""
+def _open_what_is_there(
+    config: Config, architecture: Architecture
+) -> tuple[list[str], tuple[ImageIndex, ImageIndex] | None]:
+    """Meet the mistakes that the run would meet.
+
+    Returns:
+        What of its files is not there, and the images of training and validation, where they are.
+    """
     _check_output(Path(config.output))
     if Path(config.output).exists():
         from train.run_folder.same_run import results_of_done  # and Accelerate with it
@@ -150,14 +174,14 @@ def _open_what_is_there(config: Config, architecture: Architecture) -> list[str]
         deepspeed_plugin(config.training)
     root = Path(config.data.root)
     if only_prunes(config, config.stages):
-        return missing
-    if not root.is_dir():
+        return missing, None
+    if not root.is_dir() and not is_url(config.data.root):
         if config.data.demo is None:
             missing.append(f"data.root: there is no folder {root} here")
-        return missing
-    index = look_at_images(config)
-    config.make_task().architecture(config.model, len(index.classes), str(index.root))
-    return missing
+        return missing, None
+    train, val = look_at_images(config)
+    config.make_task().architecture(config.model, len(train.classes), train.place)
+    return missing, (train, val)
 
 
 def _check_output(folder: Path) -> None:
@@ -181,12 +205,12 @@ def _say_reconstructions(config: Config, console: Console) -> None:
         console.print(f"{title}: a reconstruction: the published settings are not known")
 
 
-def _say_batch_rule(config: Config, console: Console) -> None:
-    """One line for each stage that the batch changes the settings of."""
+def _say_batch_rule(config: Config, images: int | None, console: Console) -> None:
+    """One line for each stage that batch or length change the settings of."""
     for name in config.stages:
-        rule = describe(config, name)
-        if rule is not None:
-            console.print(f"{name}: {rule}", soft_wrap=True)
+        for rule in (describe(config, name), describe_length(config, name, images)):
+            if rule is not None:
+                console.print(f"{name}: {rule}", soft_wrap=True)
 
 
 def _say_what_stands_in(config: Config, console: Console) -> None:
@@ -194,7 +218,7 @@ def _say_what_stands_in(config: Config, console: Console) -> None:
     budget = config.selection().budget
     if budget is None:
         return
-    if budget.kind == "latency_ms":
+    if budget.measured:
         shown = "latency is measured when the plan is chosen; shown is the most that may go"
     else:
         shown = "widths depend on the weights; shown are those of weights that are all alike"
@@ -207,8 +231,8 @@ def _architecture(config: Config) -> Architecture:
     if found is None and config.data.demo is not None:
         found = task.architecture(config.model, config.data.demo.classes)
     if found is None:
-        index = open_images(*image_place(config, config.data.train))
-        found = task.architecture(config.model, len(index.classes), str(index.root))
+        index = open_input(input_of(config, "train"))
+        found = task.architecture(config.model, len(index.classes), index.place)
     assert found is not None
     return found
 

@@ -2,14 +2,25 @@
 
 import argparse
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from tpp.common.command_line import Parser
 from tpp.common.errors import UserError, run_command
+from tpp.common.files import write_json_option
 from tpp.common.images import CROP_MODES
 from tpp.common.imports import quick_imports
-from tpp.common.paths import user_path
+from tpp.common.options import (
+    add_checkpoint,
+    add_model,
+    add_reading,
+    checkpoint_of,
+    reading_of,
+    share,
+)
+from tpp.common.outputs import check_output
+from tpp.common.own_code import is_own
 
 if TYPE_CHECKING:
     from torch import nn
@@ -18,32 +29,50 @@ if TYPE_CHECKING:
     from data_pipelines.images.image_index import ImageIndex
     from data_pipelines.loading.augment import ImageTransform
     from tpp.models.architecture import Architecture
-    from train.tasks.base import Task
+    from train.tasks.base import Scores, Task
 
 
-def _parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m train.evaluate",
-        description="Top-1, top-5 and loss of a checkpoint over a folder of class folders; "
-        "under torchrun or accelerate launch every rank takes its share of the images.",
+def make_parser(prog: str = "python -m train.evaluate") -> Parser:
+    """What the command takes."""
+    parser = Parser(
+        prog,
+        "Top-1, top-5 and loss of a checkpoint over a folder of images.",
+        more="Each image is counted exactly once. Under torchrun or accelerate launch, with "
+        "-m train.evaluate, every rank takes its share of them.",
+        examples=[
+            "half.safetensors --data /data/imagenet/val",
+            "resnet50.pth --model resnet50 --data /data/imagenet/val --batch-size 256",
+        ],
     )
-    parser.add_argument(
-        "--checkpoint", type=user_path, required=True, help="ours, .safetensors, .pth or .th"
+    add_checkpoint(parser)
+    share(
+        parser,
+        "--data",
+        ", or with tars made for WebDataset; or a tar, a pattern of tars, a list of images (.csv, "
+        ".txt)",
+        required=True,
     )
-    parser.add_argument("--data", type=user_path, required=True, help="folder of class folders")
-    parser.add_argument("--model", help="architecture, for a checkpoint that does not say")
-    parser.add_argument("--batch-size", type=int, default=128, help="per rank (default: 128)")
-    parser.add_argument("--loader", default="auto", help="auto, dali or torchvision")
-    parser.add_argument("--threads", type=int, default=4, help="decoding threads (default: 4)")
-    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
+    add_reading(parser)
+    add_model(parser)
+    share(parser, "--batch-size", ", of each rank", default=128)
+    share(parser, "--loader", default="auto")
+    share(parser, "--threads", " that decode images", default=4)
+    share(parser, "--precision", default="fp32")
+    share(parser, "--device", " (default: a GPU where there is one)")
+    share(parser, "--json")
+    share(parser, "--overwrite")
     parser.add_argument(
         "--on-error",
         choices=("fail", "skip"),
         default="fail",
-        help="leave out images that cannot be read",
+        help="of images that cannot be read: end, or leave them out (default: fail)",
     )
     parser.add_argument(
-        "--max-skipped", type=float, default=0.001, help="share that may be (default: 0.001)"
+        "--max-skipped",
+        type=float,
+        default=0.001,
+        metavar="SHARE",
+        help="of all images that may be left out (default: 0.001)",
     )
     parser.add_argument(
         "--class-order",
@@ -57,37 +86,29 @@ def _parse_arguments() -> argparse.Namespace:
         "what is not given is as the checkpoint says, or as timm's or torchvision's weights of "
         "that network want it",
     )
-    images.add_argument(
-        "--image-size",
-        type=int,
-        metavar="N",
-        help="side of the square that the network sees; without --resize it is the same part of "
-        "an image",
-    )
+    share(images, "--image-size", "; without --resize it is the same part of an image")
     scale = images.add_mutually_exclusive_group()
-    scale.add_argument(
-        "--resize", type=int, metavar="N", help="shorter side before the crop; 0: as it is"
-    )
+    share(scale, "--resize", "; 0: as it is")
     scale.add_argument("--crop-share", type=float, metavar="R", help="image size over resize")
     images.add_argument("--interpolation", choices=("bilinear", "bicubic"))
     images.add_argument("--crop-mode", choices=CROP_MODES, help="squash: to a square")
     images.add_argument("--mean", type=float, nargs="+", metavar="M", help="per channel, in 0..1")
     images.add_argument("--std", type=float, nargs="+", metavar="S", help="per channel")
-    arguments = parser.parse_args()
-    for name in ("batch_size", "threads"):
-        if getattr(arguments, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1")
-    return arguments
+    return parser
 
 
-def main() -> None:
-    """Evaluate a checkpoint from the command line."""
-    arguments = _parse_arguments()
+def main(words: Sequence[str] | None = None, prog: str = "python -m train.evaluate") -> None:
+    """Evaluate a checkpoint; ``prog`` is how it was called, for ``--help``."""
+    parser = make_parser(prog)
+    arguments = parser.parse_args(words)
+    checkpoint_of(parser, arguments)
     with quick_imports():
         from data_pipelines.images.batch import LoaderSettings
         from data_pipelines.images.source import BadImages
         from data_pipelines.loaders import eval_batches, resolve_loader
-        from train.data import open_for_all_ranks
+        from data_pipelines.sets.inputs import Input
+        from train.cards import check_cards
+        from train.data import open_for_all_ranks, test_sets
         from train.distributed.accelerator import make_accelerator
         from train.distributed.collectives import sum_over_ranks
         from train.distributed.engine import forward_pass
@@ -95,12 +116,23 @@ def main() -> None:
         from train.distributed.ranks import settle_ranks
         from train.run_folder.log import say
 
+    if arguments.json:
+        check_output(
+            "--json",
+            arguments.json,
+            kind="JSON",
+            ending=".json",
+            overwrite=arguments.overwrite,
+            inputs=[arguments.checkpoint],
+        )
+    _settle_device(arguments.device)
     settle_ranks(os.environ)
     to_tell = settle_environment(os.environ, arguments.precision)
+    to_tell += check_cards(os.environ, arguments.precision)
     accelerator = make_accelerator(arguments.precision)
     for line in to_tell:
         accelerator.print(line)
-    index = open_for_all_ranks(arguments.data, None, accelerator)
+    index = open_for_all_ranks(Input(arguments.data, **reading_of(arguments)), accelerator)
     found = _load(arguments, index)
     if accelerator.is_main_process:
         for note in found.notes:
@@ -131,16 +163,47 @@ def main() -> None:
         _relabelled(batches, found.outputs),
         device=accelerator.device,
         over_ranks=sum_over_ranks,
+        folders=test_sets(task, index, found.transform.crop_mode),
     )
     for path, reason in bad.take_new():
         say(f"skipped: {path} ({reason})")
     if accelerator.is_main_process:
-        figures = ", ".join(metric.say(scores.values[metric.name]) for metric in task.metrics)
+        for folder, part in scores.folders.items():
+            print(f"{folder}: {_figures(task, part)} over {part.images:,} images")
         print(
-            f"{arguments.checkpoint}: {figures} over {scores.images:,}"
+            f"{arguments.checkpoint}: {_figures(task, scores)} over {scores.images:,}"
             + (" images" if scores.images == len(index) else f" of {len(index):,} images")
         )
+        if arguments.json:
+            _write_json(arguments, scores, len(index))
     accelerator.end_training()
+
+
+def _settle_device(device: str | None) -> None:
+    import torch
+
+    if device == "cpu":
+        # For all that looks for one: loaders, Accelerate, the network.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch finds no CUDA GPU on this machine; use cpu")
+
+
+def _write_json(options: argparse.Namespace, scores: "Scores", images: int) -> None:
+    """What was found, as ``results.json`` has it, and of what."""
+    content = {
+        "checkpoint": str(options.checkpoint),
+        "data": str(options.data),
+        "images_there": images,
+        **scores.to_dict(),
+    }
+    if scores.folders:
+        content["folders"] = {name: part.to_dict() for name, part in scores.folders.items()}
+    write_json_option(options.json, content)
+
+
+def _figures(task: "Task", scores: "Scores") -> str:
+    return ", ".join(metric.say(scores.values[metric.name]) for metric in task.metrics)
 
 
 class _Loaded(NamedTuple):
@@ -162,24 +225,35 @@ class _Loaded(NamedTuple):
 
 
 def _load(options: argparse.Namespace, index: "ImageIndex") -> _Loaded:
+    from tpp.checkpoints.any_file import open_network
     from tpp.checkpoints.model_file import find_metadata, load_model
-    from tpp.checkpoints.sources import load_weights
+    from tpp.checkpoints.sources import agreed, load_weights, read_source
+    from tpp.common.hub import local
     from tpp.models.architecture import Architecture, build_model
+    from tpp.models.fitting import check_logits
+    from tpp.selection.configured import network_named
     from train.tasks import make_task
     from train.tasks.classification import Classification
 
-    path, folders = Path(options.checkpoint), index.classes
+    path, folders = local(options.checkpoint), index.classes
     info = find_metadata(path)
+    named = network_named(options.model, options.image_size, options.model_args)
     names = None
+    # A folder of Hugging Face, or one that training resumes from, says its network.
+    said = named is None and path.is_dir() and read_source(path).architecture
     if info is not None:
+        agreed(path, info.architecture, named)
         architecture = info.architecture
         task = make_task(info.extra.get("task", {"kind": Classification.kind}))
         names = _class_names(info.extra.get("classes"), architecture.num_classes)
-    elif options.model is None:
-        raise UserError(f"{path} does not say which network it holds; name it with --model")
     else:
         task = make_task({"kind": Classification.kind})
-        architecture = Architecture(options.model, len(folders))
+        if said:
+            architecture = said
+        elif named is not None:
+            architecture = Architecture(named.name, len(folders))
+        else:
+            raise UserError(f"{path} does not say which network it holds; name it with --model")
     file, place = str(path), str(index.root)
     labels = task.labels(folders, architecture, names, options.class_order, file=file, place=place)
     prepared = info.preprocessing if info is not None else None
@@ -187,9 +261,14 @@ def _load(options: argparse.Namespace, index: "ImageIndex") -> _Loaded:
     left_out: tuple[str, ...] = ()
     if info is not None:
         model = load_model(path).float()
+    elif said:
+        opened = open_network(path)
+        model, left_out = opened.model.float(), tuple(opened.notes)
     else:
         model = build_model(architecture.name, architecture.num_classes)
         left_out = load_weights(model, path)
+        if is_own(architecture.name):
+            check_logits(model)
     notes = [note for note in (*left_out, assumed, labels and labels.note) if note]
     return _Loaded(model, transform, task, labels and labels.outputs, notes)
 

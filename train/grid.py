@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 import json
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,16 +14,17 @@ from tpp.common.errors import UserError, printable
 from tpp.common.reading import parse_json
 from tpp.common.settings import Ratio, Section, UserPath, mistakes
 from tpp.common.yaml_files import read_yaml
-from train.config.config import MERGING, Config, load_config
+from train.config.config import Config, load_config
 from train.config.cycles import CYCLE
+from train.config.merging import MERGING
 from train.config.sections import MODEL_FILE
 from train.run_folder.results import Results, read_results
 from train.tasks.base import Metric
-from train.tasks.classification import TOP1
 
 MAIN = Path(__file__).resolve().with_name("main.py")
 # What the sweep sets in every run, so that an override of it would be lost.
 _OF_THE_SWEEP = ("name", "output", "seed", "pruning")
+_GROUP = "tracking.group"
 _LOG_TAIL = 2**16
 AS_CONFIGURED = "as configured"  # the one block of a sweep that sets nothing in finetuning
 Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
@@ -34,11 +35,17 @@ class PublishedTable(Section):
     """The published figures beside a sweep's; every list is in the order of the ratios.
 
     Attributes:
-        source: where they were published.
-        dense_top1: of the dense network, in per cent.
-        sparsity: per cent of the parameters removed.
-        speedup: dense operations over the pruned network's.
-        top1: mean in per cent, and its standard deviation where known, by finetuning and method.
+        source: where the figures were published.
+        dense_top1 (per cent): top-1 accuracy of the dense network; null where it is not known.
+        sparsity (per cent): share of the parameters that is removed; null where it is not known.
+        speedup: operations of the dense network over those of the pruned one; null where it is not
+            known.
+        top1 (per cent): top-1 accuracy by block of ``finetuning`` and by method, a list of
+            ``[mean]`` or ``[mean, standard deviation]``.
+
+    Example:
+        {source: "Wang & Fu, ICLR 2023, Table 1", dense_top1: 93.78, sparsity: [31.14, 90.39],
+        speedup: [1.45, 11.41], top1: {lr0.01: {tpp: [[93.81, 0.11], [89.63, 0.1]]}}}
     """
 
     source: str
@@ -49,22 +56,36 @@ class PublishedTable(Section):
 
 
 class Sweep(Section):
-    """A grid of runs. Paths of configurations are relative to the sweep's file.
+    """The file of a sweep, a grid of runs: every method at every ratio with every seed
+    (docs/table1.md). It is run by ``tpp sweep --config FILE``. In the file its keys
+    stand at the top level, without the word ``sweep``; paths of configurations are relative to it.
 
     Attributes:
-        name: of the sweep; its runs' names begin with it.
+        name: name of the sweep, with which its runs' names begin.
         output: the folder that holds the run folders.
         dense: configuration of the network that all runs start from; null where the methods'
             configurations say what they start from.
-        methods: a row of the table each: its configuration, with stages ``finetune`` and
+        methods: the configuration of each row of the table, with stages ``finetune`` and
             ``evaluate``.
-        ratios: a column of the table each: its ``pruning.ratios``.
-        finetuning: a block of the table each: what is set in the stage ``finetune``. All of them
-            start from the one network that the run has pruned. Null for rows that are as their
-            configurations have them, whose names here are then what the table calls them.
-        seeds: of the runs.
-        overrides: ``key.sub=value`` for every run; see :func:`expand`.
-        published: figures to put beside the measured ones.
+        ratios: the ``pruning.ratios`` of each column of the table.
+        finetuning: what is set in the stage ``finetune``, for each block of the table. All of them
+            start from the one network that the run has pruned. null for rows as their
+            configurations have them.
+        seeds: seeds of the runs; each method runs with each of them at each ratio.
+        overrides: ``key.sub=value`` for every run. One of a stage (``stages.finetune.epochs=5``) is
+            for the runs that train in a stage of that name.
+        published: published figures to show beside the measured ones; null for none.
+
+    Shorthands:
+        extends (path): another file, relative to this one, whose settings hold where this one says
+            nothing.
+
+    Example:
+        {name: short, output: runs/short, dense: resnet56_dense.yaml,
+        methods: {l1: resnet56_l1_base.yaml, tpp: resnet56_tpp_base.yaml},
+        ratios: {pr0.5: {layer*.conv1: 0.5}, pr0.9: {layer*.conv1: 0.9}},
+        finetuning: {lr0.01: {optimizer: {lr: 0.01}}}, seeds: [0, 1, 2],
+        overrides: [training.precision=bf16]}
     """
 
     name: Label
@@ -216,6 +237,7 @@ def expand(sweep: Sweep, overrides: Sequence[str] = ()) -> list[SweepRun]:
             "pruning.ratios": sweep.ratios[ratio],
             "stages": grid.stages,
             "published": _published(sweep, method, ratio),
+            **_group(sweep, overrides),
         }
         if starts_from is not None:
             settings["model.checkpoint"] = str(starts_from)
@@ -267,10 +289,9 @@ def _last_logged(log: Path) -> str:
     return ""
 
 
-def metric_of(results: Iterable[Results | None]) -> Metric:
-    """By which the networks of a sweep are compared: that of the first run that says its task."""
-    found = (one.task_type.metrics[0] for one in results if one is not None)
-    return next(found, TOP1)
+def metric_of(runs: Sequence[SweepRun]) -> Metric:
+    """By which the networks of a sweep are compared: the first score of its runs' task."""
+    return load_config(runs[0].config, runs[0].overrides).make_task().metrics[0]
 
 
 @dataclass(frozen=True)
@@ -352,7 +373,8 @@ def _dense_run(
     """The dense run and the checkpoint that it makes."""
     applied = _applied(load_config(path), overrides, unused, _cycles_in(Path(path)))
     folder = Path(sweep.output) / "dense"
-    applied += _as_overrides({"name": f"{sweep.name}_dense", "output": str(folder)})
+    own = {"name": f"{sweep.name}_dense", "output": str(folder), **_group(sweep, overrides)}
+    applied += _as_overrides(own)
     config = load_config(path, applied)
     makers = [name for name, stage in config.stages.items() if stage.does.makes_network]
     if not makers:
@@ -396,6 +418,12 @@ def _applied(
             applied.append(override)
     unused.difference_update(applied)
     return applied
+
+
+def _group(sweep: Sweep, overrides: Sequence[str]) -> dict[str, str]:
+    """What trackers show a sweep's runs under, unless an override says it."""
+    given = any(override.partition("=")[0].strip() == _GROUP for override in overrides)
+    return {} if given else {_GROUP: sweep.name}
 
 
 def _as_overrides(settings: dict[str, Any]) -> list[str]:

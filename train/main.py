@@ -1,10 +1,6 @@
 """Run a configuration: every stage from the dense network to the pruned, finetuned one.
 
-    accelerate launch train/main.py [--config FILE] [--dry-run] [key.sub=value ...]
-
-With no --config it runs the demo. Also under torchrun, srun, deepspeed and python. SIGUSR1 or
-SIGTERM ends it within about a second, with a checkpoint and exit code 75: started again, it goes
-on from the very step.
+Started by ``tpp train``, python, accelerate launch, torchrun, srun or deepspeed.
 """
 
 import argparse
@@ -13,7 +9,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,11 +18,14 @@ from typing import TYPE_CHECKING
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:] = [str(ROOT), *(p for p in sys.path if Path(p or ".").resolve() != ROOT / "train")]
 
+from tpp.common.command_line import Parser  # noqa: E402
 from tpp.common.errors import UserError, run_command  # noqa: E402
 from tpp.common.imports import quick_imports  # noqa: E402
-from tpp.common.paths import user_path  # noqa: E402
+from tpp.common.options import add_settings, share  # noqa: E402
 
 _FIRST_TO_SPEAK = 10.0  # seconds
+# Of a run that was told to stop, or failed: its machine may be about to go.
+_PATIENCE_WITH_COPIES = 60.0  # seconds
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -36,44 +35,71 @@ if TYPE_CHECKING:
     from train.run import Run
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(
-        prog="train/main.py",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=__doc__,
-        epilog="example: accelerate launch train/main.py --config "
-        "configs/imagenet/resnet50_tpp_2.31x.yaml data.root=/data/imagenet seed=1",
+def make_parser(prog: str = "python train/main.py") -> Parser:
+    """What the command takes."""
+    launch = "accelerate launch --config_file launch/accelerate/eight_gpus.yaml train/main.py"
+    parser = Parser(
+        prog,
+        "Run a configuration: from the dense network to the pruned, finetuned one.",
+        more="""
+            With no --config it runs the demo. Several ranks are started by accelerate launch,
+            torchrun, srun or deepspeed, with train/main.py and the same options. SIGUSR1 or SIGTERM
+            ends it within about a second, with a checkpoint and exit code 75: started again, it
+            goes on from the very step.
+        """,
+        examples=[
+            "--config configs/demo.yaml --dry-run",
+            "--config configs/own.yaml data.root=/data/images training.batch_size=128",
+            f"$ {launch} --config configs/own.yaml data.root=/data/images",
+            "--help-settings data.crop_mode",
+        ],
     )
-    parser.add_argument(
-        "--config", type=user_path, metavar="FILE", help="YAML file; default: configs/demo.yaml"
-    )
-    parser.add_argument(
+    share(parser, "--config", " (default: configs/demo.yaml)")
+    share(
+        parser,
         "--dry-run",
-        action="store_true",
-        help="train nothing; open what is there, and print the resolved configuration, the plan "
-        "and the penalty's shares",
+        ": open what is there, and print the resolved configuration, the plan and the penalty's "
+        "shares",
     )
     parser.add_argument(
-        "--ranks", type=int, metavar="N", help="ranks that --dry-run shares over (default 8)"
+        "--ranks",
+        type=int,
+        metavar="N",
+        help="ranks that --dry-run shares over (default: 8)",
     )
+    share(parser, "--until")
     parser.add_argument(
-        "--until",
-        metavar="STAGE[:STEP]",
-        help="end after this stage, or this step of it; the next run goes on from there",
+        "--help-settings",
+        nargs="?",
+        const="",
+        metavar="KEY",
+        help="say what a key of a configuration means, such as data.crop_mode; its beginning, its "
+        "end or a pattern with * will do; alone: list all keys",
     )
     # The deepspeed launcher adds it; the ranks are told by LOCAL_RANK, which it sets too.
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's"
-    )
-    return parser.parse_intermixed_args()
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
+    add_settings(parser)
+    return parser
 
 
-def main() -> None:
-    """Run or dry-run the configuration."""
-    arguments = parse_arguments()
+def _parse_arguments(words: Sequence[str] | None, prog: str) -> argparse.Namespace:
+    try:
+        return make_parser(prog).parse_args(words)
+    except UserError:
+        _leave_it_to_one_rank()
+        raise
+
+
+def main(words: Sequence[str] | None = None, prog: str = "python train/main.py") -> None:
+    """Run or dry-run the configuration; ``prog`` is how it was called, for ``--help``."""
+    arguments = _parse_arguments(words, prog)
+    if arguments.help_settings is not None:
+        from train.reference.lookup import show_settings
+
+        show_settings(arguments.help_settings)
+        return
     with quick_imports():
+        from train.cards import CardError, check_cards
         from train.config.config import load_config, stages_until
         from train.distributed.environment import settle_environment
         from train.distributed.ranks import settle_ranks
@@ -89,6 +115,7 @@ def main() -> None:
 
             dry_run(config, ranks=arguments.ranks)
             return
+        to_tell += check_cards(os.environ, training.precision)
         with quick_imports():
             from train.distributed.accelerator import make_accelerator
             from train.distributed.arithmetic import check_capture, settle_arithmetic
@@ -107,7 +134,8 @@ def main() -> None:
         for line in to_tell:
             accelerator.print(line)
     except UserError as error:
-        _leave_it_to_one_rank(of_each_node=True)
+        if not (isinstance(error, CardError) and error.alone):
+            _leave_it_to_one_rank(of_each_node=True)
         if os.environ.get("RANK", "0") == "0":
             raise
         where = f"rank {os.environ['RANK']} on {socket.gethostname()}"
@@ -145,16 +173,19 @@ def _opened(
             another run holds, a full disk.
     """
     from train.distributed.collectives import EveryRankError, from_main_rank
-    from train.distributed.stopping import Stopped
+    from train.distributed.stopping import Reached, Stopped
     from train.distributed.watchdog import Watchdog, ranks_named
     from train.preflight import preflight
     from train.run_folder.lock import RunLock
+    from train.run_folder.log import say
     from train.run_folder.record import write_results
-    from train.stages.sequence import open_run, stages_until
+    from train.stages.sequence import offer_copy, open_run, stages_until
 
     watchdog = Watchdog.from_environment(config.training.rank_timeout)
     lock = RunLock(Path(config.output))
     stopped: Stopped | None = None
+    run: Run | None = None
+    patience: float | None = _PATIENCE_WITH_COPIES
     try:
         with ranks_named(watchdog):
             try:
@@ -173,6 +204,9 @@ def _opened(
                 from train.report import show_end  # half a second that the other ranks save
 
                 show_end(run.folder)
+            offer_copy(run, "results.json")
+            if stopped is None or isinstance(stopped, Reached):
+                patience = None  # nobody is about to kill it
     except OSError as error:
         place = error.filename or config.output
         raise UserError(
@@ -180,6 +214,9 @@ def _opened(
             "checkpoint"
         ) from error
     finally:
+        if run is not None and run.copies is not None:
+            for line in run.copies.close(patience):
+                say(line)
         lock.release()
     accelerator.end_training()
     if stopped is not None:

@@ -1,5 +1,6 @@
 """Finding a user's mistakes before anything is loaded, downloaded or trained."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from data_pipelines.demo import generate_demo
 from tpp.common.errors import UserError, reason_of
+from tpp.common.own_code import is_own
 from tpp.masks import COMPANION, chosen_layers
 from tpp.measure.counts import count
 from tpp.models.architecture import (
@@ -18,13 +20,16 @@ from tpp.models.architecture import (
     example_input_for,
     set_preprocessing,
 )
+from tpp.models.fitting import check_logits
 from tpp.models.layers import prunable_layers
+from tpp.models.recalibration import norms_with_statistics
 from tpp.plan import PruningPlan
 from tpp.selection.selection import Selection
-from train.config.batch_rule import describe_method
+from train.config.batch_rule import describe_length, describe_method
 from train.config.config import Config
 from train.config.optimizer import SGD, OptimizerSection
-from train.data import RunData, preprocessing_at
+from train.config.tracking import check_trackers
+from train.data import RunData, preprocessing_at, smaller_sizes
 from train.distributed.collectives import from_main_rank
 from train.loop.optim import check_optimizer, is_elementwise, parameter_groups
 from train.teachers import check_teachers, open_teachers, teachers_exist
@@ -32,6 +37,9 @@ from train.weights import starting_weights_exist, starts_with
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+# A stage that takes more is not what somebody meant.
+_MOST_EPOCHS = 2**20
 
 
 @dataclass(frozen=True)
@@ -66,6 +74,7 @@ def preflight(config: Config, accelerator: "Accelerator", stages: Iterable[str])
     splits = zero_stage(accelerator) > 0
     starting_weights_exist(config.model)
     teachers_exist(config)
+    from_main_rank(accelerator, lambda: check_trackers(config.trackers))
     task = config.make_task()
     known = task.architecture(config.model)
     if known is not None and from_main_rank(accelerator, lambda: only_prunes(config, stages)):
@@ -78,9 +87,9 @@ def preflight(config: Config, accelerator: "Accelerator", stages: Iterable[str])
             )
     data = RunData(config, accelerator)
     index = data.train.index
-    architecture = task.architecture(config.model, len(index.classes), str(index.root))
+    architecture = task.architecture(config.model, len(index.classes), index.place)
     assert architecture is not None
-    check_network(config, architecture, splits=splits)
+    check_network(config, architecture, splits=splits, images=len(index))
     # What is needed in days should not be found damaged then.
     from_main_rank(accelerator, lambda: open_teachers(config, architecture, download=True))
     return Preflight(data, architecture)
@@ -89,12 +98,14 @@ def preflight(config: Config, accelerator: "Accelerator", stages: Iterable[str])
 def only_prunes(config: Config, stages: Iterable[str]) -> bool:
     """Whether all that is left to do is to remove filters from checkpoints of this run."""
     folder = Path(config.output)
-    left = [config.stages[name] for name in stages if not (folder / name / "done.json").exists()]
-    return bool(left) and not any(stage.does.needs_images or stage.input is None for stage in left)
+    left = [name for name in stages if not (folder / name / "done.json").exists()]
+    return bool(left) and not any(
+        config.needs_images(name) or config.stages[name].input is None for name in left
+    )
 
 
 def check_network(
-    config: Config, architecture: Architecture, *, splits: bool = False
+    config: Config, architecture: Architecture, *, splits: bool = False, images: int | None = None
 ) -> PruningPlan | None:
     """Check all that a configuration asks of its network; returns the plan's widths.
 
@@ -102,11 +113,13 @@ def check_network(
         config: what to run.
         architecture: the dense network.
         splits: see :func:`check_optimizers`.
+        images: of training, where they are known.
 
     Raises:
         UserError: of the checks that follow.
     """
-    plan = check_plans(config, architecture)
+    check_own_network(config, architecture)
+    plan = check_plans(config, architecture, images)
     check_masks(config, architecture)
     check_methods(config, architecture)
     check_optimizers(config, architecture, splits=splits)
@@ -116,7 +129,25 @@ def check_network(
     return plan
 
 
-def check_plans(config: Config, architecture: Architecture) -> PruningPlan | None:
+def check_own_network(config: Config, architecture: Architecture) -> None:
+    """Check that a network of the user's own gives what a classifier does.
+
+    Raises:
+        UserError: it cannot be built, does not run, or gives something else.
+    """
+    if not is_own(architecture.name):
+        return
+    try:
+        model = build_on_meta(architecture)
+        set_preprocessing(model, config.data.preprocessing())
+        check_logits(model, side=config.data.train_size)
+    except UserError as error:
+        raise UserError(f"model.name: {error}") from None
+
+
+def check_plans(
+    config: Config, architecture: Architecture, images: int | None = None
+) -> PruningPlan | None:
     """Check selection and schedules against the architecture; returns the plan's widths.
 
     The indices in the plan are stand-ins: which filters go is decided from the weights. So are
@@ -127,6 +158,12 @@ def check_plans(config: Config, architecture: Architecture) -> PruningPlan | Non
         return None
     model = build_on_meta(architecture)
     set_preprocessing(model, config.data.preprocessing())
+    for name in planned:
+        if config.stages[name].recalibrate is not None and not norms_with_statistics(model):
+            raise UserError(
+                f"stages.{name}.recalibrate: {architecture.name} has no BatchNorm whose running "
+                "statistics could change; leave it out"
+            )
     known: dict[str, tuple[PruningPlan, PruningPlan]] = {}
     for name in planned:
         pruning = (config.stages[name].pruning or config.pruning).model_dump_json()
@@ -137,7 +174,7 @@ def check_plans(config: Config, architecture: Architecture) -> PruningPlan | Non
             most = plan if selection.budget is None else _ceiling(model, selection)
             known[pruning] = plan, most
         if config.stages[name].does.regularizes:
-            _check_method(config, name, model, known[pruning][1])
+            _check_method(config, name, model, known[pruning][1], images)
     return next(iter(known.values()))[0]
 
 
@@ -228,11 +265,12 @@ def check_image_sizes(config: Config, architecture: Architecture) -> None:
     Raises:
         UserError: it does not; names the key.
     """
-    if not any(stage.image_sizes for stage in config.stages.values()):
+    sizes = {name: smaller_sizes(config, name)[0] for name in config.stages}
+    if not any(sizes.values()):
         return
     model = build_on_meta(architecture)
-    for name, stage in config.stages.items():
-        for size in stage.image_sizes or ():
+    for name, of_stage in sizes.items():
+        for size in of_stage:
             try:
                 set_preprocessing(model, preprocessing_at(config, size))
                 count(model)
@@ -322,8 +360,12 @@ def _masked_by(config: Config, name: str) -> str | None:
     return config.model.checkpoint if starts_with(config.model, COMPANION) else None
 
 
-def _check_method(config: Config, name: str, model: nn.Module, plan: PruningPlan) -> None:
-    method, masks = config.stage_method(name), _masks_before(config, name)
+def _check_method(
+    config: Config, name: str, model: nn.Module, plan: PruningPlan, images: int | None
+) -> None:
+    if images is None and config.is_stretched(name):
+        return  # the steps that it has to fit into are not known
+    method, masks = config.stage_method(name, images=images), _masks_before(config, name)
     try:
         method.check(model, plan)
         if masks and method.removes_after(model, plan, counts_zeros=masks) is not None:
@@ -332,9 +374,46 @@ def _check_method(config: Config, name: str, model: nn.Module, plan: PruningPlan
                 "leave method.remove_at_zero out"
             )
     except UserError as error:
+        if (enough := _epochs_enough(config, name, model, plan, images)) is not None:
+            said, batch = config.stages[name].epochs, config.training.batch_size
+            raise UserError(
+                f"stages.{name}.epochs: {said:g} epochs of {images:,} images are "
+                f"{method.steps():,} steps, too few to set every pruned layer to zero in turn; "
+                f"say {enough} or more, or a smaller training.batch_size than {batch}"
+            ) from None
         # The numbers that it names may not be those that the user wrote.
-        rule = describe_method(config, name)
-        raise UserError(f"{error}; {rule}" if rule else str(error)) from None
+        rules = (describe_method(config, name), describe_length(config, name, images))
+        raise UserError("; ".join([str(error), *filter(None, rules)])) from None
+
+
+def _epochs_enough(
+    config: Config, name: str, model: nn.Module, plan: PruningPlan, images: int | None
+) -> int | None:
+    """The fewest whole epochs that a stretched method's check takes; None where it is another."""
+    stage = config.stages[name]
+    if stage.epochs is None or not config.is_stretched(name):
+        return None
+
+    def fits(epochs: float) -> bool:
+        longer = stage.model_copy(update={"epochs": epochs})
+        other = config.model_copy(update={"stages": {**config.stages, name: longer}})
+        try:
+            other.stage_method(name, images=images).check(model, plan)
+        except UserError:
+            return False
+        return True
+
+    if fits(stage.epochs):
+        return None  # the mistake is another one
+    short, enough = math.floor(stage.epochs), math.ceil(stage.epochs)
+    while not fits(enough):
+        if enough > _MOST_EPOCHS:
+            return None
+        short, enough = enough, 2 * enough
+    while enough - short > 1:
+        middle = (short + enough) // 2
+        short, enough = (short, middle) if fits(middle) else (middle, enough)
+    return enough
 
 
 def stand_in_plan(model: nn.Module, selection: Selection) -> PruningPlan:
@@ -344,7 +423,7 @@ def stand_in_plan(model: nn.Module, selection: Selection) -> PruningPlan:
     worth the same. With one of latency, which is measured when the plan is chosen, they are the
     most that may go.
     """
-    if selection.budget is not None and selection.budget.kind == "latency_ms":
+    if selection.budget is not None and selection.budget.measured:
         return _ceiling(model, selection)
     return selection.select(model, scores=_last_go(model))
 

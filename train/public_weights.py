@@ -1,12 +1,16 @@
 """Networks with the public weights that a name stands for."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from tpp.checkpoints.model_file import load_model
 from tpp.checkpoints.sources import load_weights
 from tpp.common.errors import UserError, reason_of
+from tpp.common.hub import CONFIG, FORMAT_KEY, HUB, fetch, reference, small_file
+from tpp.common.reading import read_json
 from tpp.models.architecture import (
     TIMM,
     Architecture,
@@ -15,9 +19,10 @@ from tpp.models.architecture import (
     set_architecture,
     set_preprocessing,
 )
-from tpp.models.preparation import HUB, TORCHVISION, assumed_preparation, hub_config
+from tpp.models.preparation import TORCHVISION, assumed_preparation, hub_config
 from tpp.models.settings import ModelSection
-from train.downloads import fetch, place_of
+from train.downloads import fetch as download
+from train.downloads import place_of
 
 
 def is_public(source: str) -> bool:
@@ -50,6 +55,9 @@ def wanted_preparation(model: ModelSection, key: str) -> dict[str, Any] | None:
     source = named(model)
     if source is None:
         return None
+    if source.startswith(HUB) and (own := _own_config(source, key)) is not None:
+        said = own.get("preprocessing")
+        return said if isinstance(said, dict) else None
     return _prepared(source, _architecture(source, key, dict(model.args)), key)
 
 
@@ -89,6 +97,35 @@ def missing_here(source: str, key: str) -> str | None:
     return f"{key}: {source}: is downloaded when a run starts"
 
 
+def hub_file(source: str, key: str) -> Path | None:
+    """The checkpoint in a repository that ``tpp push`` wrote, fetched; None of timm's repositories.
+
+    Args:
+        source: ``hf-hub:OWNER/REPO@REVISION``.
+        key: of it in the configuration.
+
+    Raises:
+        UserError: there is no such repository or revision, or it cannot be fetched.
+    """
+    if _own_config(source, key) is None:
+        return None
+    try:
+        return fetch(reference(source)).weights
+    except UserError as error:
+        raise UserError(f"{key}: cannot load {error}") from None
+
+
+def _own_config(source: str, key: str) -> dict[str, Any] | None:
+    """What the small file beside such a checkpoint says; None of timm's repositories."""
+    _check_revision(source, key)
+    try:
+        path = small_file(reference(source), CONFIG)
+    except UserError as error:
+        raise UserError(f"{key}: cannot load {error}") from None
+    said = read_json(path, "the configuration") if path is not None else None
+    return said if isinstance(said, dict) and FORMAT_KEY in said else None
+
+
 def load_public(
     source: str,
     *,
@@ -110,9 +147,11 @@ def load_public(
         UserError: there are no such weights, they are of another network, or they cannot be
             fetched.
     """
+    if source.startswith(HUB) and (own := hub_file(source, key)) is not None:
+        return load_model(own)
     architecture = _architecture(source, key, args)
     if source.startswith(TORCHVISION):
-        path = fetch(_torchvision(source, key).url, key=key)
+        path = download(_torchvision(source, key).url, key=key)
         network = build_model(architecture.name, architecture.num_classes, **architecture.args)
         for note in load_weights(network, path):
             say(f"{path}: {note}")

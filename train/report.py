@@ -1,26 +1,27 @@
 """Report runs beside each other and beside the published row: text, HTML and one picture.
 
-    python -m train.report RUN [RUN ...] [--output DIR]
-    python -m train.report --table 1
-    python -m train.report --config SWEEP
+    tpp report RUN [RUN ...] [--output DIR]
+    tpp report --table 1
+    tpp report --config SWEEP [--runs DIR] [--output DIR]
 
 RUN is a run folder; what is drawn and tabled comes from its results.json, log.jsonl and
 config.yaml. A run that is still going is reported as far as it has come.
 """
 
-import argparse
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tpp.common.command_line import Parser
 from tpp.common.errors import UserError, run_command
 from tpp.common.files import write_whole
+from tpp.common.options import share
 from tpp.common.paths import user_path
 
 if TYPE_CHECKING:
-    from train.reporting.rival import Latency
+    from train.reporting.latency import Latency
     from train.reporting.rows import RunRecord
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,76 +65,106 @@ def write_report(
     Raises:
         UserError: the folder cannot be written, or the runs are not all for one task.
     """
-    from train.reporting.page import page_of
-    from train.reporting.picture import draw, to_png  # Matplotlib, which takes half a second
+    from train.reporting.page import Pictures, page_of
+    from train.reporting.picture import draw, panels  # Matplotlib, which takes half a second
+    from train.reporting.style import to_inline_svg, to_png
 
-    pictures = [to_png(draw(runs))]
-    if len(runs) > 1:
-        pictures += [to_png(draw([run])) for run in runs]
-    page = page_of(runs, pictures, latency).encode()
+    picture = to_png(draw(runs))
+    together = [to_inline_svg(of.figure, of.name, of.text) for of in panels(runs)]
+    each = [
+        # What the others say of a run, the pictures of all runs show already.
+        [
+            to_inline_svg(of.figure, f"run{number}-{of.name}", of.text)
+            for of in panels([run], only=("scores", "filters"))
+        ]
+        for number, run in enumerate(runs if len(runs) > 1 else (), start=1)
+    ]
+    page = page_of(runs, Pictures(together, each), latency, output).encode()
     try:
         output.mkdir(parents=True, exist_ok=True)
         paths = output / "report.html", output / "report.png"
-        for path, content in zip(paths, (page, pictures[0]), strict=True):
+        for path, content in zip(paths, (page, picture), strict=True):
             write_whole(path, content)
         return paths
     except OSError as error:
         raise UserError(f"{output}: cannot write the report ({error.strerror})") from None
 
 
-def main() -> None:
-    """Report the runs named on the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m train.report",
-        description="Report runs beside each other and beside the published row.",
-        epilog="example: python -m train.report runs/resnet56_tpp_pr0.9 runs/resnet56_l1_pr0.9",
+def make_parser(prog: str = "python -m train.report") -> Parser:
+    """What the command takes."""
+    parser = Parser(
+        prog,
+        "Report runs beside each other and beside the published row.",
+        more="RUN is a run folder; one that is still going is reported as far as it has come. "
+        "Text is printed, and report.html and report.png are written.",
+        examples=[
+            "runs/resnet56_tpp_pr0.9 runs/resnet56_l1_pr0.9",
+            "--config configs/cifar10/table1.yaml",
+            "--table 1",
+        ],
     )
     parser.add_argument("runs", nargs="*", type=user_path, metavar="RUN", help="run folder")
-    parser.add_argument(
+    share(
+        parser,
         "--output",
-        type=user_path,
+        " report.html and report.png, or of a sweep its page, tables and pictures (default: the "
+        "first RUN, or the folder of the sweep's runs)",
         metavar="DIR",
-        help="where report.html and report.png go; default: the first RUN (of a sweep: the "
-        "folder of the sweep's runs; default: what the sweep's file says)",
     )
     parser.add_argument(
         "--table",
         choices=sorted(TABLES),
         help="print a whole table of the paper, as far as its sweep has come",
     )
+    share(parser, "--config", " of a sweep: its page, table and pictures")
     parser.add_argument(
-        "--config", type=user_path, metavar="FILE", help="table and picture of a sweep"
+        "--runs",
+        dest="folder",
+        type=user_path,
+        metavar="DIR",
+        help="with a sweep: the folder of its runs, where it is not what the sweep's file says "
+        "(--output of tpp sweep)",
     )
     parser.add_argument(
         "--latency",
         type=user_path,
         metavar="FILE",
-        help="what tpp.latency --json FILE measured of these networks: the dense one at fewer "
-        "pixels is compared at equal time, too",
+        help="what tpp latency --json FILE measured of these networks: dense beside pruned, and "
+        "the dense one at fewer pixels at equal time",
     )
-    arguments = parser.parse_args()
+    return parser
+
+
+def main(words: Sequence[str] | None = None, prog: str = "python -m train.report") -> None:
+    """Report the runs named on the command line; ``prog`` is how it was called."""
+    parser = make_parser(prog)
+    arguments = parser.parse_args(words)
     sweep = arguments.config or TABLES.get(arguments.table)
     if bool(arguments.runs) == bool(sweep):
         parser.error("name run folders, or a sweep with --config or --table")
-    if arguments.latency and sweep:
-        parser.error("--latency goes with run folders")
-    if sweep:
-        from rich.console import Console
+    if arguments.folder and not sweep:
+        parser.error("--runs goes with a sweep: --config or --table")
+    from train.reporting.latency import Latency
 
+    latency = Latency.read(Path(arguments.latency)) if arguments.latency else None
+    if sweep:
+        from tpp.common.consoles import output_console
         from train.reporting.sweep_report import report_table
 
         report_table(
             sweep,
+            arguments.folder,
             arguments.output,
-            Console(width=None if sys.stdout.isatty() else 100),
+            output_console(100),
+            latency,
         )
         return
     from train.reporting.grids import console_for, grids_of, to_rich
-    from train.reporting.rival import Latency
-    from train.reporting.rows import load_run
+    from train.reporting.rows import listed, load_run
 
-    latency = Latency.read(Path(arguments.latency)) if arguments.latency else None
     runs = [load_run(folder) for folder in arguments.runs]
+    if latency is not None:
+        latency.expect_some((of.row.parameters, of.row.macs) for of in listed(runs))
     console = console_for()
     for grid in grids_of(runs, latency):
         console.print(to_rich(grid, console.width))

@@ -13,6 +13,7 @@ from tpp.masks import Sparsity, sparsity_of
 from tpp.measure.counts import Counts
 from tpp.models.architecture import Architecture
 from train.config.config import Config
+from train.copies import RunCopies
 from train.data import RunData
 from train.distributed.stopping import StopRequest
 from train.distributed.watchdog import Watchdog
@@ -26,7 +27,11 @@ LEFT = ("nonzero_parameters", "nonzero_macs", "sparsity")
 
 @dataclass
 class Run:
-    """A run under way: its configuration, data, ranks and folder."""
+    """A run under way: its configuration, data, ranks and folder.
+
+    Attributes:
+        on_open: told the name of a stage whose log has been opened, on the main rank.
+    """
 
     config: Config
     accelerator: Accelerator
@@ -35,8 +40,10 @@ class Run:
     images: RunData | None
     architecture: Architecture
     dense: Counts
+    copies: RunCopies | None = None  # on the main rank alone
     done: dict[str, dict[str, Any]] = field(default_factory=dict)
     step: int = 0
+    on_open: Callable[[str], None] = lambda stage: None
 
     @functools.cached_property
     def task(self) -> Task:

@@ -29,7 +29,7 @@ from tpp.checkpoints.training_state import (
 from tpp.common.errors import UserError
 from tpp.common.files import write_whole
 from tpp.models.architecture import build_on_meta, example_input_for, set_preprocessing
-from train.config.config import Config, load_config, steps_for
+from train.config.config import Config, load_config
 from train.config.sections import MODEL_FILE
 from train.data import look_at_images
 from train.grid import MAIN, SweepRun
@@ -92,7 +92,8 @@ class SharedStage:
         """The command that trains it."""
         end = self.stage if self.until is None else f"{self.stage}:{self.until}"
         main = (*launcher, str(MAIN), "--config", str(self.config), "--until", end)
-        return [*main, *self.overrides]
+        # Services are shown the runs, of which this is a part.
+        return [*main, *self.overrides, "trackers=[]"]
 
 
 class SweepConfigs:
@@ -182,6 +183,10 @@ def _common_parts(config: Config) -> list[_Part]:
         if not stage.does.trains or stage.does.is_final or stage.input not in whole:
             continue
         planned = config.needs_plan(name)
+        # Where a stretched stage's filters are picked is not known without the images.
+        if planned and config.is_stretched(name):
+            parts.append(_Part(name, None, False))
+            continue
         steps = config.stage_method(name).steps_before_picking() if planned else None
         whatever = whole[stage.input] and (steps is None or math.isinf(steps))
         if steps is not None and 1 <= steps < math.inf and whole[stage.input]:
@@ -361,15 +366,14 @@ def count_steps(
 
     def length(config: Config, name: str) -> int:
         nonlocal unknown
-        stage = config.stages[name]
-        if stage.epochs is None:
-            return config.stage_method(name).steps() or 0
+        if config.stages[name].epochs is None:
+            return config.steps_of(name, None) or 0
         place = config.data.model_dump_json()
         if place not in images:
             images[place] = _count_images(config, results)
         count = images[place]
         unknown |= count is None
-        return steps_for(stage.epochs, count, config.training.batch_size) if count else 0
+        return config.steps_of(name, count) or 0
 
     for run in runs:
         config = configs.of(run)
@@ -392,6 +396,6 @@ def _count_images(config: Config, results: Sequence[Results | None]) -> int | No
     if config.data.demo:
         return config.data.demo.classes * config.data.demo.train_per_class
     try:
-        return len(look_at_images(config))
+        return len(look_at_images(config)[0])
     except UserError:
         return None

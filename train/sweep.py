@@ -1,14 +1,5 @@
-"""Run a sweep: every method at every pruning ratio with every seed, from one dense network.
+"""Run a sweep: every method at every pruning ratio with every seed, from one dense network."""
 
-    python -m train.sweep --config configs/cifar10/table1.yaml [--jobs N] [key.sub=value ...]
-
-Each run is a process of its own (train/main.py) with a folder of its own. What is done is
-skipped, what was broken off goes on where it was, and a run that fails costs nothing but itself.
-What several runs have in common is trained once. SIGTERM and Ctrl-C end all of it with
-checkpoints.
-"""
-
-import argparse
 import itertools
 import os
 import re
@@ -19,11 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.table import Table
 
+from tpp.common.command_line import Parser
+from tpp.common.consoles import output_console
 from tpp.common.errors import UserError, run_command
-from tpp.common.paths import user_path
+from tpp.common.options import add_settings, share
 
 if TYPE_CHECKING:
     from train.grid import State, SweepRun
@@ -119,12 +111,12 @@ def _print_list(
     finetunings: Sequence[str],
     shared: "Sequence[SharedStage]",
     configs: "SweepConfigs",
+    metric: "Metric",
 ) -> None:
-    from train.grid import metric_of, state_of
+    from train.grid import state_of
     from train.sharing import count_steps
 
     states = [state_of(run) for run in runs]
-    metric = metric_of(state.results for state in states)
     table = Table()
     table.add_column("Run", justify="right")
     table.add_column("Method")
@@ -137,7 +129,7 @@ def _print_list(
         scores = _scores(run, state, finetunings, metric)
         place = ("dense", "", "") if run.method is None else (run.method, run.ratio, str(run.seed))
         table.add_row(str(run.number), *place, *scores, state.text)
-    console = Console(width=None if sys.stdout.isatty() else 100)
+    console = output_console(100)
     console.print(table)
     done = sum(state.done for state in states)
     begun = sum(state.text.startswith("under way") for state in states)
@@ -165,19 +157,24 @@ def _scores(
     return ["" if score is None else metric.number(score) for score in found]
 
 
-def main() -> None:
-    """Run or list a sweep."""
-    parser = argparse.ArgumentParser(
-        prog="python -m train.sweep",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=__doc__,
-        epilog="example: python -m train.sweep --config configs/cifar10/table1.yaml "
-        "data.root=/data/cifar10",
+def make_parser(prog: str = "python -m train.sweep") -> Parser:
+    """What the command takes."""
+    parser = Parser(
+        prog,
+        "Run a sweep: every method at every ratio with every seed, from one dense network.",
+        more="""
+            Each run is a process of its own (train/main.py) with a folder of its own. What is done
+            is skipped, what was broken off goes on where it was, and a run that fails costs nothing
+            but itself. What several runs have in common is trained once. SIGTERM and Ctrl-C end all
+            of it with checkpoints.
+        """,
+        examples=[
+            "--config configs/cifar10/table1.yaml --list",
+            "--config configs/cifar10/table1.yaml --jobs 8 data.root=/data/cifar10",
+        ],
     )
-    parser.add_argument("--config", type=user_path, metavar="FILE", required=True, help="the sweep")
-    parser.add_argument(
-        "--output", type=user_path, metavar="DIR", help="folder of the runs; default: the file's"
-    )
+    share(parser, "--config", " of the sweep", required=True)
+    share(parser, "--output", " the runs (default: what the file says)", metavar="DIR")
     parser.add_argument("--list", action="store_true", help="show all runs and how far they are")
     parser.add_argument(
         "--pending",
@@ -189,26 +186,25 @@ def main() -> None:
         metavar="N[,N-M]",
         help="these runs; 7- means from 7 on, s1- all stages that several runs have in common",
     )
-    parser.add_argument(
+    share(
+        parser,
         "--jobs",
-        type=int,
-        metavar="N",
-        help="N runs at once on each GPU, or on the CPU, each with its share of the cores; what "
-        "they say goes to OUTPUT/logs. Without it one run at a time has everything",
+        ", on each GPU or on the CPU, each with its share of the cores; what they say goes to "
+        "OUTPUT/logs. Without it one run at a time has everything",
     )
     parser.add_argument(
         "--launcher",
         metavar="COMMAND",
-        help='what starts train/main.py, such as "torchrun --nproc_per_node 4"; default: python',
+        help='what starts train/main.py, such as "torchrun --nproc_per_node 4" (default: python)',
     )
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key.sub=value",
-        help="settings of every run; those of a stage go to the runs that train in it",
-    )
-    arguments = parser.parse_intermixed_args()
-    from train.grid import expand, load_sweep, state_of
+    add_settings(parser, ", of every run; those of a stage go to the runs that train in it")
+    return parser
+
+
+def main(words: Sequence[str] | None = None, prog: str = "python -m train.sweep") -> None:
+    """Run or list a sweep; ``prog`` is how it was called, for ``--help``."""
+    arguments = make_parser(prog).parse_args(words)
+    from train.grid import expand, load_sweep, metric_of, state_of
     from train.sharing import SweepConfigs, shared_stages, still_needed
     from train.side_by_side import end_on_signals, places
     from train.sweep_jobs import Way, run_sweep
@@ -217,14 +213,12 @@ def main() -> None:
     all_runs, configs = expand(sweep, arguments.overrides), SweepConfigs()
     runs = _chosen(all_runs, arguments.only)
     jobs = arguments.jobs
-    if jobs is not None and jobs < 1:
-        raise UserError(f"--jobs {jobs}: at least 1 run at once")
     # Table 1's take seconds to find: not for what runs alone are asked for.
     alone = arguments.pending and "s" not in (arguments.only or "")
     shared = [] if alone else shared_stages(all_runs, configs)
     asked = still_needed(_chosen_shared(shared, arguments.only), all_runs)
     if arguments.list:
-        _print_list(runs, list(sweep.blocks), shared, configs)
+        _print_list(runs, list(sweep.blocks), shared, configs, metric_of(all_runs))
     elif arguments.pending:
         _print_pending(runs, asked, jobs)
     else:

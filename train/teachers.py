@@ -8,6 +8,7 @@ from torch import nn
 
 from tpp.checkpoints.model_file import find_metadata, load_model, network_of
 from tpp.checkpoints.sources import load_weights
+from tpp.common.class_names import note_on_order
 from tpp.common.errors import UserError
 from tpp.models.architecture import (
     Architecture,
@@ -20,7 +21,6 @@ from train.config.config import Config
 from train.distillation.distillation import Distillation
 from train.distillation.settings import DENSE, LOGITS, DistillSection
 from train.public_weights import is_public, load_public, missing_here, outline
-from train.tasks.class_names import note_on_order
 
 
 def teachers_exist(config: Config) -> None:

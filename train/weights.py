@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from tpp.checkpoints.model_file import find_metadata, load_model, read_companion
 from tpp.checkpoints.prune_file import read_dense
 from tpp.checkpoints.sources import load_weights
+from tpp.common.class_names import few, note_on_order
 from tpp.common.errors import UserError
+from tpp.common.hub import WEIGHTS, is_reference, kept, reference
 from tpp.common.images import CROP_MODES, ImagesSection
 from tpp.models.architecture import (
     TIMM,
@@ -24,13 +26,13 @@ from tpp.models.classifier import classifier_tensors, with_new_classifier
 from tpp.models.settings import ModelSection
 from train.downloads import check_hash, fetch, place_of
 from train.public_weights import (
+    hub_file,
     load_public,
     missing_here,
     named,
     published,
     wanted_preparation,
 )
-from train.tasks.class_names import few, note_on_order
 
 KEY = "model.checkpoint"
 Companion = dict[str, Tensor]
@@ -92,6 +94,7 @@ def load_starting_weights(
     if model.checkpoint is None:
         torch.manual_seed(seed)
         return build_model(architecture.name, architecture.num_classes, **architecture.args)
+    model = _from_hub(model)
     source = named(model)
     if source is not None:
         found = load_public(source, key=KEY, say=say, args=dict(architecture.args))
@@ -149,8 +152,19 @@ def starts_with(model: ModelSection, companion: str) -> bool:
     return info is not None and companion in info.companions
 
 
+def _from_hub(model: ModelSection) -> ModelSection:
+    """The section with the file that a repository of ours on the Hub holds, which is fetched."""
+    if model.checkpoint is None or not is_reference(model.checkpoint):
+        return model
+    path = hub_file(model.checkpoint, KEY)
+    return model if path is None else model.model_copy(update={"checkpoint": str(path)})
+
+
 def _own_file(model: ModelSection) -> Path | None:
     """The file of starting weights, if it is one of ours, and here."""
+    if model.checkpoint is not None and is_reference(model.checkpoint):
+        path = kept(reference(model.checkpoint), WEIGHTS)
+        return path if path is not None and find_metadata(path) is not None else None
     if model.checkpoint is None or named(model) is not None:
         return None
     path = place_of(model.checkpoint) if _is_url(model.checkpoint) else Path(model.checkpoint)

@@ -88,13 +88,13 @@ class PassedOver(NamedTuple):
 
 def image_names(folder: Path, wanted: Wanted = USUAL) -> list[str]:
     """Sorted names of the images in a class folder; of those in its sub-folders the paths."""
-    files = _walk(folder) if wanted.nested else _listed(folder)[0]
+    files = _walk(folder) if wanted.nested else listed(folder)[0]
     return sorted(name for name in files if name.lower().endswith(wanted.suffixes))
 
 
 def list_images(folder: Path, wanted: Wanted) -> tuple[list[str], list[PassedOver]]:
     """The images in a class folder, as :func:`image_names`, and what else lies there."""
-    files, folders = _listed(folder)
+    files, folders = listed(folder)
     if wanted.nested:
         files, folders = list(_walk(folder)), []
     images = sorted(name for name in files if name.lower().endswith(wanted.suffixes))
@@ -157,7 +157,7 @@ def _ending(name: str) -> str:
 def _walk(folder: Path, above: str = "", way: frozenset[str] = frozenset()) -> Iterator[str]:
     """The files in a folder at any depth, as paths in it; a link that leads back up is no way."""
     way = way | {os.path.realpath(folder)}
-    files, folders = _listed(folder)
+    files, folders = listed(folder)
     yield from (above + name for name in files)
     for name in folders:
         if os.path.realpath(folder / name) not in way:
@@ -178,7 +178,7 @@ def visible(folder: Path, *, folders: bool) -> list[str]:
     return sorted(entry.name for entry in shown if _is_folder(entry) == folders)
 
 
-def _listed(folder: Path) -> tuple[list[str], list[str]]:
+def listed(folder: Path) -> tuple[list[str], list[str]]:
     """The files and the folders in a folder that are not hidden; a link to nothing is a file."""
     files: list[str] = []
     folders: list[str] = []
@@ -192,7 +192,10 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
         with os.scandir(folder) as entries:
             return [entry for entry in entries if not entry.name.startswith(".")]
     except OSError as error:
-        raise UserError(f"{folder}: cannot list the data folder ({error.strerror})") from None
+        cure = ""
+        if folder.name in ("train", "val") and not folder.exists() and folder.parent.is_dir():
+            cure = "; tpp prepare split divides a folder of classes into train and val"
+        raise UserError(f"{folder}: cannot list the data folder ({error.strerror}){cure}") from None
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

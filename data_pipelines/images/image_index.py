@@ -1,6 +1,6 @@
 """The list of a data set's images, compact enough for ImageNet on every rank of a node.
 
-An index is a handful of flat arrays. Kept in a file (``python -m data_pipelines.index DIR``), it is
+An index is a handful of flat arrays. Kept in a file (``tpp index DIR``), it is
 mapped into memory: loading it reads next to nothing, and the ranks of a node share its pages.
 Images are files of their own in class folders, or stretches of larger files (tar shards).
 """
@@ -10,14 +10,14 @@ import json
 import operator
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import sha256
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, NamedTuple
 from zlib import crc32
 
 import numpy as np
@@ -40,6 +40,7 @@ from data_pipelines.images.folders import (
     told,
     visible,
 )
+from data_pipelines.images.names import Names
 from data_pipelines.images.order import Int64s
 from data_pipelines.images.plain_file import open_plain
 from tpp.common.errors import UserError
@@ -61,51 +62,13 @@ _SAMPLED = 256
 class Location(NamedTuple):
     """Where an image's bytes are: ``length`` bytes of ``path`` from ``offset`` on.
 
-    A length of -1 means the whole file, as long as it is when it is read.
+    A length of -1 means the whole file, as long as it is when it is read. In an object store the
+    path is a URL.
     """
 
     path: str
     offset: int
     length: int
-
-
-class Names(Sequence[str]):
-    """Many short strings in two arrays: a tenth of what a list of them takes.
-
-    Args:
-        text: all strings, one after the other, as the file system spells them; uint8.
-        ends: where each one ends in ``text``; int64, shape (len(self),).
-    """
-
-    def __init__(self, text: NDArray[np.uint8], ends: Int64s) -> None:
-        self.text, self.ends = text, ends
-
-    @classmethod
-    def of(cls, strings: Iterable[str]) -> "Names":
-        """Pack strings."""
-        encoded = [os.fsencode(string) for string in strings]
-        ends = np.cumsum([len(part) for part in encoded], dtype=np.int64)
-        return cls(np.frombuffer(b"".join(encoded), dtype=np.uint8), ends)
-
-    def __len__(self) -> int:
-        return len(self.ends)
-
-    @overload
-    def __getitem__(self, place: int) -> str: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[str]: ...
-    def __getitem__(self, place: int | slice) -> str | list[str]:
-        if isinstance(place, slice):
-            return [self[number] for number in range(*place.indices(len(self)))]
-        number = range(len(self))[place]
-        start = int(self.ends[number - 1]) if number else 0
-        return os.fsdecode(self.text[start : int(self.ends[number])].tobytes())
-
-    def __iter__(self) -> Iterator[str]:
-        text, start = self.text.tobytes(), 0
-        for end in self.ends.tolist():
-            yield os.fsdecode(text[start:end])
-            start = end
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +80,8 @@ class ImageIndex:
         files: names, by class and then by name: paths relative to ``root`` where the images are
             files, and in shards the paths that they had before.
         labels: class number of each image, int64, shape (n,).
-        classes: names of the classes, sorted; the label is the position in this list.
+        classes: names of the classes; the label is the position in this list. Of class folders
+            they are sorted, unless they are told in another order.
         byte_sizes: length of each image's file, int64, shape (n,); -1 where not looked up.
         sizes: height and width of each image in pixels, int32, shape (n, 2); 0, 0 where not
             looked up, or where the image cannot be read.
@@ -131,6 +95,12 @@ class ImageIndex:
         file: where this index was loaded from.
         wanted: which files in the class folders are images.
         passed_over: what else lies in the folder.
+        labels_from: where tars of others, or a list, have the labels; empty for class folders and
+            for shards of this package.
+        called: of each of ``containers``, where those are plain copies for a while, the file that
+            it is a copy from, for messages.
+        url: where the images are in an object store; ``root`` then is the folder that holds the
+            index, and those of ``containers`` that are kept here. Empty for a folder.
     """
 
     root: Path
@@ -147,6 +117,9 @@ class ImageIndex:
     file: Path | None = None
     wanted: Wanted = USUAL
     passed_over: tuple[PassedOver, ...] = ()
+    labels_from: str = ""
+    called: tuple[str, ...] = ()
+    url: str = ""
 
     @classmethod
     def of(
@@ -173,7 +146,7 @@ class ImageIndex:
     def __reduce__(self) -> Any:
         # A worker process maps the same file instead of being sent a copy of everything.
         if self.file is not None:
-            return _load_again, (self.file, self.root, self.fingerprint)
+            return _load_again, (self.file, self.root, self.url, self.fingerprint)
         return super().__reduce__()
 
     @cached_property
@@ -185,28 +158,79 @@ class ImageIndex:
         digest.update(self.labels.astype("<i8").tobytes())
         return digest.hexdigest()[:12]
 
+    @property
+    def place(self) -> str:
+        """The folder or the URL of the images, to be said."""
+        return self.url or str(self.root)
+
     def location(self, image: int) -> Location:
-        """Where an image's bytes are."""
+        """Where an image's bytes are now: of one in an object store, here if they are kept here."""
+        length = int(self.byte_sizes[image])
         if not self.containers:
-            return Location(f"{self.root}/{self.files[image]}", 0, -1)
-        path = f"{self.root}/{self.containers[self.container[image]]}"
-        return Location(path, int(self.offsets[image]), int(self.byte_sizes[image]))
+            return Location(f"{self.place}/{self.files[image]}", 0, length if self.url else -1)
+        container = self.containers[self.container[image]]
+        path = f"{self.root}/{container}"
+        if self.url and not Path(path).exists():
+            path = f"{self.url}/{container}"
+        return Location(path, int(self.offsets[image]), length)
 
     def name(self, image: int) -> str:
         """What to call an image in a message: its path, in shards with the member's name."""
-        path = self.location(image).path
-        return f"{path}: {self.files[image]}" if self.containers else path
+        if not self.containers:
+            return f"{self.place}/{self.files[image]}"
+        container = self.container[image]
+        path = (
+            self.called[container] if self.called else f"{self.place}/{self.containers[container]}"
+        )
+        return f"{path}: {self.files[image]}"
 
     def said_of_the_rest(self) -> str | None:
         """What lies in the folder and is no part of the index, in a line; None: nothing does."""
         if not self.passed_over:
             return None
-        if self.containers:
-            return f"{self.root}: passed over when it was made: {told(self.passed_over)}"
+        if self.containers or self.labels_from:
+            return f"{self.place}: passed over when it was made: {told(self.passed_over)}"
         options = how_to_take(self.passed_over)
-        command = f"python -m data_pipelines.index {self.root} {options}"
+        command = f"tpp index {self.place} {options}"
         taken = f"; take the images with: {command}" if options else ""
-        return f"{self.root}: passed over: {told(self.passed_over)}{taken}"
+        return f"{self.place}: passed over: {told(self.passed_over)}{taken}"
+
+    def said_of_form(self) -> str | None:
+        """How others have laid out these images, in a line; None: as class folders or shards."""
+        if not self.labels_from:
+            return None
+        with_images = len(np.unique(self.labels))
+        some = f", of {with_images:,} of the classes" * (with_images < len(self.classes))
+        if self.containers:
+            root = Path(self.called[0]).parent if self.called else self.place
+            kind = "Parquet or Arrow file" if self.called else "tar"
+            tars = f"{len(self.containers):,} {kind}" + "s" * (len(self.containers) > 1)
+            return f"{root}: {len(self):,} images in {tars}, labels from {self.labels_from}{some}"
+        return f"{self.root}: {len(self):,} images of the list {self.labels_from}{some}"
+
+    def with_classes(self, classes: Sequence[str], places: Sequence[int]) -> "ImageIndex":
+        """The same images, of classes in another order or with other names.
+
+        Args:
+            classes: their names.
+            places: of each class of this index, its position in ``classes``; no two alike.
+        """
+        labels = np.asarray(places, np.int64)[self.labels]
+        if (labels == self.labels).all():
+            renamed = replace(self, classes=list(classes))
+            if "fingerprint" in self.__dict__:  # it is of names and labels alone
+                renamed.__dict__["fingerprint"] = self.fingerprint
+            return renamed
+        order = np.argsort(labels, kind="stable")
+        return replace(
+            self.subset(order),
+            labels=labels[order],
+            classes=list(classes),
+            marks=self.marks if self.containers else np.zeros(0, np.int64),
+            wanted=self.wanted,
+            passed_over=self.passed_over,
+            labels_from=self.labels_from,
+        )
 
     def subset(self, images: Int64s) -> "ImageIndex":
         """The index of these images only, in this order; all classes stay."""
@@ -221,6 +245,8 @@ class ImageIndex:
             containers=self.containers,
             container=self.container[images] if self.containers else self.container,
             offsets=self.offsets[images] if self.containers else self.offsets,
+            called=self.called,
+            url=self.url,
         )
 
 
@@ -258,6 +284,8 @@ def save_index(index: ImageIndex, path: Path) -> None:
         metadata["wanted"] = json.dumps(index.wanted)
     if index.passed_over:
         metadata["passed_over"] = json.dumps(index.passed_over)
+    if index.labels_from:
+        metadata["labels_from"] = index.labels_from
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     metadata["crc32"] = _checksum(arrays, metadata)
     content = save(arrays, metadata)
@@ -265,7 +293,7 @@ def save_index(index: ImageIndex, path: Path) -> None:
         write_whole(path, content)
     except OSError as error:
         raise UserError(
-            f"{path}: cannot write the index ({error.strerror}); choose another place with --out"
+            f"{path}: cannot write the index ({error.strerror}); choose another place with --output"
         ) from None
 
 
@@ -279,22 +307,25 @@ def check_replaceable(path: Path) -> None:
         if (file.metadata() or {}).get("format") != _FORMAT:
             raise UserError(
                 f"{path}: holds something else than an index of images, and would be replaced; "
-                "choose another place with --out"
+                "choose another place with --output"
             )
 
 
-def load_index(path: str | os.PathLike[str], root: str | os.PathLike[str]) -> ImageIndex:
+def load_index(
+    path: str | os.PathLike[str], root: str | os.PathLike[str], url: str = ""
+) -> ImageIndex:
     """Map an index into memory; whether it still fits the folder is for :func:`check_fits`.
 
     Args:
         path: the file.
         root: the folder of class folders or shards that it is the index of.
+        url: where these are, if in an object store.
 
     Raises:
         UserError: the file cannot be read or is no index.
     """
     path = Path(path)
-    again = f"make it anew with: python -m data_pipelines.index {root}"
+    again = f"make it anew with: tpp index {'DIR' if url else root}"
     try:
         os.close(open_plain(path))
         with safe_open(path, framework="pt") as file:
@@ -331,6 +362,8 @@ def load_index(path: str | os.PathLike[str], root: str | os.PathLike[str]) -> Im
         file=path,
         wanted=wanted,
         passed_over=passed_over,
+        labels_from=metadata.get("labels_from", ""),
+        url=url,
         **arrays,
     )
     # Hashing 1.3 million names takes a second; the file says what came out.
@@ -352,9 +385,9 @@ def _listing_of(metadata: Mapping[str, str]) -> tuple[Wanted, tuple[PassedOver, 
     return wanted, tuple(passed)
 
 
-def _load_again(path: Path, root: Path, fingerprint: str) -> ImageIndex:
+def _load_again(path: Path, root: Path, url: str, fingerprint: str) -> ImageIndex:
     """Load an index in another process, unless the file has changed in the meantime."""
-    index = load_index(path, root)
+    index = load_index(path, root, url)
     if index.fingerprint != fingerprint:
         raise UserError(f"{path}: another index took this one's place during the run; begin anew")
     return index
@@ -365,7 +398,9 @@ def _checksum(arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -
     check = 0
     for name in _ARRAYS:
         check = crc32(arrays[name].data, check)
-    for name in ("classes", "containers", "fingerprint", "wanted", "passed_over"):
+    for name in (
+        *("classes", "containers", "fingerprint", "wanted", "passed_over", "labels_from"),
+    ):
         check = crc32(metadata.get(name, "").encode(), check)
     return f"{check:08x}"
 
@@ -379,10 +414,14 @@ def _inconsistency(tensors: "dict[str, Tensor]", classes: Any, containers: Any) 
             return f"a zero byte in the names of its {what}"
         if what == "containers" and any(name.startswith("/") or ".." in name for name in names):
             return "a container outside of the folder"
-        if what == "classes" and any("/" in name or name in ("", "..") for name in names):
-            return "a class that is no folder in this one"
-        if what == "classes" and any(map(operator.ge, names, names[1:])):
-            return "classes that are not sorted, or one twice"
+    if containers:
+        # Their classes are no folders, and may come in an order of their own.
+        if len({*classes}) < len(classes) or not all(classes):
+            return "a class twice, or one without a name"
+    elif any("/" in name or name in ("", "..") for name in classes):
+        return "a class that is no folder in this one"
+    elif any(map(operator.ge, classes, classes[1:])):
+        return "classes that are not sorted, or one twice"
     n = len(tensors["labels"])
     held = n if containers else 0
     shapes = {"names": None, "marks": None, "sizes": (n, 2), "container": (held,)}
@@ -456,12 +495,13 @@ def check_fits(index: ImageIndex) -> None:
     Raises:
         UserError: says what differs, and what to do.
     """
+    again = f"make it anew with: tpp index {index.root}"
     if index.containers:
         problem = _container_difference(index)
-        again = "write the shards anew with: python -m data_pipelines.shards"
+        if not index.labels_from:
+            again = "write the shards anew with: tpp shards"
     else:
         problem = _folder_difference(index)
-        again = f"make it anew with: python -m data_pipelines.index {index.root}"
     if problem:
         raise UserError(f"{index.file}: this index no longer fits {index.root}: {problem}; {again}")
 
@@ -560,13 +600,13 @@ def scan_class_folders(root: str | os.PathLike[str], wanted: Wanted | None = Non
 def _aid(passed: Sequence[PassedOver]) -> str:
     """What a folder without images holds, and how to take that."""
     options = how_to_take(passed)
-    taken = f"; take them with: python -m data_pipelines.index DIR {options}" if options else ""
+    taken = f"; take them with: tpp index DIR {options}" if options else ""
     return f" (it holds {told(passed)}{taken})" if passed else ""
 
 
 def parts_of(folder: Path) -> list[Path]:
     """The folders to index: the one given, or those in it that are a data set's parts."""
-    named = _named_parts(folder)
+    named = named_parts(folder)
     # A class may be named 'train' as well.
     parts = [
         part
@@ -579,23 +619,7 @@ def parts_of(folder: Path) -> list[Path]:
     return [folder]
 
 
-def said_of_flat_parts(folder: Path) -> list[str]:
-    """A line for each folder beside true parts that is named as one and has no class folders.
-
-    It is left out: whose images they are, nothing says.
-    """
-    parts = parts_of(folder)
-    lines = []
-    for part in _named_parts(folder) if parts != [folder] else []:
-        count = sum(kind.number for kind in loose_images(part)) if part not in parts else 0
-        if count:
-            lines.append(
-                f"{part}: left out: it holds {count:,} images but no class folders; sort them "
-                "into the folders of their classes"
-            )
-    return lines
-
-
-def _named_parts(folder: Path) -> list[Path]:
+def named_parts(folder: Path) -> list[Path]:
+    """The folders in one that are called as a data set's parts are."""
     found = visible(folder, folders=True)
     return [folder / name for name in PARTS if name in found]

@@ -17,7 +17,7 @@ NumPy's generators are not used, since their streams may change between versions
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,7 +46,7 @@ def permutation(seed: int, epoch: int, size: int) -> Int64s:
 # the cache's own wrapper would hide from type checkers.
 @lru_cache(maxsize=2)
 def _permutation(seed: int, epoch: int, size: int) -> Int64s:
-    keys = _hash(_key(seed, _ORDER_STREAM, epoch), np.arange(size, dtype=np.uint64))
+    keys = _hash(key_of(seed, _ORDER_STREAM, epoch), np.arange(size, dtype=np.uint64))
     order = np.argsort(keys, kind="stable").astype(np.int64)
     order.flags.writeable = False
     return order
@@ -60,7 +60,7 @@ def uniforms(seed: int, samples: Int64s, count: int) -> Float64s:
         samples: global sample numbers, shape (n,).
         count: numbers wanted per sample; the first k are the same for any count >= k.
     """
-    return _uniforms(_key(seed, _AUGMENT_STREAM), samples, count)
+    return _uniforms(key_of(seed, _AUGMENT_STREAM), samples, count)
 
 
 def _uniforms(key: int, samples: Int64s, count: int) -> Float64s:
@@ -71,7 +71,7 @@ def _uniforms(key: int, samples: Int64s, count: int) -> Float64s:
 
 def mixing_uniforms(seed: int, sample: int, count: int) -> Float64s:
     """Random numbers in [0, 1) of the batch that begins with a sample: shape (count,)."""
-    return _uniforms(_key(seed, _MIX_STREAM), np.array([sample]), count)[0]
+    return _uniforms(key_of(seed, _MIX_STREAM), np.array([sample]), count)[0]
 
 
 def rank_samples(step: int, global_batch: int, rank: int, world_size: int) -> Int64s:
@@ -81,6 +81,20 @@ def rank_samples(step: int, global_batch: int, rank: int, world_size: int) -> In
     ``global_batch`` samples whatever their number.
     """
     return step * global_batch + np.arange(rank, global_batch, world_size, dtype=np.int64)
+
+
+class Order(Protocol):
+    """What the loaders ask of an order; it can be pickled."""
+
+    @property
+    def seed(self) -> int:
+        """The run's."""
+
+    def images(self, samples: Int64s) -> Int64s:
+        """The image (0..size-1) that each sample number stands for; same shape as samples."""
+
+    def image_after(self, sample: int, count: int) -> int:
+        """The image ``count`` images after that of ``sample``, to take in its place."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,7 +146,7 @@ class SampleOrder:
 
     def _windowed_order(self, epoch: int) -> Int64s:
         assert self.window is not None and self.shards is not None
-        shards = permutation(_key(self.seed, _SHARD_STREAM), epoch, int(self.shards.max()) + 1)
+        shards = permutation(key_of(self.seed, _SHARD_STREAM), epoch, int(self.shards.max()) + 1)
         turn = np.argsort(shards)[self.shards]  # of the image's shard
         shuffled = np.empty(self.size, dtype=np.int64)
         shuffled[permutation(self.seed, epoch, self.size)] = np.arange(self.size)
@@ -181,7 +195,7 @@ class Steps:
                 yield step, part
 
 
-def _key(*parts: int) -> int:
+def key_of(*parts: int) -> int:
     """Fold integers of any sign and size up to 64 bits into one well-mixed 64-bit key."""
     key = 0
     for part in parts:

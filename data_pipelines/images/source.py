@@ -13,10 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipelines.images.image_index import ImageIndex, Location
-from data_pipelines.images.order import Int64s, SampleOrder
+from data_pipelines.images.order import Int64s, Order
 from data_pipelines.images.plain_file import LARGEST_MEMBER, open_plain
+from data_pipelines.images.remote import read_objects
 from data_pipelines.settings import OnError
 from tpp.common.errors import UserError
+from tpp.common.object_storage import is_url
 
 if TYPE_CHECKING:
     from data_pipelines.images.batch import Request
@@ -156,7 +158,7 @@ class ImageSource:
     """
 
     index: ImageIndex
-    order: SampleOrder | None
+    order: Order | None
     bad: BadImages
 
     def fetch(self, request: "Request", rows: range, take: Callable[[int, Bytes], T]) -> Fetched[T]:
@@ -169,17 +171,22 @@ class ImageSource:
                 cannot.
 
         Raises:
-            UserError: an image cannot be read, and may not be skipped.
+            UserError: an image cannot be read, and may not be skipped; or the object store that it
+            is in gives no answer.
         """
         fetched: Fetched[T] = Fetched([], [], [], [])
         self.bad.hear(request.asked)
+        ahead = self._read_together(request, rows) if self.index.url else {}
         for row in rows:
             sample, first = int(request.samples[row]), int(request.images[row])
             for image in self._candidates(sample, first):
                 if image in self.bad:
                     continue
                 try:
-                    item = take(image, read_bytes(self.index.location(image)))
+                    data = ahead.get(image)
+                    if data is None:
+                        data = read_bytes(self.index.location(image))
+                    item = take(image, data)
                 except (OSError, ValueError) as error:
                     reason = error.strerror if isinstance(error, OSError) else str(error)
                     fetched.bad.append((image, reason or str(error)))
@@ -190,6 +197,18 @@ class ImageSource:
                 fetched.items.append(item)
                 break
         return fetched
+
+    def _read_together(self, request: "Request", rows: range) -> dict[int, Bytes]:
+        """The bytes of those images that an object store has to be asked for: all at once."""
+        images = {int(request.images[row]) for row in rows}
+        asked = {image: self.index.location(image) for image in images if image not in self.bad}
+        asked = {
+            image: place
+            for image, place in asked.items()
+            if is_url(place.path) and place.length <= LARGEST_MEMBER
+        }
+        found = read_objects([*asked.values()])
+        return {image: data for image, data in zip(asked, found, strict=True) if data is not None}
 
     def _candidates(self, sample: int, first: int) -> Iterator[int]:
         yield first
@@ -219,6 +238,11 @@ def read_bytes(location: Location) -> Bytes:
 
 def _read(location: Location) -> Bytes:
     path, offset, length = location
+    if is_url(path) and length <= LARGEST_MEMBER:
+        (found,) = read_objects([location])
+        if found is None:
+            raise ValueError(f"the object ends before these {length:,} bytes do")
+        return found
     if length < 0:
         opened = _OpenFile(path)
         length = os.fstat(opened.descriptor).st_size

@@ -1,5 +1,6 @@
 """Class folders, written from the images of an archive."""
 
+import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -15,6 +16,7 @@ from tpp.common.errors import UserError
 from tpp.common.files import aside_of, sync
 
 RUN_AGAIN = "the same command goes on from here"
+_LONGEST_NAME = 255  # bytes, on all file systems in use
 
 
 def write_class_folders(
@@ -23,7 +25,7 @@ def write_class_folders(
     """Copy the images of an index into class folders, each of which appears whole or not at all.
 
     Args:
-        index: images in larger files, of known sizes, sorted by class.
+        index: images of known sizes in bytes, sorted by class.
         out: the folder to make; class folders that an earlier call has finished are kept.
         threads: how many classes are written at the same time.
         advance: called with the number of images done.
@@ -35,6 +37,9 @@ def write_class_folders(
         UserError: a folder in ``out`` holds something else, an image cannot be read, or writing
             fails.
     """
+    for name in index.classes:
+        if "/" in name or name.startswith(".") or len(os.fsencode(name)) > _LONGEST_NAME:
+            raise UserError(f"{index.root}: class {name!r} cannot be the name of a folder")
     out.mkdir(parents=True, exist_ok=True)
     for leftover in out.glob(".*.tmp"):
         shutil.rmtree(leftover)
@@ -106,8 +111,6 @@ def _copy(index: ImageIndex, image: int, path: Path) -> None:
             f"({getattr(error, 'strerror', None) or error}); {RUN_AGAIN}"
         ) from None
     path.write_bytes(content.data)
-    written = path.stat().st_size
-    if written != location.length:
-        raise UserError(
-            f"{path}: {written:,} bytes written instead of {location.length:,}; {RUN_AGAIN}"
-        )
+    written, expected = path.stat().st_size, int(index.byte_sizes[image])
+    if written != expected:
+        raise UserError(f"{path}: {written:,} bytes written instead of {expected:,}; {RUN_AGAIN}")

@@ -128,10 +128,10 @@ class _Packing:
     def skip(self, image: int, reason: str) -> tuple[int, str]:
         """An entry of the list of skipped images, where skipping is allowed."""
         if not self.skip_broken:
+            listed = "" if self.index.called else f"; tpp index {self.index.root} lists them"
             raise UserError(
                 f"{self.name(image)}: a broken image ({reason}); mend it or get it anew, or leave "
-                f"out all broken ones with --skip-broken; python -m data_pipelines.index "
-                f"{self.index.root} lists them"
+                f"out all broken ones with --skip-broken{listed}"
             )
         return image, reason
 

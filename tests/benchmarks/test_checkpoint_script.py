@@ -40,8 +40,8 @@ def test_both_ways_write_checkpoints_that_can_be_resumed_from(tmp_path, monkeypa
 
 def test_the_script_writes_its_results(tmp_path, monkeypatch, capsys):
     output = tmp_path / "results" / "checkpoint.json"
-    tiny = ("--model", "cifar_resnet8", "--rounds", "1", "--steps", "1", "--side", "16")
-    arguments = [*tiny, "--folder", str(tmp_path), "--output", str(output)]
+    tiny = ("--model", "cifar_resnet8", "--rounds", "1", "--steps", "1", "--image-size", "16")
+    arguments = [*tiny, "--work", str(tmp_path), "--output", str(output)]
     monkeypatch.setattr("sys.argv", ["checkpoint", *arguments])
     run_command(main)
     results = json.loads(output.read_text())
@@ -50,11 +50,14 @@ def test_the_script_writes_its_results(tmp_path, monkeypatch, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["results"]  # nothing is left behind
 
 
+PROGRAM = "python -m benchmarks.checkpoint"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--folder", "/no/such/folder"), "error: --folder /no/such/folder: no such folder\n"),
-        (("--rounds", "0"), "error: --rounds, --steps, --batch and --side must be 1 or more\n"),
+        (("--work", "/no/such/folder"), "error: --work /no/such/folder: no such folder\n"),
+        (("--rounds", "0"), f"error: {PROGRAM}: --rounds: must be at least 1, not 0\n"),
     ],
 )
 def test_mistakes(monkeypatch, capsys, arguments, message):

@@ -21,7 +21,7 @@ def test_the_script_runs_at_tiny_sizes(tmp_path):
     folder, output = tmp_path / "photos", tmp_path / "end_to_end.json"
     folder.mkdir()
     make_photos(folder, 6)
-    done = run("--tiny", "--folder", folder, "--output", output)
+    done = run("--tiny", "--data", folder, "--output", output)
     assert done.returncode == 0, done.stderr
     results = json.loads(output.read_text())
     (row,) = results["rows"].values()
@@ -36,4 +36,5 @@ def test_the_script_runs_at_tiny_sizes(tmp_path):
 
 def test_what_is_wrong_is_one_line(tmp_path):
     done = run("--turns", 0)
-    assert done.returncode == 2 and done.stderr == "error: --turns must be at least 1, not 0\n"
+    said = "error: python -m benchmarks.end_to_end: --turns: must be at least 1, not 0\n"
+    assert (done.returncode, done.stderr) == (2, said)

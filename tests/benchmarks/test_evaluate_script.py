@@ -32,6 +32,6 @@ def test_both_sides_see_the_same_images_at_tiny_size(tmp_path):
 
 
 def test_a_folder_that_is_not_there(tmp_path):
-    done = run("--folder", str(tmp_path / "none"), "--output", str(tmp_path / "evaluate.json"))
+    done = run("--data", str(tmp_path / "none"), "--output", str(tmp_path / "evaluate.json"))
     assert done.returncode == 2
-    assert done.stderr == f"error: --folder {tmp_path}/none: no such folder\n"
+    assert done.stderr == f"error: --data {tmp_path}/none: no such folder\n"

@@ -33,7 +33,7 @@ def test_the_networks_are_the_published_ones():
 
 def test_every_part_runs_at_tiny_sizes(tmp_path):
     output = tmp_path / "latency.json"
-    done = run("--quick", "--parts", "published,round_to,compiled", "--output", str(output))
+    done = run("--tiny", "--parts", "published,round_to,compiled", "--output", str(output))
     assert done.returncode == 0, done.stderr
     results = json.loads(output.read_text())
     assert list(results["published"]) == ["ResNet-34", "ResNet-34 1.32x"]

@@ -57,7 +57,7 @@ def archive(shared_data, tmp_path_factory) -> Path:
 def setup(archive, tmp_path_factory) -> Setup:
     work = tmp_path_factory.mktemp("work")
     folder = unpack(archive, work / "photos")
-    return prepare(folder, CONTESTANTS, work, SimpleNamespace(batch=PHOTOS, threads=1))
+    return prepare(folder, CONTESTANTS, work, SimpleNamespace(batch_size=PHOTOS, threads=1))
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -263,7 +263,7 @@ def test_every_part_runs_at_tiny_sizes(archive, tmp_path):
     output = tmp_path / "loader.json"
     output.write_text('{"kept": 1}')
     names = ("ours", "torchvision-v2")
-    sizes = ("--batch", 20, "--passes", 1, "--quick", "--output", output)
+    sizes = ("--batch-size", 20, "--passes", 1, "--tiny", "--output", output)
     done = run("--data", archive, "--only", *PARTS, *names, *sizes)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
@@ -301,9 +301,11 @@ def test_names_of_parts_and_contestants():
 
 def test_mistakes_are_one_line(archive, tmp_path, monkeypatch):
     output = tmp_path / "results" / "loader.json"
-    done = run("--data", archive, "--only", "ours", "--batch", PHOTOS + 1, "--output", output)
+    done = run("--data", archive, "--only", "ours", "--batch-size", PHOTOS + 1, "--output", output)
     assert done.returncode == 2 and not output.exists()
-    assert done.stderr == f"error: --batch {PHOTOS + 1}: {archive} holds only {PHOTOS} photos\n"
+    assert (
+        done.stderr == f"error: --batch-size {PHOTOS + 1}: {archive} holds only {PHOTOS} photos\n"
+    )
     with pytest.raises(UserError, match="--only: no 'dally'; there are the parts speed, wait"):
         _chosen(["ours", "dally"])
     monkeypatch.setenv("TPP_SHARED_DATA", str(archive.parent))

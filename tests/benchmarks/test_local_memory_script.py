@@ -8,7 +8,7 @@ from benchmarks import local_memory
 
 def test_deeper_networks_need_no_more(tmp_path, monkeypatch, capsys):
     output = tmp_path / "figures.json"
-    arguments = ["--depths", "18,34", "--width", "2", "--batch", "6", "--output", str(output)]
+    arguments = ["--depths", "18,34", "--width", "2", "--batch-size", "6", "--output", str(output)]
     monkeypatch.setattr(sys, "argv", ["local_memory", *arguments])
     local_memory.main()
     assert len(capsys.readouterr().out.splitlines()) == 5

@@ -262,7 +262,7 @@ def test_strong_scaling_ends_where_the_batch_does(row):
 
 def test_the_script_runs(tmp_path, monkeypatch, capsys):
     output = tmp_path / "new" / "scale.json"
-    arguments = ["--gpu", "A100", "--precision", "mixed", "--gpus", "8,64", "--network", "12.5"]
+    arguments = ["--gpu", "A100", "--precision", "bf16", "--gpus", "8,64", "--network", "12.5"]
     arguments += ["--images-per-second", "2000", "--output", str(output)]
     monkeypatch.setattr(sys, "argv", ["scale", *arguments])
     scale.run_command(scale.main)
@@ -292,7 +292,11 @@ def test_the_command_ends_a_mistake_with_code_2():
     ("arguments", "message"),
     [
         (["--gpu", "B200"], "--gpu: no 'B200'; there are: V100, A100, H100"),
-        (["--precision", "fp8"], "--precision: no 'fp8'; there are: fp32, mixed"),
+        (
+            ["--precision", "fp8"],
+            "python -m benchmarks.scale: --precision: 'fp8' is none of fp32, bf16, fp16; "
+            "did you mean fp32?",
+        ),
         (["--gpus", "8,x"], "--gpus: 'x' is not a whole number above 0"),
         (["--gpus", "0"], "--gpus: '0' is not a whole number above 0"),
         (
@@ -302,9 +306,12 @@ def test_the_command_ends_a_mistake_with_code_2():
         (["--gpus", "8192"], "--gpus: 8192 is more than is simulated; at most 4096"),
         (["--gpus", "1"], "--gpus: one GPU alone does not scale; name more, such as 8,64,512"),
         (["--network", "nan"], "--network: 'nan' is not a number above 0"),
-        (["--loader", "-3"], "--loader: '-3' is not a number above 0"),
+        (["--loader-speed", "-3"], "--loader-speed: '-3' is not a number above 0"),
         (["--dispatch-ms", "inf"], "--dispatch-ms: 'inf' is not a number above 0"),
-        (["--batch-per-gpu", "1.5"], "--batch-per-gpu: '1.5' is not a whole number above 0"),
+        (
+            ["--batch-size", "1.5"],
+            "python -m benchmarks.scale: --batch-size: '1.5' is not a whole number",
+        ),
         (
             ["--images-per-second", "9"],
             "--images-per-second: needs --gpu and --precision, whose speed it replaces",

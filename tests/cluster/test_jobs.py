@@ -145,7 +145,7 @@ def test_the_chain_runs_to_the_report(site: Site, undisturbed: str) -> None:
     logs = [site.log(job) for job in jobs]
     assert site.slurm.jobs()[jobs[-1]] == "COMPLETED", "\n".join(logs)
     assert "2 rank(s) on 2 node(s) by deepspeed" in logs[0] and "1 rank(s) on 1 node(s)" in logs[1]
-    assert "finetune" not in logs[1] and "prune: done before, skipped" in logs[2]
+    assert "finetune:" not in logs[1] and "prune: done before, skipped" in logs[2]
     site.assert_as_undisturbed("chain")
     results = json.loads((site.folder / "chain" / "results.json").read_text())
     assert results["status"] == "finished" and results["stages"]["evaluate"]["top1"] is not None
@@ -176,7 +176,8 @@ def node_lost(site: Site, job: str) -> None:
     [
         (stopped_before_the_limit, "srun", "stopped by SIGUSR1"),
         (requeued, "torchrun", "stopped by SIG"),
-        (preempted, "accelerate", "stopped by SIGTERM"),
+        # SLURM's SIGTERM reaches the ranks, and so does the SIGUSR1 that the script makes of it.
+        (preempted, "accelerate", "stopped by SIG"),
         (node_lost, "srun", "has given no sign of life for 8 s"),
     ],
     ids=["limit", "requeued", "preempted", "node"],
@@ -192,7 +193,7 @@ def test_a_disturbed_run_ends_with_the_same_weights(
     site.wait_for(job, "PENDING", "FAILED", "COMPLETED", seconds=200)
     first = site.log(job)
     assert site.slurm.jobs()[job] == "PENDING", first
-    assert said in first
+    assert said in first, first
     if disturb is node_lost:
         site.slurm.start_node("node2")
     site.slurm.release(job)

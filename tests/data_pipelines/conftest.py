@@ -5,8 +5,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tiny_run import make_tiny_data
 
 from data_pipelines.images.image_index import ImageIndex, scan_class_folders
+from tpp.common.errors import run_command
+
+Run = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Class folders of tiny images."""
+    return make_tiny_data(tmp_path_factory.mktemp("tiny")) / "train"
 
 
 @pytest.fixture(scope="session")
@@ -28,3 +38,32 @@ def unpack_photos(
         return index
 
     return unpack
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run ``tpp prepare`` here; what it prints."""
+    from data_pipelines.prepare import main
+
+    def command(*arguments: object) -> str:
+        monkeypatch.setattr("sys.argv", ["prepare", *map(str, arguments)])
+        capsys.readouterr()
+        run_command(main)
+        return capsys.readouterr().out
+
+    return command
+
+
+@pytest.fixture
+def refused(run: Run, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run the command, which must end in one line of error; that line."""
+
+    def command(*arguments: object) -> str:
+        with pytest.raises(SystemExit) as caught:
+            run(*arguments)
+        assert caught.value.code == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err.startswith("error: ") and err.count("\n") == 1
+        return err
+
+    return command

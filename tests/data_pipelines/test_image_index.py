@@ -25,13 +25,13 @@ from data_pipelines.images.image_index import (
     INDEX_FILE,
     ImageIndex,
     Location,
-    Names,
     check_fits,
     load_index,
     open_images,
     save_index,
     scan_class_folders,
 )
+from data_pipelines.images.names import Names
 from tpp.common.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -403,7 +403,7 @@ def test_hostile_file_is_refused(tmp_path: Path, case: str) -> None:
         load_index(path, tmp_path)
     assert str(caught.value).startswith(f"{path}: ")
     assert said in str(caught.value)
-    assert f"python -m data_pipelines.index {tmp_path}" in str(caught.value)
+    assert f"tpp index {tmp_path}" in str(caught.value)
 
 
 HOSTILE_SHARDS: dict[str, tuple[Callable[[dict[str, Any], dict[str, str]], None], str]] = {
@@ -464,9 +464,9 @@ def _difference(index: ImageIndex) -> str:
     message = str(caught.value)
     beginning = f"{index.file}: this index no longer fits {index.root}: "
     ending = (
-        "; write the shards anew with: python -m data_pipelines.shards"
+        "; write the shards anew with: tpp shards"
         if index.containers
-        else f"; make it anew with: python -m data_pipelines.index {index.root}"
+        else f"; make it anew with: tpp index {index.root}"
     )
     assert message.startswith(beginning)
     assert message.endswith(ending)

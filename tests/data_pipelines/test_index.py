@@ -88,7 +88,7 @@ def photos(shared_data: Callable[[str], Path], tmp_path_factory: pytest.TempPath
 
 
 def test_real_photos(photos: Path, tmp_path: Path, run: Callable[..., Any]) -> None:
-    code, facts, err = run(photos, "--out", tmp_path / "new" / "folder")
+    code, facts, err = run(photos, "--output", tmp_path / "new" / "folder")
     assert (code, err) == (0, "")
     file = tmp_path / "new" / "folder" / "imagenet-sample.safetensors"
     index = open_images(photos, file)
@@ -123,6 +123,7 @@ def test_facts_are_aligned(
         "largest": "dog (2 images)",
         "bytes": f"{3 * len(_encoded()) / 1000:,.1f} kB",
         "pixels": "height x width: median 40 x 48, smallest 40 x 48, largest 40 x 48",
+        "broken": "0",
         "fingerprint": scan_class_folders(tmp_path).fingerprint,
         "index": str(tmp_path / INDEX_FILE),
     }
@@ -207,7 +208,7 @@ def test_report_goes_when_all_is_well(tmp_path: Path, run: Callable[..., Any]) -
     _write(root, {"a/1.jpg": _encoded()})
     code, facts, _ = run(root, "--strict")
     assert code == 0
-    assert not {"broken", "report"} & set(facts)
+    assert facts["broken"].strip() == "0" and "report" not in facts
     assert not (root / REPORT_FILE).exists()
     assert not open_images(root).broken.any()
 
@@ -277,7 +278,7 @@ def test_train_and_val_are_indexed_each(tmp_path: Path, run: Callable[..., Any])
     assert (root / "val" / REPORT_FILE).exists()
 
     out = tmp_path / "out"
-    run(root, "--out", out)
+    run(root, "--output", out)
     assert _names(out) == ["train.safetensors", "val-report.tsv", "val.safetensors"]
     assert len(open_images(root / "val", out / "val.safetensors")) == 2
 
@@ -294,7 +295,7 @@ def test_folder_has_its_name_however_it_is_given(
 ) -> None:
     root = _write(tmp_path / "images", {"a/1.jpg": _encoded()})
     monkeypatch.chdir(root)
-    run(given.format(root=root), "--out", tmp_path / "out")
+    run(given.format(root=root), "--output", tmp_path / "out")
     assert _names(tmp_path / "out") == ["images.safetensors"]
 
 
@@ -318,7 +319,7 @@ def test_shards_carry_their_index(tmp_path: Path, run: Callable[..., Any]) -> No
         assert (code, facts) == (2, {})
         assert err == (
             f"error: {tmp_path}/val: these are tar shards, which carry their index "
-            f"({INDEX_FILE}); expected class folders\n"
+            f"({INDEX_FILE}); expected class folders, or tars that others made\n"
         )
     assert (tmp_path / "val" / INDEX_FILE).read_bytes() == before
     assert not (tmp_path / "train" / INDEX_FILE).exists()
@@ -328,9 +329,20 @@ def test_shards_carry_their_index(tmp_path: Path, run: Callable[..., Any]) -> No
     ("arguments", "said"),
     [
         (["{root}/absent"], "{root}/absent: cannot list the data folder (No such file"),
-        (["{root}", "--threads", "0"], "--threads must be at least 1, not 0"),
-        (["{root}", "--out", "{root}/a/1.jpg"], "{root}/a/1.jpg: cannot make the folder of --out"),
-        (["{root}", "--out", "/proc/x"], "/proc/x: cannot make the folder of --out"),
+        (
+            ["{root}/val"],
+            "{root}/val: cannot list the data folder (No such file or directory); "
+            "tpp prepare split divides a folder of classes",
+        ),
+        (
+            ["{root}", "--threads", "0"],
+            "python -m data_pipelines.index: --threads: must be at least 1, not 0",
+        ),
+        (
+            ["{root}", "--output", "{root}/a/1.jpg"],
+            "{root}/a/1.jpg: cannot make the folder of ",
+        ),
+        (["{root}", "--output", "/proc/x"], "/proc/x: cannot make the folder of "),
         (["{root}/a"], "{root}/a: no class folders; expected"),
     ],
 )
@@ -377,7 +389,7 @@ def test_folder_without_leave_to_write(as_nobody: Path, run: Callable[..., Any])
     code, facts, err = run(as_nobody)
     assert (code, facts) == (2, {})
     assert err == (
-        f"error: {as_nobody}: cannot write the index there; choose another place with --out\n"
+        f"error: {as_nobody}: cannot write the index there; choose another place with --output\n"
     )
     assert not list(as_nobody.glob(".*"))
     as_nobody.chmod(0o755)
@@ -389,12 +401,12 @@ def test_an_index_takes_no_other_file_s_place(tmp_path: Path, run: Callable[...,
     other.parent.mkdir()
     save_file({"weight": np.zeros(3)}, other)
     before = other.read_bytes()
-    code, facts, err = run(root, "--out", other.parent)
+    code, facts, err = run(root, "--output", other.parent)
     assert (code, facts) == (2, {})
     assert err.startswith(f"error: {other}: holds something else than an index of images")
     assert other.read_bytes() == before and _names(other.parent) == [other.name]
     other.write_bytes(b"cut")  # a damaged one is made anew, and an older one too
-    assert run(root, "--out", other.parent)[0] == run(root, "--out", other.parent)[0] == 0
+    assert run(root, "--output", other.parent)[0] == run(root, "--output", other.parent)[0] == 0
     assert len(load_index(other, root)) == 1
 
 
@@ -420,9 +432,9 @@ def test_change_during_the_pass_is_found_later(
         os.utime(root / label, (1e9, 1e9))
     look = command._look
 
-    def look_and_add(path: str) -> Any:
+    def look_and_add(*where: Any) -> Any:
         _write(root, {"b/2.jpg": _encoded()})
-        return look(path)
+        return look(*where)
 
     monkeypatch.setattr(command, "_look", look_and_add)
     run(root)
@@ -476,10 +488,10 @@ def test_interruption_leaves_the_remaining_files(
     looked = []
     look = command._look
 
-    def look_slowly(path: str) -> Any:
-        looked.append(path)
+    def look_slowly(*where: Any) -> Any:
+        looked.append(where)
         time.sleep(0.01)
-        return look(path)
+        return look(*where)
 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -514,3 +526,18 @@ def test_two_at_once_do_not_disturb_each_other(tmp_path: Path, forks: Forks) -> 
         assert process.output()[1] == ""
     assert len(open_images(root)) == 300
     assert _names(root) == [INDEX_FILE, "a"]
+
+
+def test_what_gets_no_index_says_what_it_gets(
+    tmp_path: Path, run: Callable[..., tuple[int, dict[str, str], str]]
+) -> None:
+    (tmp_path / "data").mkdir()
+    for name in ("train.csv", "a.tar", "data/train.parquet"):
+        (tmp_path / name).touch()
+    for place in (tmp_path / "train.csv", tmp_path / "a.tar", tmp_path / "*.tar"):
+        code, _, err = run(place)
+        assert code == 2 and err.count("\n") == 1
+        assert err.endswith(f"get one as shards: tpp shards {place} --output DIR\n")
+    code, _, err = run(tmp_path)
+    assert (code, err.count("\n")) == (2, 1)
+    assert f"make shards of them: tpp shards {tmp_path} --output DIR" in err

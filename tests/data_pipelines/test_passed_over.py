@@ -126,10 +126,10 @@ def test_an_index_that_has_nothing_to_say_is_as_it_always_was(tmp_path: Path, ru
 
 
 def test_shards_say_it_and_hand_it_on(mixed: Path, run: Run, tmp_path: Path) -> None:
-    code, out, _ = run(shards_command.main, mixed, "--out", tmp_path / "shards")
+    code, out, _ = run(shards_command.main, mixed, "--output", tmp_path / "shards")
     assert code == 0
     assert f"{mixed}: passed over: 2 .bmp" in out
-    assert f"python -m data_pipelines.index {mixed} --also " in out
+    assert f"tpp index {mixed} --also " in out
     said = open_images(tmp_path / "shards").said_of_the_rest()
     assert said is not None
     assert "2 .webp (cat/d.webp)" in said
@@ -142,7 +142,7 @@ def test_a_part_without_class_folders_is_named(tmp_path: Path, run: Run, command
     if command == "index":
         code, out, _ = run(index_command.main, data)
     else:
-        code, out, _ = run(shards_command.main, data, "--out", tmp_path / "shards")
+        code, out, _ = run(shards_command.main, data, "--output", tmp_path / "shards")
     assert code == 0
     assert f"{data}/val: left out: it holds 2 images but no class folders" in out
     with pytest.raises(UserError, match=r"val: no class folders; .*; its 2 images lie beside"):

@@ -41,12 +41,12 @@ from torchvision.datasets import ImageFolder
 
 from data_pipelines.images.image_index import open_images, scan_class_folders
 from data_pipelines.images.plain_file import LARGEST_MEMBER
-from data_pipelines.prepare import main, prepare_imagenet, prepare_small
+from data_pipelines.prepare import prepare_imagenet, prepare_small
 from data_pipelines.sets import imagenet
 from data_pipelines.sets.archives import archive_files, safe_parts, tar_members
 from data_pipelines.sets.preparation import STATE_FILE, WORK_FOLDER
 from data_pipelines.sets.small_sets import SETS, Download
-from tpp.common.errors import UserError, run_command
+from tpp.common.errors import UserError
 
 # ImageNet's devkit is read in a process of its own.
 pytestmark = pytest.mark.processes
@@ -132,36 +132,6 @@ def _each_devkit_is_read_once() -> Iterator[None]:
         yield
 
 
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run the command here; what it prints."""
-
-    def command(*arguments: object) -> str:
-        monkeypatch.setattr("sys.argv", ["prepare", *map(str, arguments)])
-        capsys.readouterr()
-        run_command(main)
-        return capsys.readouterr().out
-
-    return command
-
-
-@pytest.fixture
-def refused(run: Run, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run the command, which must end in one line of error; that line."""
-
-    def command(*arguments: object) -> str:
-        with pytest.raises(SystemExit) as caught:
-            run(*arguments)
-        assert caught.value.code == 2
-        out, err = capsys.readouterr()
-        assert out == ""
-        assert err.startswith("error: ")
-        assert err.count("\n") == 1
-        return err
-
-    return command
-
-
 def _contents(root: Path) -> dict[str, bytes]:
     """All files, hidden ones too."""
     return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
@@ -194,7 +164,7 @@ def test_imagenet_becomes_class_folders_byte_by_byte(
     tmp_path: Path,
 ) -> None:
     out = tmp_path / "deep" / "imagenet"
-    said = run(*_options(official), "--out", out)
+    said = run(*_options(official), "--output", out)
     assert _images(out) == _expected(photos, truth, val_files)
     for split, count in (("train", CLASSES * PER_CLASS), ("val", VAL)):
         index = scan_class_folders(out / split)
@@ -205,17 +175,17 @@ def test_imagenet_becomes_class_folders_byte_by_byte(
     lines = [line.split() for line in said.splitlines()]
     assert lines[0][:5] == ["train", "4", "classes,", "24", "images,"]
     assert lines[1][:5] == ["val", "4", "classes,", "8", "images,"]
-    assert lines[-2] == ["next", "python", "-m", "data_pipelines.index", str(out)]
+    assert lines[-2] == ["next", "tpp", "index", str(out)]
     assert said.endswith(f"data.root={out}\n")
 
 
 def test_a_further_run_changes_nothing_and_says_so(
     run: Run, official: Mapping[str, Path], tmp_path: Path
 ) -> None:
-    run(*_options(official), "--out", tmp_path / "out")
+    run(*_options(official), "--output", tmp_path / "out")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
     assert f"{tmp_path / 'out'}: already prepared\n" in run(
-        *_options(official), "--out", tmp_path / "out"
+        *_options(official), "--output", tmp_path / "out"
     )
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
 
@@ -228,13 +198,13 @@ def test_train_alone_without_devkit_and_val_later(
     val_files: Mapping[str, bytes],
     tmp_path: Path,
 ) -> None:
-    said = run("imagenet", "--train", official["train"], "--out", tmp_path / "out")
+    said = run("imagenet", "--train", official["train"], "--output", tmp_path / "out")
     assert "not checked  number of images of each class, for want of --devkit\n" in said
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [STATE_FILE, "train"]
     rest = ["--val", official["val"], "--devkit", official["devkit"]]
-    assert "not checked" not in run("imagenet", *rest, "--out", tmp_path / "out")
+    assert "not checked" not in run("imagenet", *rest, "--output", tmp_path / "out")
     assert _images(tmp_path / "out") == _expected(photos, truth, val_files)
-    assert "already prepared" in run(*_options(official), "--out", tmp_path / "out")
+    assert "already prepared" in run(*_options(official), "--output", tmp_path / "out")
 
 
 def test_imagenet_straight_to_shards(
@@ -246,7 +216,7 @@ def test_imagenet_straight_to_shards(
     tmp_path: Path,
 ) -> None:
     out = tmp_path / "out"
-    said = run(*_options(official), "--out", out, "--shards", "--shard-size", "1MB")
+    said = run(*_options(official), "--output", out, "--shards", "--shard-size", "1MB")
     found = {}
     for split in ("train", "val"):
         index = open_images(out / split)
@@ -259,7 +229,7 @@ def test_imagenet_straight_to_shards(
     assert found == _expected(photos, truth, val_files)
     assert said.splitlines()[-1].split() == ["next", "train", "with", f"data.root={out}"]
     assert not (out / WORK_FOLDER).exists()
-    folders = run(*_options(official), "--out", tmp_path / "folders")
+    folders = run(*_options(official), "--output", tmp_path / "folders")
     assert folders.splitlines()[0] == said.splitlines()[0]
     for split in ("train", "val"):
         same = scan_class_folders(tmp_path / "folders" / split).fingerprint
@@ -271,7 +241,7 @@ def test_the_table_of_an_archive_is_read_once(
 ) -> None:
     train = tmp_path / "train.tar"
     train.write_bytes(official["train"].read_bytes())
-    arguments = ["imagenet", "--train", train, "--out", tmp_path / "out"]
+    arguments = ["imagenet", "--train", train, "--output", tmp_path / "out"]
     with _file_sizes_below(10_000):
         assert "cannot write this class (File too large)" in refused(*arguments)
     time_before = train.stat().st_mtime_ns
@@ -310,7 +280,7 @@ def test_a_run_that_was_ended_is_gone_on_with(
 ) -> None:
     train = write_train(tmp_path / "train.tar", many)
     out, expected = tmp_path / "out", _expected(many, [], {})
-    arguments = ["imagenet", "--train", str(train), "--out", str(out), "--threads", "1"]
+    arguments = ["imagenet", "--train", str(train), "--output", str(out), "--threads", "1"]
     process = forks.start("data_pipelines.prepare", arguments, ROOT, {**os.environ, **BARE})
     while len(list((out / "train").glob("n*"))) < 10:
         assert process.poll() is None, process.output()
@@ -340,14 +310,14 @@ def test_a_failing_run_leaves_whole_classes_only(
     sizes = {wnid: max(map(len, some.values())) for wnid, some in photos.items()}
     # The class with the largest photo cannot be written.
     with _file_sizes_below(max(sizes.values()) - 1):
-        said = refused(*_options(official), "--out", tmp_path / "out", "--threads", 1)
+        said = refused(*_options(official), "--output", tmp_path / "out", "--threads", 1)
     worst = max(sizes, key=sizes.__getitem__)
     assert f"{tmp_path}/out/train/{worst}: cannot write this class (File too large); the" in said
     train = tmp_path / "out" / "train"
     assert list(train.glob(".*")) == []
     for folder in train.iterdir():
         assert _contents(folder) == photos[folder.name]
-    run(*_options(official), "--out", tmp_path / "out")
+    run(*_options(official), "--output", tmp_path / "out")
     assert {p.name for p in train.iterdir()} == set(photos)
 
 
@@ -361,7 +331,7 @@ def test_no_space_is_said_beforehand(refused: Run, tmp_path: Path) -> None:
             file.write(member(f"n01440764_{number}.JPEG", each))
             file.seek(each, os.SEEK_CUR)
         file.truncate(file.tell() + 2048)
-    line = refused("imagenet", "--train", tmp_path / "train.tar", "--out", tmp_path / "out")
+    line = refused("imagenet", "--train", tmp_path / "train.tar", "--output", tmp_path / "out")
     assert f"out: {count * each / 1e9:,.1f} GB are needed for the images, " in line
     assert line.endswith("are free; make room or choose another folder\n")
     assert _nothing_written(tmp_path / "out")
@@ -377,7 +347,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on(
         "import os, sys; from data_pipelines.prepare import main; "
         "from tpp.common.errors import run_command; from contextlib import suppress\n"
         f"sys.argv = ['prepare', 'imagenet', '--train', '{official['train']}', "
-        f"'--out', '{place}/out', '--threads', '1']\n"
+        f"'--output', '{place}/out', '--threads', '1']\n"
         "with suppress(SystemExit): run_command(main)\n"
         f"print(len(os.listdir('{place}/out/train')))\n"
         f"os.system('mount -o remount,nr_inodes=1000 {place}')\n"
@@ -409,7 +379,7 @@ def test_two_at_once_are_refused(
     (tmp_path / "out").mkdir()
     lock = os.open(tmp_path / "out", os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)
-    said = refused(*_options(official), "--out", tmp_path / "out")
+    said = refused(*_options(official), "--output", tmp_path / "out")
     os.close(lock)
     assert "out: another process is making this folder at the moment" in said
 
@@ -438,18 +408,18 @@ def test_swapped_archives_are_recognised(
         ({"train": tmp_path}, f"{tmp_path}: a folder; give the archive itself"),
         ({"train": tmp_path / "no"}, f"{tmp_path}/no: cannot read this archive (No such file"),
     ):
-        assert said in refused(*_options(official, **changed), "--out", tmp_path / "out")
+        assert said in refused(*_options(official, **changed), "--output", tmp_path / "out")
         assert _nothing_written(tmp_path / "out")
 
 
 def test_options_that_miss_something(
     refused: Run, official: Mapping[str, Path], tmp_path: Path
 ) -> None:
-    out = ["--out", tmp_path / "out"]
+    out = ["--output", tmp_path / "out"]
     assert "--val needs --devkit" in refused("imagenet", "--val", official["val"], *out)
     assert "name the archives with --train and --val" in refused("imagenet", *out)
     assert "are for --shards" in refused(*_options(official), *out, "--resize", 400)
-    assert "--threads must be at least 1" in refused(*_options(official), *out, "--threads", 0)
+    assert "--threads: must be at least 1" in refused(*_options(official), *out, "--threads", 0)
     assert _nothing_written(tmp_path / "out")
 
 
@@ -480,12 +450,12 @@ def test_numbers_of_images_are_held_against_the_devkit(
         ]
     ):
         train = write_train(tmp_path / f"{number}.tar", images)
-        line = refused(*_options(official, train=train), "--out", tmp_path / "out")
+        line = refused(*_options(official, train=train), "--output", tmp_path / "out")
         assert f"error: {train}: " in line
         assert said in line
         assert _nothing_written(tmp_path / "out")
     val = write_tar(tmp_path / "val.tar", _without(val_files).items())
-    line = refused(*_options(official, val=val), "--out", tmp_path / "out")
+    line = refused(*_options(official, val=val), "--output", tmp_path / "out")
     assert "7 images, the devkit has the classes of 8" in line
     assert "the first missing is ILSVRC2012_val_00000008.JPEG" in line
     assert _nothing_written(tmp_path / "out")
@@ -501,7 +471,7 @@ def test_all_of_imagenet_has_its_published_numbers(
     devkit = write_devkit(tmp_path / "d.tar.gz", dict.fromkeys(wnids, 1), wnids)
     files = ((f"ILSVRC2012_val_{n:08d}.JPEG", b"1") for n in range(1, 1001))
     val = write_tar(tmp_path / "v.tar", files)
-    given_ = ["--devkit", devkit, "--out", tmp_path / "out"]
+    given_ = ["--devkit", devkit, "--output", tmp_path / "out"]
     line = refused("imagenet", "--train", train, *given_)
     assert "1,000 images; ImageNet's archive has 1,281,167" in line
     line = refused("imagenet", "--val", val, *given_)
@@ -517,7 +487,7 @@ def test_members_that_are_there_twice(
     twice = write_tar(tmp_path / "inner.tar", [(f"{wnid}.tar", inner)])
     outer = write_tar(tmp_path / "outer.tar", 2 * [(f"{wnid}.tar", tar_bytes(images.items()))])
     for train, named in ((twice, name), (outer, f"{wnid}.tar")):
-        line = refused("imagenet", "--train", train, "--out", tmp_path / "out")
+        line = refused("imagenet", "--train", train, "--output", tmp_path / "out")
         assert f"member '{named}' is there twice" in line
         assert _nothing_written(tmp_path / "out")
 
@@ -536,7 +506,7 @@ def test_a_cut_archive_is_found_wherever_it_is_cut(
             with pytest.raises(UserError, match=rf"^{cut}: .*(truncated|empty)"):
                 prepare_imagenet(tmp_path / "out", train=cut)
     assert _nothing_written(tmp_path / "out")
-    line = refused("imagenet", "--train", cut, "--out", tmp_path / "out")
+    line = refused("imagenet", "--train", cut, "--output", tmp_path / "out")
     assert "get the archive once more" in line
 
 
@@ -547,7 +517,7 @@ def test_a_hole_in_an_archive_is_not_its_end(refused: Run, photos: Photos, tmp_p
         first = tarfile.TarInfo.frombuf(file.read(512), "utf-8", "strict")
         place = file.seek(512 + -(-first.size // 512) * 512)
         file.write(bytes(size - place))
-    line = refused("imagenet", "--train", train, "--out", tmp_path / "out")
+    line = refused("imagenet", "--train", train, "--output", tmp_path / "out")
     assert f"{train}: damaged: it ends at byte {512 + first.size:,} of {size:,}" in line
     assert _nothing_written(tmp_path / "out")
 
@@ -555,7 +525,7 @@ def test_a_hole_in_an_archive_is_not_its_end(refused: Run, photos: Photos, tmp_p
 def test_another_archive_set_or_form_for_the_same_folder(
     refused: Run, run: Run, official: Mapping[str, Path], photos: Photos, tmp_path: Path
 ) -> None:
-    out = ["--out", tmp_path / "out"]
+    out = ["--output", tmp_path / "out"]
     run(*_options(official), *out)
     before = _contents(tmp_path / "out")
     other = write_train(tmp_path / "other.tar", photos)
@@ -568,7 +538,7 @@ def test_another_archive_set_or_form_for_the_same_folder(
     mine = tmp_path / "mine" / "train"
     mine.mkdir(parents=True)
     (mine / "thesis.txt").touch()
-    line = refused(*_options(official), "--out", tmp_path / "mine")
+    line = refused(*_options(official), "--output", tmp_path / "mine")
     assert "mine/train: is there and not from this command" in line
     assert _contents(tmp_path / "mine") == {"train/thesis.txt": b""}
 
@@ -583,7 +553,7 @@ def test_a_class_folder_that_was_changed_is_named(
     state = json.loads((out / STATE_FILE).read_text())
     state["splits"]["train"]["finished"] = False
     (out / STATE_FILE).write_text(json.dumps(state))
-    line = refused("imagenet", "--train", official["train"], "--out", out)
+    line = refused("imagenet", "--train", official["train"], "--output", out)
     assert f"{out}/train/{wnid}: holds 5 files, 6 images belong there; delete this folder" in line
 
 
@@ -594,7 +564,7 @@ def test_a_damaged_state_file_is_named(
     refused: Run, official: Mapping[str, Path], tmp_path: Path, content: bytes
 ) -> None:
     (tmp_path / STATE_FILE).write_bytes(content)
-    line = refused(*_options(official), "--out", tmp_path)
+    line = refused(*_options(official), "--output", tmp_path)
     assert f"{tmp_path / STATE_FILE}: cannot be read" in line
 
 
@@ -622,7 +592,7 @@ def test_a_damaged_devkit_is_named(
         "wnid": "is no WordNet id; expected such as n01440764",
         "missing": f"no {lines} in this devkit",
     }[damage]
-    line = refused(*_options(official, devkit=devkit), "--out", tmp_path / "out")
+    line = refused(*_options(official, devkit=devkit), "--output", tmp_path / "out")
     assert f"error: {devkit}: {said}" in line or (damage == "wnid" and said in line)
     assert _nothing_written(tmp_path / "out")
 
@@ -656,7 +626,7 @@ def test_members_that_leave_the_folder_are_refused_by_name(
         arguments: list[object] = ["imagenette", "--archive", path]
     else:
         arguments = _options(official, **{"train" if where in ("outer", "class") else where: path})
-    line = refused(*arguments, "--out", out)
+    line = refused(*arguments, "--output", out)
     assert f"error: {path}: " in line
     name = tarfile.TarInfo.frombuf(escape[:512], "utf-8", "strict").name
     assert f"member {name!r}" in line
@@ -742,7 +712,7 @@ def test_blown_up_sizes_are_refused_before_they_are_read(refused: Run, tmp_path:
     ):
         path = tmp_path / f"{number}.tar.gz"
         path.write_bytes(gzip.compress(content + bytes(10**6)))
-        assert said in refused("imagenette", "--archive", path, "--out", tmp_path / "out")
+        assert said in refused("imagenette", "--archive", path, "--output", tmp_path / "out")
     bomb = write_zip(tmp_path / "bomb.zip", [(f"train/a/{n}.png", bytes(10**6)) for n in range(9)])
     with pytest.raises(UserError, match=r"bomb\.zip: its files have more than 5,000,000 bytes"):
         list(archive_files(bomb, 5 * 10**6))
@@ -778,18 +748,18 @@ def test_archives_of_class_folders(
     archive = write(tmp_path / f"tiny.{kind}", [*noise, *files])
     if kind == "tar":
         archive.write_bytes(member("./", kind=tarfile.DIRTYPE) + archive.read_bytes())
-    said = run("tiny-imagenet", "--archive", archive, "--out", tmp_path / "out")
+    said = run("tiny-imagenet", "--archive", archive, "--output", tmp_path / "out")
     expected = {name.split("/", 1)[1]: content for name, content in tiny}
     assert {name.split("/")[0] for name in expected} == {"train", "val"}
     assert _images(tmp_path / "out") == expected
     assert f"{sum(name.startswith('val') for name in expected)} images" in said
-    assert "already prepared" in run("tiny-imagenet", "--out", tmp_path / "out")
+    assert "already prepared" in run("tiny-imagenet", "--output", tmp_path / "out")
 
 
 def test_a_whole_real_archive(run: Run, shared_data: Callable[[str], Path], tmp_path: Path) -> None:
     archive = shared_data("tiny-imagenet-50.tar.gz")
     out = tmp_path / "out"
-    said = run("tiny-imagenet", "--archive", archive, "--out", out, "--shards")
+    said = run("tiny-imagenet", "--archive", archive, "--output", out, "--shards")
     assert "train        50 classes, 25,000 images" in said
     assert "val          50 classes, 2,500 images" in said
     images = {split: open_images(out / split) for split in ("train", "val")}
@@ -824,7 +794,7 @@ def test_tiny_imagenet_as_it_is_offered(
     files.append((f"{top}/train/n01443537/n01443537_boxes.txt", b"boxes"))
     files.append((f"{top}/test/images/test_0.JPEG", tiny[0][1]))
     truth = (f"{top}/val/val_annotations.txt", "".join(lines).encode())
-    out = ["--out", tmp_path / "out"]
+    out = ["--output", tmp_path / "out"]
     whole = write_zip(tmp_path / "tiny-imagenet-200.zip", [*files, truth])
     line = refused("tiny-imagenet", "--archive", whole, *out)
     train = sum(name.startswith("train") for name in expected)
@@ -874,20 +844,20 @@ def test_cifar_binary_becomes_png(
     labels = (np.arange(60) * 7 % 4).astype(np.uint8)
     files = _cifar(name, labels, pixels)
     archive = write_tar(tmp_path / f"{name}-binary.tar.gz", files)
-    given_ = [name, "--archive", archive, "--out", tmp_path / "out"]
+    given_ = [name, "--archive", archive, "--output", tmp_path / "out"]
     assert "50 train images; the official archive of" in refused(*given_)
     monkeypatch.setitem(SETS, name, replace(SETS[name], images={"train": 50, "val": 10}))
     short = write_tar(tmp_path / "short.tar.gz", [(n, c[:-1]) for n, c in files])
-    line = refused(name, "--archive", short, "--out", tmp_path / "out")
+    line = refused(name, "--archive", short, "--output", tmp_path / "out")
     assert "no whole number of records" in line
     fewer = write_tar(tmp_path / "fewer.tar.gz", files[1:])
     assert f"no {files[0][0][4:]} in this archive" in refused(
-        name, "--archive", fewer, "--out", tmp_path / "out"
+        name, "--archive", fewer, "--output", tmp_path / "out"
     )
     over = _cifar(name, labels + 1, pixels)
     beyond = write_tar(tmp_path / "beyond.tar.gz", over)
     assert "a label of 4; there are 4 classes" in refused(
-        name, "--archive", beyond, "--out", tmp_path / "out"
+        name, "--archive", beyond, "--output", tmp_path / "out"
     )
     assert _nothing_written(tmp_path / "out")
     run(*given_)
@@ -910,7 +880,7 @@ def test_cifar_binary_becomes_png(
 def test_cifar_for_python_is_refused(refused: Run, tmp_path: Path) -> None:
     for name, pickled in (("cifar10", "cifar-10-batches-py/data_batch_1"), ("cifar100", "p/meta")):
         archive = write_tar(tmp_path / "python.tar.gz", [(pickled, b"cos\nsystem\n.")])
-        line = refused(name, "--archive", archive, "--out", tmp_path / "out")
+        line = refused(name, "--archive", archive, "--output", tmp_path / "out")
         assert "take the binary version, https://www.cs.toronto.edu/~kriz/cifar-10" in line
 
 
@@ -944,7 +914,7 @@ def test_mnist_becomes_png(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     paths, expected, _ = mnist_files
-    out = ["--out", tmp_path / "out"]
+    out = ["--output", tmp_path / "out"]
     line = refused("mnist", "--archive", *paths, *out)
     assert "train-images-idx3-ubyte.gz: not MNIST's idx file of 60000 x 28 x 28 bytes" in line
     monkeypatch.setitem(SETS, "mnist", replace(SETS["mnist"], images={"train": 40, "val": 20}))
@@ -1006,7 +976,7 @@ def test_downloads_are_checked_and_tried_elsewhere(
         changed = replace(SETS["imagenette-160"], downloads=(Download(urls, digest),))
         monkeypatch.setitem(SETS, "imagenette-160", changed)
 
-    arguments = ["imagenette", "--size", "160", "--out", tmp_path / "out"]
+    arguments = ["imagenette", "--size", "160", "--output", tmp_path / "out"]
     offered((f"{url}imagenette2-160.tgz",), "0" * 32)
     line = refused(*arguments)
     assert f"imagenette-160: cannot download {url}imagenette2-160.tgz (File not found or" in line
@@ -1025,7 +995,7 @@ def test_imagenette_is_counted_where_it_is_the_official_one(
 ) -> None:
     files = [("imagenette2-320/" + name.split("/", 1)[1], content) for name, content in tiny]
     archive = write_tar(tmp_path / "imagenette2-320.tgz", files)
-    arguments = ["imagenette", "--size", "320", "--archive", archive, "--out", tmp_path / "out"]
+    arguments = ["imagenette", "--size", "320", "--archive", archive, "--output", tmp_path / "out"]
     assert "the official archive of imagenette-320 has 9,469" in refused(*arguments)
 
 
@@ -1058,5 +1028,5 @@ def test_archives_of_something_else(
         (flipped, f"{flipped}: no such archive as expected here, truncated or damaged (CRC"),
         (link, f"{link}: member 'train/a/1.png' is a link, a device or the like"),
     ):
-        assert said in refused("mnist", "--archive", path, "--out", tmp_path / "out")
+        assert said in refused("mnist", "--archive", path, "--output", tmp_path / "out")
         assert _nothing_written(tmp_path / "out")

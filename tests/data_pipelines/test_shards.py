@@ -240,7 +240,7 @@ def test_shards_of_shards_are_the_same(packed: ImageIndex, tmp_path: Path) -> No
 
 
 def test_a_killed_run_is_gone_on_with(cifar: ImageIndex, tmp_path: Path, forks: Forks) -> None:
-    arguments = (cifar.root, "--shard-size", "20KB", "--threads", 2, "--out")
+    arguments = (cifar.root, "--shard-size", "20KB", "--threads", 2, "--output")
     process = _start(forks, *arguments, tmp_path / "out")
     while len(list((tmp_path / "out").glob("*.idx"))) < 5:
         assert process.poll() is None
@@ -266,7 +266,7 @@ def test_an_interrupted_run_ends_at_once(photos: ImageIndex, tmp_path: Path, for
     for copy in range(20):
         for image, name in enumerate(photos.files):
             (tmp_path / f"data/class/{copy}-{image}.jpg").hardlink_to(photos.root / name)
-    arguments = (tmp_path / "data", "--out", tmp_path / "out", "--resize", 200, "--threads", 1)
+    arguments = (tmp_path / "data", "--output", tmp_path / "out", "--resize", 200, "--threads", 1)
     process = _start(forks, *arguments)
     while not list((tmp_path / "out").glob(".shard-*.tmp")):
         assert process.poll() is None
@@ -619,7 +619,7 @@ def test_a_failed_write_is_one_line_and_leaves_whole_shards(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / "out"
-    arguments = [str(photos.root), "--out", str(out), "--shard-size", "300KB", "--threads", "1"]
+    arguments = [str(photos.root), "--output", str(out), "--shard-size", "300KB", "--threads", "1"]
     monkeypatch.setattr("sys.argv", ["shards", *arguments])
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200 * 1024, before[1]))
@@ -764,7 +764,7 @@ def test_command_packs_the_parts_of_a_data_set(
     for part, count in (("train", 3), ("test", 2)):
         for number in range(count):
             _some(tmp_path / "data" / part, f"{number}.jpg")
-    arguments = ["shards", str(tmp_path / "data"), "--out", str(tmp_path / "out")]
+    arguments = ["shards", str(tmp_path / "data"), "--output", str(tmp_path / "out")]
     monkeypatch.setattr("sys.argv", [*arguments, "--resize", "30"])
     run_command(main)
     said = capsys.readouterr().out
@@ -790,7 +790,7 @@ def test_a_class_named_train_is_a_class(
         (tmp_path / "data" / name).mkdir()
         path.rename(tmp_path / "data" / name / "1.jpg")
     (tmp_path / "data" / "class").rmdir()
-    monkeypatch.setattr("sys.argv", ["shards", f"{tmp_path}/data", "--out", f"{tmp_path}/out"])
+    monkeypatch.setattr("sys.argv", ["shards", f"{tmp_path}/data", "--output", f"{tmp_path}/out"])
     run_command(main)
     assert open_images(tmp_path / "out").classes == ["test", "train"]
 
@@ -799,7 +799,10 @@ def test_a_class_named_train_is_a_class(
     ("arguments", "said"),
     [
         (["--shard-size", "lots"], "--shard-size must be such as 256MB"),
-        (["--threads", "0"], "--threads must be at least 1, not 0"),
+        (
+            ["--threads", "0"],
+            "python -m data_pipelines.shards: --threads: must be at least 1, not 0",
+        ),
         (["--resize", "0"], "resize must be 1 or more, not 0"),
         (["--quality", "101"], "quality must be 1 to 100, not 101"),
         (["--verify"], "holds no finished shards"),
@@ -814,7 +817,9 @@ def test_command_ends_a_mistake_in_one_line(
 ) -> None:
     _some(tmp_path / "data")
     out = tmp_path / "out"
-    monkeypatch.setattr("sys.argv", ["shards", f"{tmp_path}/data", "--out", str(out), *arguments])
+    monkeypatch.setattr(
+        "sys.argv", ["shards", f"{tmp_path}/data", "--output", str(out), *arguments]
+    )
     with pytest.raises(SystemExit) as caught:
         run_command(main)
     assert caught.value.code == 2

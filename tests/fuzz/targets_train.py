@@ -209,7 +209,7 @@ def _parse_run(folder: Path, data: bytes) -> None:
     console = Console(file=output, width=200)
     for table in [*grids.grids_of([run]), grids.stage_grid(run)]:
         console.print(grids.to_rich(table))
-    text = page.page_of([run], [b""])
+    text = page.page_of([run])
     assert all(line.isprintable() for line in output.getvalue().split("\n")), "escape codes"
     assert "<script" not in text, "markup of a stranger in the page"
     text.encode()
@@ -234,7 +234,7 @@ def _parse_table(folder: Path, data: bytes) -> None:
     to_markdown(table)
     to_csv(table)
     with contextlib.redirect_stdout(io.StringIO()) as output:
-        sweep._print_list(runs, list(loaded.blocks), [], SweepConfigs())
+        sweep._print_list(runs, list(loaded.blocks), [], SweepConfigs(), grid.metric_of(runs))
     assert all(line.isprintable() for line in output.getvalue().split("\n")), "escape codes"
 
 

@@ -51,7 +51,7 @@ def bash(
         },
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
 
 

@@ -391,3 +391,35 @@ def sharded(folder: Path) -> Made:
     save_torch_model(model, folder / "hub", max_shard_size="50KB")
     assert len(list((folder / "hub").glob("*.safetensors"))) > 1
     return Made(folder / "hub", model)
+
+
+@row("a whole network: `torch.save(model, PATH)`")
+def whole_network(folder: Path) -> Made:
+    model, _ = trained()
+    torch.save(model, folder / "model.pth")
+    notes = ["the tensors of a pickled tpp.models.cifar.CifarResNet are taken; its class is not"]
+    return Made(folder / "model.pth", model, notes=notes)
+
+
+class Tracker:
+    """What a training script keeps its figures in."""
+
+
+@row("the authors' TPP: `{'arch': ..., 'model': network, 'state_dict': ...}`")
+def authors(folder: Path) -> Made:
+    model, optimizer = trained()
+    content = {
+        "epoch": 90,
+        "arch": "resnet8",
+        "model": model,
+        "state_dict": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "ExpID": "SERVER-20210520-001530",
+        "prune_state": "finetune",
+        "lr": 1e-5,
+        "acc1": 75.6,
+        "metrics": {"acc1": np.zeros(90)},
+        "tracker": Tracker(),
+    }
+    torch.save(content, folder / "ckpt_best.pth")
+    return Made(folder / "ckpt_best.pth", model, optimizer=optimizer)

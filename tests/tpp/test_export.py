@@ -166,7 +166,7 @@ def test_the_command(tmp_path, monkeypatch, capfd):
         assert "logits off by " in checked
         assert wrote == f"wrote {tmp_path / name}"
         assert error == ""
-    monkeypatch.setattr(sys, "argv", [*arguments, "--batch", "4", "--no-check", "--overwrite"])
+    monkeypatch.setattr(sys, "argv", [*arguments, "--batch-size", "4", "--no-check", "--overwrite"])
     main()
     text = capfd.readouterr().out
     assert "images 4x3x64x64" in text and "not checked" in text
@@ -232,7 +232,10 @@ def test_a_file_that_computes_something_else_is_not_written(network, suffix, tmp
 @pytest.mark.parametrize(
     ("network", "message"),
     [
-        (TwoOnly, r"TwoOnly: PyTorch cannot trace it for any batch: .*; with --batch N it may do"),
+        (
+            TwoOnly,
+            r"TwoOnly: PyTorch cannot trace it for any batch: .*; with --batch-size N it",
+        ),
         (DataDependent, "DataDependent: PyTorch cannot trace it for any batch: Could not guard"),
         (NoSuchOperator, "NoSuchOperator: PyTorch cannot turn it into ONNX: No ONNX function"),
     ],
@@ -261,7 +264,7 @@ def test_too_large_for_onnx(tmp_path):
     ("output", "options", "message"),
     [
         ("out.pb", {}, r"out\.pb: the name must end in \.onnx or \.pt2"),
-        ("out.onnx", {"batch": 0}, "--batch 0: must be 1 or more"),
+        ("out.onnx", {"batch": 0}, "--batch-size 0: must be 1 or more"),
         ("out.pt2", {"opset": 18}, r"--opset 18: is for \.onnx files"),
         ("file/out.pt2", {}, r"file/out\.pt2: cannot write it: "),
         ("folder.pt2", {}, r"folder\.pt2: cannot write it: "),

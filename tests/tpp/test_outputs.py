@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tpp import describe, export, latency, prune
+from tpp import describe, export, latency, prune, survey
 from tpp.checkpoints.model_file import load_model, save_model
 from tpp.checkpoints.training_state import TrainingState, state_folder, write_state
 from tpp.common.errors import UserError
@@ -43,6 +43,10 @@ def run_plot(folder, path, *more):
     describe.main([f"{folder}/in.safetensors", "--plot", str(path), *more])
 
 
+def run_survey(folder, path, *more):
+    survey.main([f"{folder}/in.safetensors", "--json", str(path), *more])
+
+
 # Every option that names a file to write: (what runs it, the option, a name, a name that lies)
 COMMANDS = {
     "prune": (run_prune, "--output", "out.safetensors", "out.pth"),
@@ -51,6 +55,7 @@ COMMANDS = {
     "export, ONNX": (run_export, "--output", "out.onnx", None),
     "latency": (run_latency, "--json", "out.json", "out.csv"),
     "describe": (run_plot, "--plot", "out.png", None),
+    "survey": (run_survey, "--json", "out.json", "out.csv"),
 }
 
 

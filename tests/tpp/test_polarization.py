@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from tpp.channels.gates import gated_layers
 from tpp.channels.removal import prune_model
 from tpp.common.errors import UserError
 from tpp.methods.base import TrainingContext
@@ -17,7 +18,6 @@ from tpp.methods.polarization import (
     Polarization,
     Settings,
     activation,
-    gated_layers,
     polarization,
     staying,
     straight_through,

@@ -315,8 +315,8 @@ def test_a_configuration_says_network_and_what_goes(tmp_path, monkeypatch, capsy
         ),
         (
             {"model": {"name": "resnet18"}, "pruning": {"budget": {"macs": 5, "speedup": 2.0}}},
-            "pruning.budget: exactly one of speedup, macs, parameters, latency_ms is needed, not "
-            "speedup and macs",
+            "pruning.budget: exactly one of speedup, macs, parameters, latency_ms, "
+            "latency_speedup is needed, not speedup and macs",
         ),
     ],
 )
@@ -328,7 +328,7 @@ def test_mistakes_in_a_configuration_are_named(tmp_path, monkeypatch, sections, 
 
 
 def test_a_pruning_section_has_what_a_selection_has():
-    """But for the seed, which is the run's; and by default the same goes."""
-    names = {field.name for field in dataclasses.fields(Selection)} - {"seed"}
+    """But for seed and gradients, which are the run's; and by default the same goes."""
+    names = {field.name for field in dataclasses.fields(Selection)} - {"seed", "gradients"}
     assert set(PruningSection.model_fields) == names
     assert PruningSection().selection(7) == Selection(seed=7)

@@ -99,3 +99,18 @@ def test_other_names_are_suggested_as_before():
     for name in ("resnet19", "resnet18.none_such"):
         with pytest.raises(UserError, match="did you mean resnet"):
             build_model(name, 10)
+
+
+@pytest.mark.filterwarnings("ignore::tpp.common.errors.Note")
+def test_layers_that_go_along_are_named(tmp_path, capsys):
+    torch.manual_seed(0)
+    save_model(tmp_path / "in", build_model("resnet18", 10))
+    files = [str(tmp_path / "in"), "--output", str(tmp_path / "out"), "--overwrite"]
+    main([*files, "--ratio", "layer1.*.conv2=0.5", "--coupled"])
+    assert "note: coupled to these, so pruned along with them: conv1\n" in capsys.readouterr().out
+    for alone in (
+        ["--ratio", "layer1.*.conv1=0.5"],
+        ["--ratio", "layer1.*.conv1=0.3", "--speedup", "1.05"],
+    ):
+        main([*files, *alone])
+        assert "pruned along" not in capsys.readouterr().out

@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +11,9 @@ from typing import Any
 import pytest
 import yaml
 from fork_server import BARE, Forks, wait_for_all
+from in_process import in_process
 from tiny_run import make_tiny_data, tiny_run
 
-from tpp.common.errors import run_command
 from train.main import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -76,15 +75,4 @@ def run_main(tmp_path: Path, forks: Forks) -> RunMain:
 def run_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Run train/main.py in this process, which saves the imports; one rank."""
 
-    def run(config: dict[str, Any], *arguments: str, expect: int = 0) -> None:
-        path = tmp_path / "config.yaml"
-        path.write_text(yaml.safe_dump(config, sort_keys=False))
-        monkeypatch.setattr(sys, "argv", ["main.py", "--config", str(path), *arguments])
-        if expect == 0:
-            main()
-            return
-        with pytest.raises(SystemExit) as ended:
-            run_command(main)
-        assert ended.value.code == expect
-
-    return run
+    return in_process(tmp_path, monkeypatch, "main.py", main)

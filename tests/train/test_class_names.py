@@ -7,10 +7,10 @@ import torch
 from PIL import Image
 
 from tpp.checkpoints.model_file import save_model
+from tpp.common.class_names import match_classes
 from tpp.common.errors import UserError
 from tpp.models.architecture import build_model
 from train.evaluate import main as evaluate
-from train.tasks.class_names import match_classes
 
 TEN = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 

@@ -148,12 +148,13 @@ def test_defaults(file: Path) -> None:
         ),
         (
             "pruning.budget={}",
-            "pruning.budget: exactly one of speedup, macs, parameters, latency_ms is needed",
+            "pruning.budget: exactly one of speedup, macs, parameters, latency_ms, "
+            "latency_speedup is needed",
         ),
         (
             "pruning.budget={speedup: 2, macs: 1G}",
-            "pruning.budget: exactly one of speedup, macs, parameters, latency_ms is needed, "
-            "not speedup and macs",
+            "pruning.budget: exactly one of speedup, macs, parameters, latency_ms, "
+            "latency_speedup is needed, not speedup and macs",
         ),
         ("pruning.budget.speedup=0.9", "pruning.budget.speedup: input should be greater than or"),
         ("pruning.budget.speedup=2x", "pruning.budget.speedup: input should be a valid number"),
@@ -247,7 +248,6 @@ def test_defaults(file: Path) -> None:
             "stages.evaluate.epochs=1",
             "stages.evaluate: stages of kind evaluate take neither epochs",
         ),
-        ("stages.regularize.epochs=1", "stages.regularize.epochs: method 'tpp' sets the length"),
         ("method={name: l1}", "stages.regularize.epochs: method 'l1' needs the stage's length"),
         (
             "stages.finetune.input=evaluate",
@@ -464,7 +464,7 @@ def test_a_budget_of_another_kind_replaces_the_old_one(
 
 def test_a_budget_measures_under_all_conditions_that_there_are() -> None:
     conditions = {field.name for field in dataclasses.fields(LatencySettings)}
-    assert set(BudgetSection.model_fields) == {*BUDGET_KINDS, *conditions}
+    assert set(BudgetSection.model_fields) == {*BUDGET_KINDS, "table", *conditions}
     assert BudgetSection(latency_ms=5.0).budget() == Budget("latency_ms", 5, LatencySettings())
 
 
@@ -646,6 +646,7 @@ PLACES = [
     ("pruning", "budget", "macs"),
     ("pruning", "budget", "speedup"),
     ("pruning", "budget", "latency_ms"),
+    ("pruning", "budget", "latency_speedup"),
     ("pruning", "floors"),
     ("pruning", "floors", "layer*"),
     ("pruning", "skip"),

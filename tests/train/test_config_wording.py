@@ -78,9 +78,7 @@ def test_what_yaml_takes_for_something_else(tmp_path: Path, text: str, expected:
 
 def test_a_sweep_is_no_run_and_a_run_no_sweep(tmp_path: Path) -> None:
     sweep = Path(__file__).resolve().parents[2] / "configs" / "cifar10" / "table1.yaml"
-    assert error_of(sweep) == (
-        f"{sweep}: a sweep of many runs; python -m train.sweep --config {sweep}"
-    )
+    assert error_of(sweep) == (f"{sweep}: a sweep of many runs; tpp sweep --config {sweep}")
     path = write(tmp_path / "a.yaml", VALID)
     with pytest.raises(UserError) as caught:
         load_sweep(path)

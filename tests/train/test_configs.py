@@ -25,9 +25,15 @@ from train.preflight import (
 )
 
 ROOT = Path(__file__).resolve().parents[2]
-# A sweep is no configuration of a run; tests/train/test_sweep.py has it.
-SWEEPS = ("table1", "related")
-CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.stem not in SWEEPS)
+# A sweep is no configuration of a run; tests/train/test_sweep.py has it. Nor is what has to do with
+# graphs; tests/train/test_graph_runs.py has that.
+SWEEPS = ("table1", "related", "polarization")
+CONFIGS = sorted(
+    path
+    for path in (ROOT / "configs").rglob("*.yaml")
+    if path.stem not in SWEEPS and path.parent.name != "graphs"
+)
+ROWS_OF_SWEEPS = ("related", "polarization")
 BASES = [path for path in CONFIGS if path.stem.endswith("base")]
 COMPLETE = [path for path in CONFIGS if path not in BASES]
 SHORTENED = [path for path in COMPLETE if path.stem.endswith("_short")]
@@ -163,8 +169,8 @@ def of_kind(kind: str, dataset: str) -> list[Config]:
 @pytest.mark.parametrize("path", COMPLETE, ids=by_name)
 def test_loads(path: Path) -> None:
     config = load_config(path)
-    prefix = "related_" if path.parent.name == "related" else ""
-    assert config.name == prefix + path.stem
+    folder = path.parent.name
+    assert config.name == (f"{folder}_" if folder in ROWS_OF_SWEEPS else "") + path.stem
 
 
 @pytest.mark.parametrize("path", BASES, ids=by_name)
@@ -183,7 +189,7 @@ def test_there_is_a_file_for_every_published_row() -> None:
 @pytest.mark.parametrize("path", ROWS, ids=by_name)
 def test_head_says_what_to_expect_and_what_to_type(path: Path) -> None:
     text = head(path)
-    assert f"accelerate launch train/main.py --config {by_name(path)} " in text + " "
+    assert f"tpp train --config {by_name(path)} " in text + " "
     assert "data.root=/path/to/" in text
     dense, top1, std, _, speedup = PUBLISHED[path.stem]
     if "_greg" in path.stem:
@@ -346,7 +352,7 @@ def test_related_systems_claim_nothing_and_differ_in_their_method(name: str) -> 
     config, plain, text = load_config(path), load(RELATED[name]), head(path)
     for part in ("Reproduces:", "A reconstruction", "Expect: no published figure", "Takes:"):
         assert part in text
-    assert f"accelerate launch train/main.py --config {by_name(path)} " in text
+    assert f"tpp train --config {by_name(path)} " in text
     published = config.published
     assert published is not None and published.dense_top1 == 93.78
     assert (published.top1, published.speedup) == (None, None)
@@ -381,7 +387,7 @@ def test_training_by_local_errors_and_its_twin(name: str) -> None:
     text, config = head(path), load_config(path)
     for part in ("Reproduces:", "reconstruction", "Takes:", "Run"):
         assert part in text
-    assert f"accelerate launch train/main.py --config {by_name(path)} " in text
+    assert f"tpp train --config {by_name(path)} " in text
     assert config.has_method("dense")
     settings = config.stage_method("dense").settings
     assert (settings.beta, settings.gamma, settings.rule) == (0.1205, 0.1524, "lra_e")
@@ -501,7 +507,7 @@ def test_recipes_of_our_own(path: Path) -> None:
     assert (published and published.top1) == top1
     for part in ("Reproduces:", "Expect:", "Takes:", "Run"):
         assert part in text
-    assert f"accelerate launch train/main.py --config {by_name(path)} " in text
+    assert f"tpp train --config {by_name(path)} " in text
     if pruned is None:
         return
     assert f"peedup {dense.macs / pruned.macs:.4f}x" in text and "no figure of our own yet" in text
@@ -642,8 +648,29 @@ def test_rows_of_the_related_systems_are_trained_alike() -> None:
             assert sum(p.numel() for p in small.parameters()) == 26_470
 
 
+def test_rows_of_polarization_leave_out_one_change_each() -> None:
+    """What the docstring of tpp/methods/polarization.py lists, and the obvious reading all."""
+    runs = expand(load_sweep(ROOT / "configs" / "cifar10" / "polarization.yaml"))
+    configs = {run.method: load_config(run.config, run.overrides) for run in runs[:9]}
+    assert len(runs) == 9 * 3 == len(configs) * 3
+    ours = configs.pop("polarized")
+    before = {"slope": "identity", "aim": False, "spread": 0, "gradient": 1, "start": 0, "end": 0}
+    found: list[set[str]] = []
+    for row, config in configs.items():
+        (stage,) = [stage for stage in config.stages.values() if stage.does.trains]
+        regularize = ours.stages["regularize"]
+        assert (stage.epochs, stage.optimizer) == (regularize.epochs, regularize.optimizer)
+        if row in ("plain", "narrow"):
+            continue
+        assert config.stages == ours.stages
+        changed = {key: config.method[key] for key in config.method if key != "name"}
+        assert changed.items() <= before.items()
+        found.append(set(changed))
+    assert found == [{*before}, {"slope"}, {"aim"}, {"spread"}, {"gradient"}, {"start", "end"}]
+
+
 def test_iss_p_masks_what_it_has_made_small_and_all_rows_are_as_long() -> None:
-    """900 and 600 steps with 450 photographs; alpha and optimiser are the authors'."""
+    """1,800 and 1,200 steps with 450 photographs; alpha and optimiser are the authors'."""
     folder = ROOT / "configs" / "sr"
     runs = expand(load_sweep(folder / "related.yaml"))
     assert len(runs) == (4 * 3 + 1) * 3
@@ -651,10 +678,11 @@ def test_iss_p_masks_what_it_has_made_small_and_all_rows_are_as_long() -> None:
         config = load_config(path)
         kind, _, share = path.stem.rpartition("_")
         trained = [stage for stage in config.stages.values() if stage.does.trains]
-        assert sum(steps_for(stage.epochs or 0, 450, 8) for stage in trained) == 1500
+        assert [steps_for(stage.epochs or 0, 450, 8) for stage in trained] == [1800, 1200]
         for stage in trained:
             assert stage.optimizer is not None
-            assert (stage.optimizer.name, stage.optimizer.schedule) == ("adam", "constant")
+            schedule = "cosine" if stage is trained[-1] else "constant"
+            assert (stage.optimizer.name, stage.optimizer.schedule) == ("adam", schedule)
             assert (stage.optimizer.betas, stage.optimizer.weight_decay) == ([0.9, 0.99], 0)
             assert stage.carry_optimizer == (stage is not trained[0])
         architecture = config.make_task().architecture(config.model)
@@ -670,3 +698,23 @@ def test_iss_p_masks_what_it_has_made_small_and_all_rows_are_as_long() -> None:
             settings = config.stage_method("regularize").settings
             assert settings.alpha == (0.0 if kind == "iht" else 0.95)
             assert settings.sparsity == masking.sparsity
+
+
+def test_swinir_is_trained_as_long_as_the_authors_do() -> None:
+    config = load_config(ROOT / "configs" / "sr" / "swinir_light_iss_p_x2.yaml")
+    shrinking, tuned = (stage for stage in config.stages.values() if stage.does.trains)
+    for stage, steps, df2k in ((shrinking, 100_021, 927.731), (tuned, 200_000, 1855.072)):
+        assert steps_for(stage.epochs or 0, 800, config.training.batch_size) == steps
+        assert steps_for(df2k, 3450, config.training.batch_size) == steps
+        assert stage.optimizer is not None
+        assert (stage.optimizer.name, stage.optimizer.lr) == ("adam", 2e-4)
+        assert (stage.optimizer.betas, stage.optimizer.weight_decay) == ([0.9, 0.99], 0)
+        assert stage.optimizer.schedule == "constant"
+    assert tuned.carry_optimizer
+    # Patches of 64 pixels, which windows of 8 divide.
+    assert config.data.image_size == 64 * config.make_task().settings.scale
+    assert config.method == {"name": "iss_p", "alpha": 0.95, "sparsity": 0.9}
+    assert config.stages["sparsify"].sparsify.sparsity == 0.9
+    text = head(ROOT / "configs" / "sr" / "swinir_light_iss_p_x2.yaml")
+    for part in ("Reproduces:", "Expect:", "Takes:", "Run", "927.731", "1855.072"):
+        assert part in text

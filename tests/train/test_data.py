@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from data_pipelines import index as index_command
 from data_pipelines.images.image_index import INDEX_FILE, save_index, scan_class_folders
 from data_pipelines.images.order import permutation
+from data_pipelines.sets.inputs import Input
 from data_pipelines.sets.shard_writer import write_shards
 from data_pipelines.settings import (
     AugmentSection,
@@ -122,7 +123,7 @@ def test_an_index_that_does_not_fit_is_told_once_by_any_rank(dense, run_main, ma
     assert result.returncode != 0
     assert result.stderr.count("this index no longer fits") == 1
     assert f"{extra.parent.name}/another.jpg is new" in result.stderr
-    assert f"python -m data_pipelines.index {root / 'train'}" in result.stderr
+    assert f"tpp index {root / 'train'}" in result.stderr
     assert "rank 1" not in result.stderr.split("no longer fits")[0].splitlines()[-1]
     assert not Path(dense["output"]).exists()
 
@@ -132,12 +133,13 @@ import os, sys
 from pathlib import Path
 from accelerate import Accelerator
 from tpp.common.errors import UserError
+from data_pipelines.sets.inputs import Input
 from train.data import open_for_all_ranks
 os.chdir(f"node{os.environ['RANK']}")
 file = Path("index.safetensors") if sys.argv[1] == "indexed" else None
 accelerator = Accelerator(cpu=True)
 try:
-    index = open_for_all_ranks(Path("images"), file, accelerator)
+    index = open_for_all_ranks(Input(Path("images"), index_file=file), accelerator)
     said = f"{len(index)} images, {index.fingerprint}"
 except UserError as error:
     said = str(error)
@@ -154,7 +156,7 @@ def test_what_one_node_lacks_is_told_by_all(tiny_data, tmp_path, run_main, make_
         shutil.copytree(tiny_data / "val", tmp_path / node / "images")
         if node == "node1":
             next((tmp_path / node / "images").glob("*/*.jpg")).unlink()
-        make_index(tmp_path / node / "images", "--out", str(tmp_path / node))
+        make_index(tmp_path / node / "images", "--output", str(tmp_path / node))
         (tmp_path / node / "images.safetensors").rename(tmp_path / node / "index.safetensors")
     run_main(None, way, ranks=2, script=script)
     said = [(tmp_path / node / "said").read_text() for node in ("node0", "node1")]
@@ -186,7 +188,7 @@ def test_folder_index_and_shards_end_in_the_same_weights(dense, run_main, make_i
         write_shards(
             scan_class_folders(root / name), tmp_path / "shards" / name, shard_bytes=40_000
         )
-    make_index(root, "--out", str(tmp_path / "indices"))
+    make_index(root, "--output", str(tmp_path / "indices"))
     assert len(list((tmp_path / "shards" / "train").glob("*.tar"))) > 2
     indexed, shards = _another(dense, "indexed"), _another(dense, "shards")
     run_main(indexed, f"data.index={tmp_path / 'indices'}")
@@ -295,10 +297,10 @@ def test_a_run_says_first_what_it_passes_over(
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8)).save(tmp_path / name)
     for listed in ("the folder", "its index"):
-        index = open_for_all_ranks(tmp_path, None, Accelerator(cpu=True))
+        index = open_for_all_ranks(Input(tmp_path), Accelerator(cpu=True))
         assert len(index) == 2
         said = capsys.readouterr().out
         assert said.startswith(f"{tmp_path}: passed over: 1 "), listed
         assert "1 .webp (b/2.webp)" in said and "1 in sub-folders (b/sub/3.png)" in said
-        assert said.endswith(f"python -m data_pipelines.index {tmp_path} --also webp --nested\n")
+        assert said.endswith(f"tpp index {tmp_path} --also webp --nested\n")
         save_index(index, tmp_path / INDEX_FILE)

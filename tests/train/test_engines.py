@@ -155,12 +155,17 @@ def test_a_killed_run_goes_on_and_is_pruned_like_any_other(tiny_config, tmp_path
             *(str(ROOT / "train" / "main.py"), "--config", str(path)),
         ],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env={
+            **os.environ,
+            **{"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions"),
+        },
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    assert not (tmp_path / "extensions").exists(), "something was compiled"
     results = json.loads((tmp_path / "whole" / "results.json").read_text())
     assert results["engine"] == "DeepSpeed, ZeRO stage 2" and results["ranks"] == 2
     assert results["stages"]["prune"]["removed_magnitude"] == 0
@@ -212,6 +217,7 @@ def test_what_does_not_go_with_deepspeed(tmp_path):
     assert deepspeed_plugin(TrainingSection()) is None
 
 
+@pytest.mark.processes
 def test_the_shipped_configurations(monkeypatch):
     """Stages 0 to 2 are taken; 3 is refused, and says why."""
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "false")

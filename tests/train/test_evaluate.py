@@ -1,19 +1,26 @@
 """Evaluation against a loop over single images, and against a known network's known figure."""
 
+import json
+import os
 import re
+import sys
 import tarfile
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from timm.models._hub import save_for_hf
 
 from data_pipelines.images.batch import LoaderSettings
 from data_pipelines.images.image_index import scan_class_folders
 from data_pipelines.loaders import eval_batches
 from data_pipelines.loading.augment import ImageTransform
+from tpp.common.errors import UserError
 from tpp.models.architecture import build_model
+from train import evaluate
 from train.tasks import make_task
 
 
@@ -66,3 +73,29 @@ def test_mistakes_are_one_line(shared_data, tiny_data, run_main):
     unnamed = run_main(None, *command, script="train.evaluate", expect=2)
     assert unnamed.stderr.endswith("does not say which network it holds; name it with --model\n")
     assert unnamed.stderr.count("\n") == 1
+
+
+def test_a_folder_says_its_network(tiny_data, tmp_path, monkeypatch, capsys):
+    """One of Hugging Face, as timm writes it."""
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", num_classes=4).eval()
+    save_for_hf(model, tmp_path / "hub", safe_serialization=True)
+    torch.save(model.state_dict(), tmp_path / "plain.pth")
+    said = []
+    for file, more in (("hub", []), ("plain.pth", ["--model", "timm:test_resnet"])):
+        command = ["--checkpoint", str(tmp_path / file), "--data", str(tiny_data / "val")]
+        command += ["--device", "cpu", "--json", str(tmp_path / f"{file}.json")]
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+        monkeypatch.setattr(sys, "argv", ["evaluate", *command, "--threads", "1", *more])
+        evaluate.main()
+        said.append(capsys.readouterr().out.splitlines()[-1].partition(": ")[2])
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+    assert said[0] == said[1] and "over 40 images" in said[0]
+    found = json.loads((tmp_path / "hub.json").read_text())
+    assert found["checkpoint"] == str(tmp_path / "hub") and found["images"] == 40
+    assert f"top-1 {found['top1']:.2f}%" in said[0]
+    with pytest.raises(UserError, match=r"hub.json: is there already; --overwrite replaces it"):
+        evaluate.main([*command[:-1], str(tmp_path / "hub.json")])
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match=r"^--device cuda: PyTorch finds no CUDA GPU"):
+            evaluate.main([*command[:4], "--device", "cuda"])

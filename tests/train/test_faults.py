@@ -297,9 +297,9 @@ def test_a_log_keeps_what_it_can_and_is_not_written_through_a_link(tmp_path):
     ]
     log = tmp_path / "log.jsonl"
     log.write_text("\n".join(lines))
-    Monitor(tmp_path, "finetune", 10, 3, enabled=True).close()
+    Monitor(tmp_path, "finetune", 10, 3, before=0, configuration="", enabled=True).close()
     assert log.read_text().splitlines() == [lines[0], lines[1], lines[3]]
     log.rename(tmp_path / "elsewhere")
     log.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(UserError, match=r"log\.jsonl: a symbolic link"):
-        Monitor(tmp_path, "finetune", 10, 3, enabled=True)
+        Monitor(tmp_path, "finetune", 10, 3, before=0, configuration="", enabled=True)

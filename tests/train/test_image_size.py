@@ -58,8 +58,12 @@ def test_describe(files, capsys):
     tpp.describe.main([str(folder / "pruned"), "--image-size", "64"])
     text = capsys.readouterr().out
     assert f"{in_m(macs(pruned, 64))} of {in_m(macs(model, 64))} for a 3x64x64 image" in text
-    with pytest.raises(UserError, match="image_size must be between 1 and 4096, not 0"):
-        tpp.describe.main([str(folder / "pruned"), "--image-size", "0"])
+    for size, mistake in (
+        ("0", "--image-size: must be at least 1, not 0"),
+        ("5000", "image_size must be between 1 and 4096, not 5000"),
+    ):
+        with pytest.raises(UserError, match=mistake):
+            tpp.describe.main([str(folder / "pruned"), "--image-size", size])
 
 
 def test_budgets(files, tmp_path, capsys):

@@ -19,7 +19,7 @@ SIZES = [(40, 33), (24, 71), (32, 32)]
 
 @pytest.fixture
 def pictures(tmp_path):
-    """Twelve pictures to train on and three of other sizes to judge by, in other folders."""
+    """Twelve pictures to train on and three of other sizes to judge by, in two other folders."""
     numbers = np.random.default_rng(0)
     for folder, sizes in (("train/all", [(40, 48)] * 12), ("val/set", SIZES)):
         (tmp_path / "pictures" / folder).mkdir(parents=True)
@@ -27,6 +27,10 @@ def pictures(tmp_path):
             rough = numbers.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
             image = Image.fromarray(rough).resize((width, height), Image.Resampling.BICUBIC)
             image.save(tmp_path / "pictures" / folder / f"{place}.png")
+    (tmp_path / "pictures" / "val" / "more").mkdir()
+    (tmp_path / "pictures" / "val" / "set" / "1.png").rename(
+        tmp_path / "pictures" / "val" / "more" / "1.png"
+    )
     return tmp_path / "pictures"
 
 
@@ -112,6 +116,11 @@ def test_from_random_weights_to_a_sparse_network_killed_and_gone_on(shrinking, r
     assert stages["finetune"]["sparsity"] == pytest.approx(zeros / total)
     assert stages["evaluate"]["psnr"] == stages["finetune"]["psnr"]
     assert stages["evaluate"]["images"] == len(SIZES)
+    more, rest = stages["evaluate"]["folders"]
+    assert [(one["folder"], one["images"]) for one in (more, rest)] == [("more", 1), ("set", 2)]
+    for figure in ("psnr", "ssim", "loss"):
+        mean = (more[figure] + 2 * rest[figure]) / 3
+        assert stages["evaluate"][figure] == pytest.approx(mean)
     assert (stages["sparsify"]["norm_after"] == stages["sparsify"]["norm_before"]) == (alpha == 0)
     logged = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     shares = [e["smallest_norm_share"] for e in logged if "smallest_norm_share" in e]
@@ -129,3 +138,23 @@ def test_two_ranks_and_zero_shrink_the_same_weights(shrinking, run_main):
         for key, value in one.items():
             assert other[key].equal(third[key]), (stage, key)
             torch.testing.assert_close(value, other[key], rtol=1e-4, atol=1e-6, msg=key)
+
+
+def test_swinir_under_zero_in_half_precision_killed_and_gone_on(shrinking, run_main):
+    """Attention in shifted windows, layers skipped at random, images that windows do not divide."""
+    args = {"width": 8, "depths": [2, 1], "heads": 2, "window": 4, "drop_path": 0.3}
+    shrinking["model"] = {"name": "swinir_light", "args": args}
+    shrinking["method"] = {"name": "iss_p", "alpha": 0.8, "pattern": "1:4"}
+    shrinking["stages"]["sparsify"] = {"sparsify": {"pattern": "1:4"}}
+    shrinking["training"] |= {"precision": "bf16", "deepspeed": str(ZERO1)}
+    broken = variant(shrinking, "broken")
+    run_main(shrinking, ranks=2)
+    killed_and_gone_on(broken, run_main, "regularize", 6, 2)
+    for stage in ("regularize", "sparsify", "finetune"):
+        one, other = tensors(shrinking, stage), tensors(broken, stage)
+        assert all(one[key].equal(other[key]) for key in one), stage
+    qkv = one["layers.0.residual_group.blocks.1.attn.qkv.weight"].view(24, 2, 4)
+    assert ((qkv != 0).sum(-1) == 1).all()
+    results = json.loads((Path(shrinking["output"]) / "results.json").read_text())
+    assert results["stages"]["evaluate"]["images"] == len(SIZES)
+    assert results["stages"]["evaluate"]["psnr"] > 5

@@ -133,3 +133,30 @@ def test_what_teaches_where_nobody_said(tiny_config):
     config = Config.model_validate(tiny_config)
     teachers_exist(config)
     assert config.dense_stage("v1.1") == "dense"
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize(("loss", "smoothing"), [("cross_entropy", 0.0), ("bce", 0.1)])
+def test_in_episodes_the_loss_is_that_of_a_network_of_their_classes(mixed, loss, smoothing):
+    torch.manual_seed(0)
+    logits = torch.randn(6, 7, dtype=torch.float64).requires_grad_()
+    classes = {0: [1, 4, 6], 1: [0, 2, 3]}
+    task = make_task({"kind": "classification"}).with_loss(loss, label_smoothing=smoothing)
+    narrow, whole = task, task.in_episodes(lambda step: classes[step // 2])
+    for step in (0, 2, 1):
+        own = torch.tensor(classes[step // 2])
+        places = torch.randint(0, 3, (6,))
+        labels = own[places]
+        if mixed:
+            shares = torch.rand(6, 3).softmax(1)
+            places, labels = shares, torch.zeros(6, 7).index_copy(1, own, shares)
+        whole.before_step(step, torch.device("cpu"))
+        found, outputs = whole.loss(lambda images: logits, (torch.zeros(6), labels))
+        inner = logits[:, own]
+        truth, _ = narrow.loss(lambda images, inner=inner: inner, (torch.zeros(6), places))
+        torch.testing.assert_close(found, truth, rtol=1e-14, atol=0)
+        (gradient,) = torch.autograd.grad(found, logits)
+        others = [c for c in range(7) if c not in own]
+        assert gradient[:, own].all() and not gradient[:, others].any()
+        assert torch.equal(outputs[:, own], logits[:, own])
+        assert {*outputs.argmax(1).tolist()} <= {*own.tolist()}

@@ -77,8 +77,12 @@ def configured(config: dict[str, Any], output: Path, grave: Path | None) -> dict
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("ranks", "accumulation", "deepspeed"),
-    [(1, 1, None), (2, 4, None), (2, 1, ZERO1), (2, 4, ZERO1)],
-    ids=["one rank", "two ranks, accumulation", "ZeRO 1", "ZeRO 1, accumulation"],
+    [
+        pytest.param(1, 1, None, id="one rank"),
+        pytest.param(2, 4, None, id="two ranks, accumulation", marks=pytest.mark.nightly),
+        pytest.param(2, 1, ZERO1, id="ZeRO 1", marks=pytest.mark.nightly),
+        pytest.param(2, 4, ZERO1, id="ZeRO 1, accumulation"),
+    ],
 )
 def test_every_kind_of_method_is_killed_and_goes_on_to_the_bit(
     tiny_config, tmp_path, run_main, ranks, accumulation, deepspeed

@@ -1,11 +1,8 @@
-import base64
 import io
 import json
 import math
-import re
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from report_page import Page
 from rich.console import Console
 
 from tpp.common.errors import UserError
@@ -159,40 +157,6 @@ def l1(tmp_path: Path) -> Path:
     return write_run(tmp_path / "l1", content, config=config)
 
 
-class Page(HTMLParser):
-    """What a reader's browser would show and fetch."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.rows: list[list[str]] = []
-        self.images: list[Image.Image] = []
-        self.fetched: list[str] = []
-        self._cell = False
-        text = path.read_text(encoding="utf-8")
-        self.fetched += re.findall(r"url\(|@import|https?://", text)
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        assert tag not in ("script", "link", "iframe", "base")
-        if tag == "tr":
-            self.rows.append([])
-        self._cell = tag in ("td", "th")
-        if self._cell:
-            self.rows[-1].append("")
-        for name, value in attrs:
-            if name in ("src", "href", "srcset", "style"):
-                kind, _, data = (value or "").partition(",")
-                assert kind == "data:image/png;base64"
-                self.images.append(Image.open(io.BytesIO(base64.b64decode(data, validate=True))))
-
-    def handle_endtag(self, tag: str) -> None:
-        self._cell = False
-
-    def handle_data(self, data: str) -> None:
-        if self._cell:
-            self.rows[-1][-1] += data
-
-
 def printed(*renderables: Any) -> str:
     console = Console(width=200, file=io.StringIO())
     for renderable in renderables:
@@ -293,20 +257,21 @@ def test_report_of_one_run(tpp: Path) -> None:
     found = Page(page)
     assert found.fetched == []
     assert found.rows[0] == [
-        *("Run", "Network", "Top-1 %", "Published %", "Difference", "Top-5 %"),
+        *("Network", "Top-1 %", "vs dense", "Published %", "Difference", "Top-5 %"),
         *("Parameters", "MACs", "Speedup"),
     ]
-    assert found.rows[1][:5] == ["resnet56_tpp_pr0.5", "Dense", "93.70", "93.78", "-0.08"]
-    assert found.rows[2][:5] == ["resnet56_tpp_pr0.5", "TPP", "93.40", "93.46 (0.06)", "-0.06"]
+    assert found.rows[1][:5] == ["Dense", "93.70", "-", "93.78", "-0.08"]
+    assert found.rows[2][:5] == ["TPP", "93.40", "-0.30", "93.46 (0.06)", "-0.06"]
     cells = {row[0]: row[1:] for row in found.rows}
     assert cells["torch"] == ["2.15.0"]
     assert cells["git commit"] == ["0123456789ab"]
-    assert cells["wall time"] == ["1 h 02 min"]
+    assert found.facts["Time taken"] == "1 h 02 min" and "wall time" not in cells
     assert cells["regularize"][:6] == ["TPP", "1100", "11.0", "93.70", "92.90", "0.2500"]
-    assert cells["regularize"][6:] == ["10000", "-", "100 s"]
-    assert cells["prune"][6:] == ["-", "0.0125", "100 s"]
-    assert cells["engine"] == ["DeepSpeed, ZeRO stage 1"]
-    assert len(found.images) == 1
+    assert cells["regularize"][6:] == [*("855.8 k", "125.5 M", "10000", "-", "100 s")]
+    assert cells["prune"][6:] == ["429.4 k", "62.96 M", "-", "0.0125", "100 s"]
+    assert found.facts["Engine"] == "DeepSpeed, ZeRO stage 1"
+    names = [image.partition("-")[0] for image in found.pictures]
+    assert names == ["scores", "loss", "filters", "networks"]
     with Image.open(picture) as image:
         assert image.format == "PNG"
         assert image.size[0] >= 1200
@@ -317,10 +282,14 @@ def test_report_of_one_run(tpp: Path) -> None:
 def test_report_of_runs_beside_each_other(tpp: Path, l1: Path, tmp_path: Path) -> None:
     page, _ = write_report([load_run(tpp), load_run(l1)], tmp_path / "out" / "deep")
     found = Page(page)
-    assert len(found.images) == 3  # all together, and each on its own
-    top1 = {(row[0], row[1]): row[2:5] for row in found.rows if len(row) == 9}
-    assert top1["resnet56_l1_pr0.5", "L1"] == ["93.10", "-", "-"]
-    assert top1["resnet56_tpp_pr0.5", "TPP"] == ["93.40", "93.46 (0.06)", "-0.06"]
+    # All together, and what can be said of each alone; L1 logs nothing of its layers.
+    assert [image.rpartition("-")[0] for image in found.pictures] == [
+        *("scores", "loss", "filters", "networks"),
+        *("run1-scores", "run1-filters", "run2-scores"),
+    ]
+    top1 = {(row[0], row[1]): row[2:6] for row in found.rows if len(row) == 10}
+    assert top1["resnet56_l1_pr0.5", "L1"] == ["93.10", "-0.60", "-", "-"]
+    assert top1["resnet56_tpp_pr0.5", "TPP"] == ["93.40", "-0.30", "93.46 (0.06)", "-0.06"]
     at = found.rows.index(["Setting", "resnet56_tpp_pr0.5", "resnet56_l1_pr0.5"])
     assert found.rows[at + 1] == ["method.name", "tpp", "l1"]
     assert not any("batch_size" in row[0] for row in found.rows)
@@ -330,10 +299,10 @@ def test_report_of_runs_beside_each_other(tpp: Path, l1: Path, tmp_path: Path) -
 def test_runs_of_one_name_are_told_apart(tpp: Path, tmp_path: Path, seed: int) -> None:
     other = write_run(tmp_path / "other", results(TPP_STAGES, seed=seed))
     page, _ = write_report([load_run(tpp), load_run(other)], tmp_path / "out")
-    labels = {row[0] for row in Page(page).rows if len(row) == 9} - {"Run"}
+    labels = [row[0] for row in Page(page).rows if len(row) == 10][1:]
     name = "resnet56_tpp_pr0.5"
-    expected = {f"{name}, seed 0", f"{name}, seed 1"} if seed else {str(tpp), str(other)}
-    assert labels == expected
+    expected = [f"{name}, seed 0", f"{name}, seed 1"] if seed else [str(tpp), str(other)]
+    assert labels == ["both runs", *expected]  # the dense network that both began from, once
 
 
 def test_two_methods_in_one_run_are_not_both_held_against_one_published_row(
@@ -343,17 +312,19 @@ def test_two_methods_in_one_run_are_not_both_held_against_one_published_row(
     for name in ("l1_finetune", "l1_evaluate"):
         stages[name]["input"] = f"l1_{stages[name]['input']}"
     page, _ = write_report([load_run(write_run(tmp_path / "run", results(stages)))], tmp_path)
-    shown = {row[1]: row[4] for row in Page(page).rows if len(row) == 9}
+    shown = {row[0]: row[4] for row in Page(page).rows if len(row) == 9}
     assert (shown["Dense"], shown["TPP"], shown["L1"]) == ("-0.08", "-", "-")
 
 
 def test_markup_in_names_is_shown_not_obeyed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    content = results(TPP_STAGES, name="<b>[red]x", device="<script>")
+    stages = {name: {**of, "title": "<b>[red]x"} for name, of in TPP_STAGES.items()}
+    content = results(stages, name="<b>[red]x", device="<script>")
     folder = write_run(tmp_path / "run", content)
     show_end(folder)
-    assert any(row[:1] == ["<b>[red]x"] for row in Page(folder / "report.html").rows)
+    found = Page(folder / "report.html")
+    assert found.text_of("h1") == ["<b>[red]x"] and found.facts["Machine"] == "<script>"
     assert "<b>[red]x" in capsys.readouterr().out
 
 
@@ -445,15 +416,13 @@ def test_output_that_is_a_file(tpp: Path, tmp_path: Path) -> None:
 def lines_of(run: Path) -> dict[str, tuple[list[float], list[float]]]:
     """The labelled curves of the picture by label, from its first and third plot."""
     figure = draw([load_run(run)])
-    return {
-        str(line.get_label()): (
-            np.asarray(line.get_xdata()).tolist(),
-            np.asarray(line.get_ydata()).tolist(),
-        )
-        for axes in figure.axes
-        for line in axes.get_lines()
-        if not str(line.get_label()).startswith("_")
-    }
+    found: dict[str, tuple[list[float], list[float]]] = {}
+    for axes in figure.axes:  # a run's name stands for its score first, then for its loss
+        for line in axes.get_lines():
+            points = np.asarray(line.get_xdata()).tolist(), np.asarray(line.get_ydata()).tolist()
+            if not str(line.get_label()).startswith("_"):
+                found.setdefault(str(line.get_label()), points)
+    return found
 
 
 def test_curves_run_on_through_the_stages(tpp: Path) -> None:
@@ -518,7 +487,7 @@ def test_run_without_results_yet(tmp_path: Path) -> None:
     assert run.results.status == "running"
     page, _ = write_report([run], folder)
     rows = Page(page).rows
-    assert ["young", "nothing is done yet", *["-"] * 7] in rows
+    assert ["nothing is done yet", *["-"] * 6] in rows
     stages = {row[0]: row[1] for row in rows}
     assert stages["regularize"] == "under way, step 1100"
     assert stages["prune"] == "to do"
@@ -536,7 +505,7 @@ def test_results_alone_are_enough(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", results(TPP_STAGES), log=[])
     (folder / "log.jsonl").unlink()
     page, _ = write_report([load_run(folder)], folder)
-    assert Page(page).rows[2][2] == "93.40"
+    assert Page(page).rows[2][1] == "93.40"
 
 
 def test_cut_last_line_is_ignored(tpp: Path) -> None:
@@ -617,42 +586,51 @@ def super_resolution(tmp_path: Path) -> Path:
 def test_another_tasks_score_is_in_every_table(super_resolution: Path) -> None:
     run = load_run(super_resolution)
     assert list(comparison([run]).columns) == [
-        *("Run", "Network", "PSNR dB", "Published dB", "Difference"),
-        *("SSIM", "Parameters", "MACs", "Speedup"),
+        *("Network", "PSNR dB", "vs dense", "SSIM", "Parameters", "MACs", "Speedup")
     ]
     tables = [to_rich(grid, 200) for grid in (comparison([run]), stage_grid(run))]
     text = printed(summary_table(run.results), *tables)
-    assert "PSNR dB" in text and "PSNR before" in text and "Published dB" in text
+    # Nothing was published, and no stage that is done began from a network that was measured.
+    assert "PSNR dB" in text and "PSNR before" not in text and "Published" not in text
     assert "31.26" in text and "0.8912" in text
     assert "op-1" not in text and "op-5" not in text and "%" not in text.replace("(-49.8%)", "")
     assert headline_of(run) == "PSNR: Dense 31.26 dB - still running"
     page, picture = write_report([run], super_resolution)
     rows = Page(page).rows
-    assert next(row[:8] for row in rows if row[0] == "Stage") == [
-        "Stage",
-        "Method",
-        "Steps",
-        "Epochs",
-        "PSNR before",
-        "PSNR dB",
-        "SSIM",
-        "Images",
+    assert next(row for row in rows if row[0] == "Stage") == [
+        *("Stage", "Method", "Steps", "PSNR dB", "SSIM", "Loss"),
+        *("Parameters", "MACs", "Time"),
     ]
     stages = {row[0]: row[1] for row in rows}
     assert stages["finetune"] == "under way, step 120" and stages["evaluate"] == "to do"
     assert "op-1" not in page.read_text() and picture.stat().st_size > 10_000
     scores, dots, *_ = draw([run]).axes
-    assert scores.get_ylabel() == "PSNR (dB)" and dots.get_title(loc="left") == "PSNR (dB)"
+    assert scores.get_title(loc="left") == "PSNR over all stages (dB)"
+    assert dots.get_title(loc="left") == "PSNR of each network (dB)"
     assert lines_of(super_resolution)["TPP"][0] == [*range(20, 301, 20), *range(320, 421, 20)]
     assert set(lines_of(super_resolution)["dense 31.26"][1]) == {31.256}
     assert [text.get_text() for text in dots.texts] == ["31.26  Dense"]
+
+
+def test_a_dense_network_alone_is_there_once(super_resolution: Path) -> None:
+    path = super_resolution / "results.json"
+    content = json.loads(path.read_text())
+    content["stages"] = {"dense": content["stages"]["dense"]}
+    path.write_text(json.dumps(content))
+    (super_resolution / "config.yaml").unlink()
+    log = (super_resolution / "log.jsonl").read_text().splitlines()
+    kept = [line for line in log if json.loads(line)["stage"] == "dense"]
+    (super_resolution / "log.jsonl").write_text("\n".join(kept))
+    # "dense" and "dense 31.26" were two lines of one network.
+    assert [label for label in lines_of(super_resolution) if "dense" in label] == ["dense"]
+    assert [row[0] for row in comparison([load_run(super_resolution)]).rows] == ["Dense"]
 
 
 def test_published_top1_is_not_held_against_another_score(super_resolution: Path) -> None:
     path = super_resolution / "results.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"published": PUBLISHED}))
     run = load_run(super_resolution)
-    assert comparison([run]).rows[0][2:5] == ["31.26", "-", "-"]
+    assert comparison([run]).rows[0][1:5] == ["31.26", "-", "-", "-"]
     assert "93" not in headline_of(run)
     assert not any("published" in label for label in lines_of(super_resolution))
 

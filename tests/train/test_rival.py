@@ -16,8 +16,9 @@ from train.config.config import Config, load_config
 from train.data import preprocessing_at
 from train.report import main as report
 from train.reporting.grids import rivals
+from train.reporting.latency import Latency
 from train.reporting.picture import draw
-from train.reporting.rival import Between, Latency, Measured, interpolated, verdicts
+from train.reporting.rival import Between, Measured, interpolated, verdicts
 from train.reporting.rows import load_run, summary_rows
 from train.run_folder.results import Results
 
@@ -101,9 +102,10 @@ def test_a_report_says_what_the_dense_network_scores_at_equal_macs(tmp_path):
     ]
     (cells,) = rivals([run]).rows
     assert cells == [
-        "r", "TPP", "2.5 G MACs", "72.00", "71.50", "between 176 and 224 px", "+0.50"
+        "TPP", "2.5 G MACs", "72.00", "71.50", "between 176 and 224 px", "+0.50"
     ]  # fmt: skip
-    assert len(draw([run]).axes) == 5
+    # No log: there is nothing to draw but the networks, and the dense one's sizes.
+    assert len(draw([run]).axes) == 2
 
 
 def test_nothing_is_said_beyond_the_sizes(tmp_path):
@@ -112,13 +114,13 @@ def test_nothing_is_said_beyond_the_sizes(tmp_path):
     assert verdict.rival == Between(68.0, (128, 224))
     sizes = [{**SIZES[1], "macs": 3_000_000_000}]
     (cells,) = rivals([load_run(run_of(tmp_path / "other", sizes))]).rows
-    assert cells[4:] == ["-", "not measured there", "-"]
+    assert cells[3:] == ["-", "not measured there", "-"]
 
 
 def test_without_sizes_a_report_is_as_it_was(tmp_path):
     run = load_run(run_of(tmp_path / "run", []))
     assert [row.network for row in summary_rows(run.results)] == ["Dense", "TPP"]
-    assert not rivals([run]).rows and len(draw([run]).axes) == 4
+    assert not rivals([run]).rows and len(draw([run]).axes) == 1
 
 
 def test_a_report_compares_at_equal_time(tmp_path, monkeypatch, capsys):
@@ -139,7 +141,7 @@ def test_a_report_compares_at_equal_time(tmp_path, monkeypatch, capsys):
     assert "6.5 ms, batch 1" in capsys.readouterr().out
     assert "104 ms, batch 16" in (folder / "report.html").read_text()
     file.write_text('{"results": [{"batch": 1}]}')
-    with pytest.raises(UserError, match=r"not what python -m tpp\.latency --json writes"):
+    with pytest.raises(UserError, match=r"not what tpp latency --json writes"):
         Latency.read(file)
 
 
@@ -231,6 +233,21 @@ def test_two_ranks_find_what_one_finds(tiny_config, run_main):
     for one, two in zip(*found, strict=True):
         assert two.pop("loss") == pytest.approx(one.pop("loss"), rel=1e-5)
         assert one == two and one["images"] == 40
+
+
+@pytest.mark.parametrize(("sizes", "left"), [([24, 32, 48], [24]), ([32], None)])
+def test_sizes_that_are_not_smaller_are_left_out(tiny_config, run_inside, capsys, sizes, left):
+    tiny_config["stages"] = {"dense": {"kind": "evaluate", "image_sizes": sizes}}
+    assert tiny_config["data"]["image_size"] == 32
+    run_inside(tiny_config)
+    results = json.loads((Path(tiny_config["output"]) / "results.json").read_text())
+    assert results["status"] == "finished"
+    found = results["stages"]["dense"].get("sizes")
+    assert (found and [size["image_size"] for size in found]) == left
+    others = ", ".join(str(size) for size in sizes if size != 24)
+    line = f"dense: image_sizes {others} left out: not smaller than data.image_size=32"
+    out = capsys.readouterr().out
+    assert out.count("left out") == 1 and line in " ".join(out.split())
 
 
 @pytest.mark.parametrize("check", ["--dry-run", "launch.check"])

@@ -8,16 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from bicubic_reference import SET5, read_set5
 from PIL import Image
 from safetensors.torch import load_file
-from test_bicubic import SET5, read_set5
 
 import tpp
+from data_pipelines.images.bicubic import enlarge
 from data_pipelines.images.image_index import scan_class_folders
 from tpp.common.errors import UserError
 from train.run_folder.results import read_results
 from train.tasks import make_task
-from train.tasks.bicubic import enlarge
 
 TASK = {"kind": "super_resolution", "scale": 2}
 
@@ -158,6 +158,23 @@ def test_bicubic_scores_on_set5_what_is_known_of_it(shared_data, scale, psnr):
     batches = ((image, torch.zeros(1, dtype=torch.int64)) for image in images)
     found = task.evaluate(lambda x: enlarge(x, scale), batches, device=torch.device("cpu"))
     assert round(found.values["psnr"], 2) == psnr
+
+
+def test_each_test_set_has_figures_of_its_own():
+    task, sides = make_task(TASK), [(16, 20), (17, 31), (24, 18), (19, 19)]
+    images = [torch.rand(1, 3, *side) for side in sides]
+    labels = [torch.tensor([label]) for label in (2, 0, 2, 0)]
+
+    def evaluate(places, **options):
+        batches = [(images[place], labels[place]) for place in places]
+        return task.evaluate(
+            lambda x: enlarge(x, 2), batches, device=torch.device("cpu"), **options
+        )
+
+    found = evaluate(range(4), folders=["Set14", "Set5", "Urban100"])
+    assert found.values == evaluate(range(4)).values and found.images == 4
+    # Of the set in the middle no image could be read.
+    assert found.folders == {"Set14": evaluate([1, 3]), "Urban100": evaluate([0, 2])}
 
 
 def test_an_image_of_no_more_than_its_edge_is_one_line():

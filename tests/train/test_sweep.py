@@ -258,6 +258,25 @@ def test_overrides_of_a_cycle_go_to_the_runs_that_have_it() -> None:
     assert stages["imp2_retrain"].epochs == 0.5 and "imp3_retrain" not in stages
 
 
+def test_a_list_has_the_tasks_score_before_any_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = ROOT / "configs" / "sr" / "related" / "dense.yaml"
+    sweep = {
+        "name": "sr",
+        "output": str(tmp_path / "runs"),
+        "methods": {"dense": str(row)},
+        "ratios": {"x2": {}},
+        "seeds": [0],
+    }
+    path = tmp_path / "sr.yaml"
+    path.write_text(yaml.safe_dump(sweep))
+    monkeypatch.setattr("sys.argv", ["sweep", "--config", str(path), "--list"])
+    main()
+    heading = "\n".join(capsys.readouterr().out.splitlines()[:3])
+    assert "PSNR dB" in heading and "Top-1" not in heading
+
+
 def test_finetuning_needs_its_stage() -> None:
     sweep = load_sweep(ROOT / "configs" / "cifar10" / "related.yaml")
     sweep.methods = {"imp": sweep.methods["imp+llr"]}

@@ -101,7 +101,7 @@ def test_each_run_carries_its_published_figure() -> None:
 def test_the_terminal_shows_it_beside_the_paper(
     measured: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lines = report(monkeypatch, capsys, "--table", "1", "--output", str(measured))
+    lines = report(monkeypatch, capsys, "--table", "1", "--runs", str(measured))
     assert max(len(line) for line in lines if not line.startswith("written")) <= 100
     assert lines[0] == "Dense: 93.70 (published 93.78)"
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if "│" in line]
@@ -134,7 +134,7 @@ def test_the_terminal_shows_it_beside_the_paper(
 def test_files_in_the_sweeps_folder(
     measured: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    report(monkeypatch, capsys, "--table", "1", "--output", str(measured))
+    report(monkeypatch, capsys, "--table", "1", "--runs", str(measured))
     text = (measured / "table1.md").read_text()
     assert text.startswith("# table1\n\nDense: 93.70 (published 93.78).")
     # Bold is the best of a column, and only that.
@@ -191,7 +191,7 @@ def test_a_broken_result_is_named(measured: Path) -> None:
         ([], "name run folders, or a sweep with --config or --table"),
         (["run", "--table", "1"], "name run folders, or a sweep with --config or --table"),
         (["run", "--config", "x.yaml"], "name run folders, or a sweep with --config or --table"),
-        (["--table", "7"], "invalid choice: '7'"),
+        (["--table", "7"], "--table: '7' is none of 1"),
         (["--table", "1", "--config", "no.yaml"], "no.yaml: cannot read the configuration"),
     ],
 )
@@ -262,7 +262,7 @@ def test_rows_of_unlike_sizes_each_say_theirs(
 ) -> None:
     related_results(tmp_path)
     config = ROOT / "configs" / "cifar10" / "related.yaml"
-    lines = report(monkeypatch, capsys, "--config", str(config), "--output", str(tmp_path))
+    lines = report(monkeypatch, capsys, "--config", str(config), "--runs", str(tmp_path))
     text = (tmp_path / "related.md").read_text()
     assert "| tpp+step | 71.00 (1.41) |" in text and "| imp+llr | **75.50 (0.71)** |" in text
     assert "| tpp+step | 26,470 | 26,470 | 3,760,768 | 1,172 |" in text

@@ -220,6 +220,12 @@ class ChannelMap:
                 wanted |= set(self._partners(layer)) - self._followers
         return [layer for layer in self.layers if layer in wanted]
 
+    def leaders(self, layer: str) -> tuple[str, ...]:
+        """The layers whose filters one only gates or filters one by one, and goes along with."""
+        if layer not in self._followers:
+            return ()
+        return tuple(other for other in self._partners(layer) if other not in self._followers)
+
     def _partners(self, layer: str) -> list[str]:
         """The other layers any of whose filters go with those of ``layer``, in network order."""
         found = {o for number in self._classes[layer].tolist() for o in self._layers_of[number]}

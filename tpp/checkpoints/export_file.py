@@ -17,11 +17,16 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from tpp.checkpoints.model_file import load_model, read_metadata
+from tpp.checkpoints.any_file import open_network
 from tpp.checkpoints.safetensors_files import PathLike
 from tpp.common.errors import UserError
 from tpp.common.files import aside_of, sync
-from tpp.models.architecture import architecture_of, image_shape_for, plain_copy
+from tpp.models.architecture import (
+    Architecture,
+    architecture_of,
+    image_shape_for,
+    plain_copy,
+)
 from tpp.models.preparation import take_image_size
 
 INPUT = "images"
@@ -64,6 +69,7 @@ def export_model(
     classes: Sequence[str] | None = None,
     example_input: Tensor | None = None,
     image_size: int | None = None,
+    architecture: Architecture | None = None,
 ) -> Exported:
     """Write a network as ONNX (``.onnx``) or as an exported program of PyTorch (``.pt2``).
 
@@ -74,7 +80,9 @@ def export_model(
     ``extra_files`` of ``.pt2``. It appears whole and checked, or not at all.
 
     Args:
-        source: one of our checkpoints, pruned or not, or a network, which is left alone.
+        source: one of our checkpoints, pruned or not, or, if ``architecture`` is given, anything
+            else that :func:`tpp.checkpoints.sources.read_source` reads; or a network, which is
+            left alone.
         output: where to; its ending says the format. Missing folders are made.
         batch: images per call; by default any number.
         opset: version of the ONNX operators, 18 or newer; by default PyTorch's choice.
@@ -84,6 +92,7 @@ def export_model(
         example_input: an image batch (N, channels, height, width) whose shape the file is to
             take; by default what the preprocessing, or else the architecture, says.
         image_size: side of its images, in pixels, in place of what the preprocessing says.
+        architecture: the network of a file that does not say which one it holds.
 
     Raises:
         UserError: the output's ending is unknown, a package is missing, the network cannot be
@@ -93,11 +102,14 @@ def export_model(
     output = Path(output)
     _check_request(output, batch, opset, check)
     name = type(source).__name__ if isinstance(source, nn.Module) else str(source)
-    network = source if isinstance(source, nn.Module) else load_model(source)
+    if isinstance(source, nn.Module):
+        network = source
+    else:
+        opened = open_network(source, architecture, image_size=image_size)
+        network = opened.model
+        classes = opened.extra.get("classes") if classes is None else classes
     if output.suffix == ".onnx":
         _check_size(name, network)
-    if classes is None and not isinstance(source, nn.Module):
-        classes = read_metadata(source).extra.get("classes")
     model = plain_copy(network).to("cpu", torch.float32).eval()
     take_image_size(model, image_size)
     shape = _image_shape(model, example_input)
@@ -129,7 +141,7 @@ def _check_request(output: Path, batch: int | None, opset: int | None, check: bo
     if output.suffix not in (".onnx", ".pt2"):
         raise UserError(f"{output}: the name must end in .onnx or .pt2, which says the format")
     if batch is not None and batch < 1:
-        raise UserError(f"--batch {batch}: must be 1 or more images per call")
+        raise UserError(f"--batch-size {batch}: must be 1 or more images per call")
     if output.suffix == ".pt2":
         if opset is not None:
             raise UserError(f"--opset {opset}: is for .onnx files, {output} is none")
@@ -196,7 +208,7 @@ def _trace(
         program = torch.export.export(model, (images,), dynamic_shapes=sizes)
     # Tracing runs the network's own code on stand-ins for tensors; it can fail in any way.
     except Exception as error:
-        hint = "" if batch else "; with --batch N it may do for that many images"
+        hint = "" if batch else "; with --batch-size N it may do for that many images"
         raise UserError(
             f"{name}: PyTorch cannot trace it for {f'{batch} images' if batch else 'any batch'}: "
             f"{_first_line(error)}{hint}"

@@ -32,6 +32,8 @@ from tpp.checkpoints.safetensors_files import (
 )
 from tpp.common.errors import UserError
 from tpp.common.files import aside_of, new_file, sync
+from tpp.common.hub import local
+from tpp.common.own_code import is_own
 from tpp.common.reading import parse_json
 from tpp.models.architecture import (
     Architecture,
@@ -42,6 +44,7 @@ from tpp.models.architecture import (
 )
 from tpp.models.fitting import assign_tensors, fill_buffers, fitted
 from tpp.models.layers import layer_widths
+from tpp.models.own import is_known, own_name
 
 FORMAT = "tpp-checkpoint"
 VERSION = 2
@@ -110,7 +113,9 @@ def save_model(
         path: where to; missing folders are made.
         model_or_tensors: a network, pruned or not, or its ``state_dict``; any device and dtype.
             Its classifier may have another width than the architecture's.
-        architecture: the dense network; by default what the model carries.
+        architecture: the dense network; by default what the model carries, or else, of a class of
+            your own, ``FILE.py:CLASS`` with as many classes as there are outputs. A file only
+            names that class.
         preprocessing: how images are prepared; by default what the model carries. Plain data.
         extra: anything else worth keeping. Plain data.
         companions: sets of tensors that belong to the network's: ``ema``, ``mask``, or an
@@ -121,10 +126,15 @@ def save_model(
             file cannot be written or does not read back as what was meant.
     """
     tensors: Mapping[str, Tensor]
+    own: nn.Module | None = None
     if isinstance(model_or_tensors, nn.Module):
         architecture = architecture or architecture_of(model_or_tensors)
         preprocessing = preprocessing or getattr(model_or_tensors, "preprocessing", None)
         tensors = model_or_tensors.state_dict()
+        if architecture is None:
+            architecture, own = architecture_of_own(model_or_tensors), model_or_tensors
+        elif is_own(architecture.name) and not is_known(architecture.name):
+            own = model_or_tensors
     else:
         tensors = model_or_tensors
     path = Path(path)
@@ -132,16 +142,23 @@ def save_model(
         raise UserError(
             f"{path}: the network does not say which one it is; name the dense network that it "
             'came from, as in architecture=tpp.Architecture("resnet50", 1000), by a name that '
-            "torchvision, timm (timm:NAME) or this project has; a network of a class of your own "
-            "is kept by torch.save(model.state_dict(), FILE), beside plan.save(FILE)"
+            "torchvision, timm (timm:NAME) or this project has"
         )
     try:
-        network = fitted(architecture, {name: tuple(t.shape) for name, t in tensors.items()})
+        shapes = {name: tuple(t.shape) for name, t in tensors.items()}
+        network = fitted(architecture, shapes, network=own, images=preprocessing)
     except UserError as error:
         raise UserError(f"{path}: cannot save as {architecture.name}: {error}") from None
     save_tensors(
         path, tensors, network, preprocessing=preprocessing, extra=extra, companions=companions
     )
+
+
+def architecture_of_own(network: nn.Module) -> Architecture | None:
+    """Of a network in memory that is of a class of the user's own."""
+    name = own_name(network)
+    # As many classes as it turns out to have.
+    return None if name is None else Architecture(name, 1)
 
 
 def save_tensors(
@@ -187,12 +204,16 @@ def save_tensors(
     _write(path, stored, metadata)
 
 
-def load_model(path: PathLike, *, companion: str | None = None) -> nn.Module:
+def load_model(
+    path: PathLike, *, companion: str | None = None, network: nn.Module | None = None
+) -> nn.Module:
     """Rebuild the network of a checkpoint, pruned or not, from the file alone.
 
     Args:
-        path: the file.
+        path: the file, or ``hf-hub:OWNER/NAME[@REVISION]`` for one on the Hub (docs/hub.md).
         companion: take these weights instead of the network's, such as ``ema``.
+        network: a dense network of the class that the file only names, where that is one of your
+            own: no file brings code along. It is left alone; its widths become the file's.
 
     Returns:
         The network on the CPU in evaluation mode, with attributes ``architecture`` and
@@ -202,21 +223,39 @@ def load_model(path: PathLike, *, companion: str | None = None) -> nn.Module:
         UserError: the file is missing, truncated, damaged, of another format or version, or
             its tensors contradict what it says about itself or each other.
     """
-    path = Path(path)
+    path = local(path)
     tensors, companions, info = read_checkpoint(path)
     if companion is not None:
         if companion not in companions:
             held = ", ".join(companions) or "no companions at all"
             raise UserError(f"{path}: holds no {companion!r}; it has {held}")
         tensors = tensors | dict(companions[companion])
-    model = network_of(info, source=str(path))
+    model = network_of(info, source=str(path), network=network)
     assign_tensors(model, tensors)
-    if any(buffer.is_meta for buffer in model.buffers()):
-        arch = info.architecture
-        _check_dense_size(path, arch)
-        with torch.random.fork_rng(devices=[]):
-            fill_buffers(model, build_model(arch.name, arch.num_classes, **arch.args))
+    load_dense_buffers(path, model, network)
     return model.eval()
+
+
+def load_dense_buffers(path: PathLike, model: nn.Module, network: nn.Module | None = None) -> None:
+    """Give a network the buffers that no file holds, from a dense one that is built if need be.
+
+    Args:
+        path: its checkpoint, for whose size the dense one must not be too large.
+        model: the network with its tensors; it says which one it is.
+        network: the dense one, where there is one.
+
+    Raises:
+        UserError: it would be too large.
+    """
+    if not any(buffer.is_meta for buffer in model.buffers()):
+        return
+    if network is None:
+        arch = architecture_of(model)
+        assert arch is not None
+        _check_dense_size(local(path), arch)
+        with torch.random.fork_rng(devices=[]):
+            network = build_model(arch.name, arch.num_classes, **arch.args)
+    fill_buffers(model, network)
 
 
 def _check_dense_size(path: Path, architecture: Architecture) -> None:
@@ -292,7 +331,7 @@ def read_metadata(path: PathLike) -> CheckpointInfo:
     Raises:
         UserError: the file is missing, truncated, or of another format or version.
     """
-    path = Path(path)
+    path = local(path)
     with _open_ours(path) as file:
         return _parse(path, file)
 
@@ -307,7 +346,7 @@ def find_metadata(path: PathLike) -> CheckpointInfo | None:
         UserError: the file is missing, of a kind that holds no weights, or one of ours that is
             damaged or of another version.
     """
-    path = Path(path)
+    path = local(path)
     if path.is_dir() or not is_safetensors(path):
         return None
     with open_safetensors(path) as file:
@@ -324,7 +363,7 @@ def read_checkpoint(
     Raises:
         UserError: the file is missing, truncated, damaged, or of another format or version.
     """
-    path = Path(path)
+    path = local(path)
     with _open_ours(path) as file:
         info = _parse(path, file)
         stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -342,10 +381,17 @@ def read_checkpoint(
     return tensors, companions, info
 
 
-def network_of(info: CheckpointInfo, *, source: str) -> nn.Module:
-    """The network that a checkpoint describes, on the meta device; ``source`` is for errors."""
+def network_of(info: CheckpointInfo, *, source: str, network: nn.Module | None = None) -> nn.Module:
+    """The network that a checkpoint describes, on the meta device.
+
+    Args:
+        info: what it says.
+        source: the file, for errors.
+        network: see :func:`load_model`.
+    """
     try:
-        model = fitted(info.architecture, info.shapes)
+        images = info.preprocessing
+        model = fitted(info.architecture, info.shapes, network=network, images=images)
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
     if architecture_of(model) != info.architecture:
@@ -387,7 +433,7 @@ def _make_ours(path: Path) -> str:
     # What training resumes from says the network.
     model = "" if (path / "manifest.json").is_file() else " --model NAME"
     return (
-        f"make one of it: python -m tpp.prune --checkpoint {shlex.quote(str(path))}{model} "
+        f"make one of it: tpp prune {shlex.quote(str(path))}{model} "
         "--ratio '*=0' --output NEW.safetensors"
     )
 

@@ -23,6 +23,8 @@ _WRAPPERS = {
 }
 _COUNTER = "num_batches_tracked"
 _THOP = ("total_ops", "total_params")  # what thop.profile leaves behind in every module
+# What Swin Transformers compute from their sizes and may keep beside their weights.
+OF_WINDOWS = ("relative_position_index", "attn_mask")
 _HEAD = re.compile(r"aux", re.IGNORECASE)
 _LOSS = re.compile(r"(.*_)?(loss|losses|criterion|criteria)(_.*|\d*)", re.IGNORECASE)
 # How weights are called that are computed from others, and what makes plain ones of them.
@@ -252,7 +254,7 @@ def _foreign(bare: str, tensor: Tensor) -> bool:
     first, dot, _ = bare.partition(".")
     last = bare.rpartition(".")[2]
     return (
-        last in (*_THOP, _COUNTER)
+        last in (*_THOP, _COUNTER, *OF_WINDOWS)
         or (not dot and tensor.numel() <= 1)
         or _is_head(bare)
         or _LOSS.fullmatch(first) is not None

@@ -1,6 +1,6 @@
 """Removing filters from a checkpoint, with everything beside the weights that belongs to them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,18 +11,28 @@ from torch import Tensor, nn
 from tpp.channels.cuts import Cut, cut_tensors
 from tpp.channels.removal import norm_share, not_at_zero, pruned_on_meta, shapes_of
 from tpp.channels.trials import Trials
-from tpp.checkpoints.model_file import CheckpointInfo, Companions, save_tensors
+from tpp.checkpoints.model_file import (
+    CheckpointInfo,
+    Companions,
+    architecture_of_own,
+    load_dense_buffers,
+    save_tensors,
+)
 from tpp.checkpoints.safetensors_files import PathLike
-from tpp.checkpoints.sources import Source, fit_names, name_optimizer_state, read_source
+from tpp.checkpoints.sources import agreed, fit_names, name_optimizer_state, read_source
 from tpp.common.errors import UserError
+from tpp.common.own_code import is_own
 from tpp.models.architecture import (
     Architecture,
     architecture_of,
     as_published,
+    meta_copy,
     set_preprocessing,
 )
-from tpp.models.fitting import fitted
+from tpp.models.fitting import assign_tensors, fitted
+from tpp.models.own import is_known
 from tpp.models.preparation import Preparation, find_preparation
+from tpp.models.recalibration import RECALIBRATED, statistics_of, with_statistics
 from tpp.plan import PruningPlan
 
 
@@ -32,6 +42,7 @@ def prune_checkpoint(
     path_out: PathLike,
     *,
     architecture: Architecture | None = None,
+    network: nn.Module | None = None,
 ) -> "Report":
     """Prune a file into a file; no more than what stays is held in memory.
 
@@ -44,6 +55,8 @@ def prune_checkpoint(
             state and moving averages are pruned alike and carried over as companions, see
             :mod:`tpp.checkpoints.model_file`.
         architecture: the network of a file that does not say which one it holds.
+        network: a dense network in memory, of a class of your own, in place of building one; left
+            alone.
 
     Returns:
         What there is to know of the result.
@@ -52,7 +65,7 @@ def prune_checkpoint(
         UserError: a file cannot be read or written, or the plan does not fit the network. The
             input, and an older output, are left as they were.
     """
-    dense = read_dense(path_in, architecture)
+    dense = read_dense(path_in, architecture, network=network)
     _, done = write_pruned(dense, plan, path_out)
     return Report(norm_share(dense.tensors, plan) or 0.0, done.notes)
 
@@ -92,6 +105,7 @@ def read_dense(
     *,
     images: Mapping[str, Any] | None = None,
     image_size: int | None = None,
+    network: nn.Module | None = None,
 ) -> Dense:
     """Read a checkpoint.
 
@@ -102,19 +116,33 @@ def read_dense(
         images: how images are prepared where the file does not say; by default as the network's
             public weights want it, see :mod:`tpp.models.preparation`.
         image_size: in pixels, in place of what that says.
+        network: see :func:`prune_checkpoint`.
+
+    Raises:
+        UserError: nobody says which network it is, or it is not that one.
     """
     source = read_source(path)
-    architecture = _agreed(path, source, architecture) or otherwise
+    if network is None:
+        architecture = agreed(path, source.architecture, architecture) or otherwise
+    else:
+        architecture = architecture or source.architecture or architecture_of(network)
+        architecture = architecture or architecture_of_own(network)
     if architecture is None:
         raise UserError(f"{path}: does not say which network it holds; name it (--model)")
     assumed: list[str] = []
     if source.foreign:
         architecture, assumed = as_published(architecture)
     try:
-        source = fit_names(source, architecture)
-        model = fitted(architecture, shapes_of(source.tensors))
+        source = fit_names(source, architecture, network)
+        tried = (source.info and source.info.preprocessing) or images
+        if image_size is not None:
+            tried = {**(tried or {}), "image_size": image_size}
+        shapes = shapes_of(source.tensors)
+        model = fitted(architecture, shapes, network=network, images=tried)
     except UserError as error:
-        raise UserError(f"{path}: not a {architecture.name}: {error}") from None
+        unknown = network is None and is_own(architecture.name) and not is_known(architecture.name)
+        not_one = "" if unknown else f"not a {architecture.name}: "
+        raise UserError(f"{path}: {not_one}{error}") from None
     companions, notes = dict(source.companions), [*source.notes, *assumed]
     if source.optimizer is not None:
         states = name_optimizer_state(source.optimizer, model, source.others)
@@ -126,10 +154,10 @@ def read_dense(
         named = " and ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds))
         notes.append(f"the weights are {named}, and so are those that come out")
     said = (source.info.preprocessing if source.info else None) or images
-    if source.foreign or source.architecture is None:
+    if not is_own(architecture.name) and (source.foreign or source.architecture is None):
         preparation = _preparation(said, model, path, image_size)
     else:
-        # A file of ours was not made from public weights, whose way would be no guess for it.
+        # Not made from public weights, whose way would be no guess for it.
         told = said is not None or image_size is not None
         preparation = Preparation(dict(said or {})).changed(image_size=image_size) if told else None
     if preparation is not None:
@@ -151,33 +179,39 @@ def _preparation(
     return found.changed(image_size=image_size)
 
 
-def _agreed(path: PathLike, source: Source, named: Architecture | None) -> Architecture | None:
-    """The network that the caller and the checkpoint name, if either does."""
-    if named is None or source.architecture is None:
-        return named or source.architecture
-    if named.name != source.architecture.name:
-        raise UserError(
-            f"{path}: holds a {source.architecture.name}, and is said to be a {named.name}; leave "
-            "--model out"
-        )
-    return source.architecture
-
-
 def write_pruned(
-    dense: Dense, plan: PruningPlan, path_out: PathLike, *, trials: Trials | None = None
+    dense: Dense,
+    plan: PruningPlan,
+    path_out: PathLike,
+    *,
+    trials: Trials | None = None,
+    recalibrate: Callable[[nn.Module], int] | None = None,
 ) -> tuple[nn.Module, Dense]:
     """Write the pruned checkpoint; the network in it, on the meta device, and what to note.
 
-    ``trials`` are of the dense network, where it may have been traced already.
+    Args:
+        dense: what to prune.
+        plan: which filters go.
+        path_out: where to.
+        trials: of the dense network, where it may have been traced already.
+        recalibrate: estimates BatchNorm's running statistics anew, in place, in float32; returns
+            over how many batches, which the file then says.
     """
     cuts, pruned, inexact = pruned_on_meta(dense.model, plan, dense.tensors, trials=trials)
     companions, left_out = _cut_companions(dense, cuts)
+    tensors, extra = cut_tensors(dense.tensors, cuts), extra_after(dense)
+    if recalibrate is not None:
+        network = meta_copy(pruned)
+        assign_tensors(network, {name: tensor.clone() for name, tensor in tensors.items()})
+        load_dense_buffers(dense.path, network)
+        extra[RECALIBRATED] = recalibrate(network.float())
+        tensors = with_statistics(tensors, statistics_of(network))
     save_tensors(
         path_out,
-        cut_tensors(dense.tensors, cuts),
+        tensors,
         pruned,
         preprocessing=dense.preparation.values if dense.preparation else None,
-        extra=extra_after(dense),
+        extra=extra,
         companions=companions,
     )
     said = (not_at_zero(dense.tensors, plan), inexact)

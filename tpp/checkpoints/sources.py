@@ -1,7 +1,8 @@
 """Reading weights from whatever kind of checkpoint they come in, without running any of it.
 
 A source is one of our checkpoints, a folder that one of our training stages resumes from, any
-safetensors file, a ``.pth`` file, or a folder of DeepSpeed, Accelerate or Hugging Face.
+safetensors file, a ``.pth`` file, a folder of DeepSpeed, Accelerate or Hugging Face, or a
+repository on the Hub (``hf-hub:OWNER/NAME@REVISION``).
 ``docs/checkpoints.md`` has a row for each.
 """
 
@@ -16,11 +17,13 @@ from torch import Tensor, nn
 from tpp.checkpoints.file_kinds import is_safetensors
 from tpp.checkpoints.folders import read_weights_folder
 from tpp.checkpoints.model_file import EMA, OPTIMIZER, CheckpointInfo, is_ours, read_checkpoint
-from tpp.checkpoints.names import match_names, rename_part
+from tpp.checkpoints.names import OF_WINDOWS, match_names, rename_part
 from tpp.checkpoints.safetensors_files import PathLike, open_safetensors
 from tpp.checkpoints.state_dicts import find_state_dict
 from tpp.checkpoints.torch_files import NeedsPickleError, load_torch
 from tpp.common.errors import UserError
+from tpp.common.hub import local
+from tpp.common.own_code import is_own
 from tpp.models.architecture import (
     Architecture,
     architecture_of,
@@ -29,9 +32,13 @@ from tpp.models.architecture import (
     set_architecture,
 )
 from tpp.models.fitting import by, few
+from tpp.models.own import is_known, stand_in
 
 _TRAINING_STATE = ("manifest.json", "state.json", "optimizer.safetensors")
-_BUFFERS = ("running_mean", "running_var", "num_batches_tracked", "total_ops", "total_params")
+_BUFFERS = (
+    *("running_mean", "running_var", "num_batches_tracked", "total_ops", "total_params"),
+    *OF_WINDOWS,
+)
 
 
 @dataclass(frozen=True)
@@ -79,7 +86,7 @@ def read_source(path: PathLike) -> Source:
         UserError: the file is missing, damaged, of another kind, holds no ``state_dict``, or an
             object of a class that is not known to be harmless.
     """
-    path = Path(path)
+    path = local(path)
     if path.is_dir():
         return _read_folder(path)
     if not is_safetensors(path):
@@ -92,7 +99,40 @@ def read_source(path: PathLike) -> Source:
     return Source(path, ours, info, info.architecture, companions)
 
 
-def fit_names(source: Source, architecture: Architecture) -> Source:
+def agreed(
+    path: PathLike, said: Architecture | None, named: Architecture | None
+) -> Architecture | None:
+    """The network that a checkpoint and the user name, if either does.
+
+    Args:
+        path: the checkpoint.
+        said: what it says. A class of somebody's own may by now be in a file of another name.
+        named: what the user says.
+
+    Raises:
+        UserError: they are not the same.
+    """
+    if named is None or said is None:
+        return named or said
+    if is_own(said.name) and is_known(named.name):
+        stand_in(said.name, named.name)
+    elif named.name != said.name:
+        raise UserError(
+            f"{path}: holds a {said.name}, and is said to be a {named.name}; leave --model out"
+        )
+    for key, value in named.args.items():
+        if said.args.get(key) != value:
+            has = f"{key}={said.args[key]}" if key in said.args else f"no {key}"
+            raise UserError(
+                f"{path}: says what its network is called with, {has}, and not {key}={value}; "
+                "leave --model-arg out"
+            )
+    return said
+
+
+def fit_names(
+    source: Source, architecture: Architecture, network: nn.Module | None = None
+) -> Source:
     """A source whose tensors, and what goes with them, have the names of a network's.
 
     Prefixes and words of wrappers are taken off, what is no part of the network is left out, and
@@ -102,13 +142,14 @@ def fit_names(source: Source, architecture: Architecture) -> Source:
     Args:
         source: what :func:`read_source` found.
         architecture: the network.
+        network: the dense one, where it need not be built.
 
     Raises:
         UserError: the network is not all there, or other layers are there too.
     """
     if not source.foreign:
         return source
-    model = build_on_meta(architecture)
+    model = network or build_on_meta(architecture)
     return _fit_names(source, model, model.state_dict())
 
 

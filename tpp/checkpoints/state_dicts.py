@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from tpp.checkpoints.stand_ins import Inert
+from tpp.checkpoints.whole_networks import WholeNetwork
 from tpp.common.errors import UserError
 from tpp.common.reading import check_names
 from tpp.models.fitting import few
@@ -84,6 +85,8 @@ def _only_state_dict(data: Mapping[Any, Any], source: str) -> tuple[dict[str, Te
     check_names(state, source)
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     notes = []
+    if isinstance(state, WholeNetwork):
+        notes.append(f"the tensors of a pickled {state.of} are taken; its class is not run")
     if key and key not in _STATE_KEYS:
         notes.append(f"the weights are those under {key!r}")
     others = [str(name) for name in state if name not in tensors]

@@ -2,13 +2,15 @@
 
 ``torch.load(weights_only=True)`` builds nothing but plain data and tensors. It does not ask
 whether the file is large enough for what it makes: a few bytes may become a tensor of any size.
+Of a whole network that was pickled the tensors are read, see
+:mod:`tpp.checkpoints.whole_networks`.
 """
 
 import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 
 from tpp.checkpoints.file_kinds import begins_as_torch
 from tpp.checkpoints.stand_ins import STAND_INS
+from tpp.checkpoints.whole_networks import WantsCallError, networks_in, remains_of
 from tpp.common.errors import UserError, reason_of
 
 # Tensors may share memory (ties, views of a flat vector), so together they may have more bytes
@@ -43,7 +46,7 @@ def load_torch(path: Path) -> Any:
     """Plain data and tensors of a file that torch.save wrote; mapped, not read, where possible.
 
     What training scripts keep beside them (arguments, paths, NumPy numbers) becomes one of
-    :mod:`tpp.checkpoints.stand_ins`.
+    :mod:`tpp.checkpoints.stand_ins`; a whole network becomes its ``state_dict``.
 
     Args:
         path: an existing file.
@@ -56,15 +59,46 @@ def load_torch(path: Path) -> Any:
     if path.suffix == ".safetensors":
         # torch.load goes by the name.
         raise UserError(f"{path}: a file of torch.save, whatever its name says; rename it to .pth")
+    # Only the zip format of torch >= 1.6 can be mapped instead of read.
+    mapped = begins_as_torch(path)
     try:
-        # Only the zip format of torch >= 1.6 can be mapped instead of read.
-        mapped = begins_as_torch(path)
+        data = _load(path, mapped)
+    except NeedsPickleError as refused:
+        if not mapped:
+            raise
+        data = _load_networks(path, refused)
+    _check_tensors(path, data)
+    return data
+
+
+def _load_networks(path: Path, refused: NeedsPickleError) -> Any:
+    """What a file holds that holds whole networks; otherwise it is refused as it was."""
+    try:
+        with torch.serialization.safe_globals(STAND_INS):
+            known = remains_of(path)
+    except Exception:  # a damaged file
+        raise refused from None
+    try:
+        data, networks = networks_in(_load(path, True, known), str(path))
+    except WantsCallError as wanted:
+        raise NeedsPickleError(path, wanted.called) from None
+    if not networks:
+        raise refused
+    return data
+
+
+def _load(path: Path, mapped: bool, known: Sequence[Any] = ()) -> Any:
+    """Read a file; ``known`` are classes that may stand for others in it."""
+    try:
         if mapped:
             _check_archive(path)
-        with torch.serialization.safe_globals(STAND_INS), warnings.catch_warnings():
+        with (
+            torch.serialization.safe_globals([*STAND_INS, *known]),
+            warnings.catch_warnings(),
+        ):
             warnings.simplefilter("ignore")  # about pickle protocols that a damaged file names
-            data = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except UserError:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except (UserError, WantsCallError):
         raise
     except pickle.UnpicklingError as error:
         raise _unpickled_to(path, str(error)) from None
@@ -72,8 +106,6 @@ def load_torch(path: Path) -> Any:
         # A damaged file can make torch's reader stumble anywhere, or ask for any memory.
         reason = "it asks for more memory than there is" if _is_memory(error) else reason_of(error)
         raise UserError(f"{path}: not a whole PyTorch file ({reason})") from None
-    _check_tensors(path, data)
-    return data
 
 
 def _unpickled_to(path: Path, message: str) -> UserError:

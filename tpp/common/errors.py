@@ -1,6 +1,8 @@
 """The one exception that stands for a user's mistake, and the one warning."""
 
 import gc
+import os
+import select
 import sys
 import warnings
 from collections.abc import Callable
@@ -61,8 +63,8 @@ def reason_of(error: BaseException) -> str:
 def run_command(main: Callable[[], None]) -> None:
     """Run a command-line entry point; end a user's mistake in one line and exit code 2.
 
-    Ctrl-C ends it in one line too, with the shell's exit code for that, 130. A :class:`Note` is
-    one line.
+    Ctrl-C ends it in one line too, with the shell's exit code for that, 130; a reader that has
+    seen enough, as ``| head`` has, without a word, with 141. A :class:`Note` is one line.
     """
     usual = warnings.formatwarning
 
@@ -74,6 +76,13 @@ def run_command(main: Callable[[], None]) -> None:
     warnings.formatwarning = formatted  # type: ignore[assignment]
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not _has_no_reader(sys.stdout.fileno()):
+            raise
+        # What is still buffered has nowhere to go, and Python tries again at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except UserError as error:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
@@ -86,3 +95,9 @@ def run_command(main: Callable[[], None]) -> None:
         # bindings (nanobind) count what is left behind, and complain.
         if "triton" not in sys.modules:
             gc.freeze()
+
+
+def _has_no_reader(pipe: int) -> bool:
+    poll = select.poll()
+    poll.register(pipe, 0)
+    return any(events & select.POLLERR for _, events in poll.poll(0))

@@ -1,12 +1,16 @@
 """Files and folders that appear whole or not at all."""
 
 import errno
+import json
 import os
 import re
 import stat
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from tpp.common.errors import UserError
 
 # What aside_of makes, and what safetensors makes beside the file that it is to write.
 _LEFTOVER = re.compile(r"\..+\.[0-9]+\.tmp|\.tmp[A-Za-z0-9]{6}", re.DOTALL)
@@ -104,6 +108,19 @@ def write_whole(path: Path, content: str | bytes) -> None:
         move(aside, path, lambda: path.read_bytes() == data)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def write_json_option(path: Path, content: Any) -> None:
+    """Write what a command's ``--json`` asks for, with the folders above it.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps(content, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"--json {path}: cannot write it: {error.strerror}") from None
 
 
 def in_bytes(count: int) -> str:

@@ -17,15 +17,27 @@ class ImagesSection(Section):
     """How images become what a network takes, in evaluation and after training.
 
     Attributes:
-        image_size: side of the square that the network sees, in pixels.
-        resize: shorter side before the centre crop of evaluation; null for no resize.
-        crop_share: ``image_size / resize``, from which ``resize`` follows, rounded down as in timm;
-            null where ``resize`` says it.
-        interpolation: of all scaling, antialiased.
-        crop_mode: of evaluation: ``center``, or ``whole`` for images of any size as they are, one
-            by one, where the network takes such.
-        mean, std: per channel, of values in 0..1.
-        channels: 3 for RGB, 1 for grey.
+        image_size (pixels): side of the square that the network sees. Parameters, MACs, latency and
+            checkpoints refer to it.
+        resize (pixels): the shorter side is scaled to this before the centre crop of evaluation;
+            null for no scaling.
+        crop_share: in place of ``resize``: ``image_size / resize``, from which ``resize`` follows,
+            rounded down as in timm; null where ``resize`` is given.
+        interpolation: how images are scaled, always antialiased.
+        crop_mode: how images are cut in evaluation: ``center`` takes the square of ``image_size``
+            in the middle; ``whole`` takes images of any size as they are, one by one, where the
+            network accepts such, and needs ``resize: null``.
+        mean: mean of each channel, of values in 0..1, that is subtracted from images.
+        std: standard deviation of each channel, by which images are divided after that.
+        channels: number of channels of the images: 3 for RGB, 1 for grey.
+
+    Example:
+        {image_size: 176, resize: 232, mean: [0.5, 0.5, 0.5], std: [0.5, 0.5, 0.5], channels: 3,
+        interpolation: bicubic}
+
+        {image_size: 224, resize: null, crop_share: 0.95}
+
+        {resize: null, crop_mode: whole}
     """
 
     image_size: PositiveInt = 224
@@ -93,6 +105,11 @@ class ImagesSection(Section):
         if self.crop_share is not None:
             update["resize"] = None  # follows from the side, which may be another now
         return type(self)(**{**dict(self), **update})
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of an image that the network sees, (channels, height, width)."""
+        return self.channels, self.image_size, self.image_size
 
     def preprocessing(self) -> dict[str, Any]:
         """What a user of the trained network must do to an image; kept in every checkpoint."""

@@ -54,6 +54,13 @@ class OneOf:
         return handler(Literal[self.names])
 
 
+@dataclass(frozen=True)
+class Names:
+    """Beside ``str`` in an annotation: the names that its validator knows, for the reference."""
+
+    names: tuple[str, ...]
+
+
 def check_values(settings: Any) -> None:
     """Check a dataclass by its annotations: lower bounds, and names by :class:`OneOf`.
 

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from tpp.common.reading import DEEPEST, is_shallow, read_text
 Place = tuple[str, ...]
 # Whether what a new mapping says at a place replaces the old one as a whole.
 Rule = Callable[[Place, Mapping[str, Any], Mapping[str, Any]], bool]
+# What is made of a value and the folder of the file that says it.
+Anchor = Callable[[Any, Path], Any]
 # Bytes of a YAML file: PyYAML takes seconds for that many.
 LARGEST_YAML = 2**20
 # Of one file, with aliases written out; and files that extend each other.
@@ -31,10 +33,14 @@ class Merging:
     Attributes:
         whole: places whose mappings always are.
         rules: of other places; one that says so is enough.
+        anchored: of places whose value goes by the folder of the file that says it (of an
+            override: the one that the command runs in), what it is made of value and folder; a
+            ``*`` in a place is any key.
     """
 
     whole: Collection[Place] = ()
     rules: Collection[Rule] = ()
+    anchored: Mapping[Place, Anchor] = field(default_factory=dict)
 
     def replaces(self, where: Place, base: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
         """Whether ``new`` takes the place of ``base`` as a whole."""
@@ -191,6 +197,7 @@ def read_yaml(
     data = parse_yaml(text, str(path))
     if not isinstance(data, dict):
         raise UserError(f"{path}: a configuration is a mapping of keys to values")
+    _anchor(data, path.parent, merging)
     base = data.pop("extends", None)
     if base is None:
         return data
@@ -198,6 +205,17 @@ def read_yaml(
         raise UserError(f"{path}: extends: expected the path of a YAML file")
     extended_data = read_yaml(path.parent / user_path(base), merging, (*extended_by, resolved))
     return merge(extended_data, data, merging)
+
+
+def _anchor(data: dict[str, Any], folder: Path, merging: Merging) -> None:
+    for (*outer, last), of in merging.anchored.items():
+        inside: list[Any] = [data]
+        for key in outer:
+            mappings = [one for one in inside if isinstance(one, dict)]
+            inside = [value for one in mappings for k, value in one.items() if key in ("*", k)]
+        for one in inside:
+            if isinstance(one, dict) and last in one:
+                one[last] = of(one[last], folder)
 
 
 def merge(base: Any, new: Any, merging: Merging, where: Place = ()) -> Any:
@@ -239,4 +257,6 @@ def parse_override(override: str, merging: Merging) -> dict[str, Any]:
     value = parse_yaml(text, f"override {override!r}")
     for part in reversed(parts):
         value = {part: value}
-    return value
+    said: dict[str, Any] = value
+    _anchor(said, Path(), merging)
+    return said

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Annotated, Any
 
 import torch
@@ -14,10 +15,12 @@ from torch import Tensor, nn
 
 from tpp.common.errors import UserError
 from tpp.common.settings import NaturalNumber, OneOf, PositiveInt, check_values
+from tpp.measure.onnx_runtime import check_packages, session_of
 from tpp.models.architecture import Architecture, example_input_for, plain_copy
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DEVICES = ("cpu", "cuda")
+BACKENDS = ("torch", "onnxruntime")
 # What networks raise for an input, a dtype or a device that they do not run with; whatever
 # torch.compile raises is a RuntimeError.
 _RUN_ERRORS = (RuntimeError, ValueError, TypeError, AssertionError, IndexError)
@@ -28,15 +31,16 @@ class LatencySettings:
     """Under which conditions networks are timed.
 
     Attributes:
-        batch: images per forward pass.
-        threads: threads of PyTorch on the CPU; None leaves the number as it is.
-        dtype: ``fp32``, ``bf16`` or ``fp16``; weights and images are converted, there is no
-            autocast.
-        channels_last: weights and images in channels-last memory order, else contiguous.
-        compile: whether to run through ``torch.compile``.
-        device: ``cpu`` or ``cuda``.
-        repeats: timed runs of every network.
-        warmup: rounds before them that are not timed, after a first run that never is.
+        batch (images): number of images per forward pass.
+        threads: number of threads of PyTorch on the CPU; None leaves it as it is.
+        dtype: type of weights and images, which are converted; there is no autocast.
+        channels_last: whether weights and images are in channels-last memory order.
+        compile: whether the network is compiled by ``torch.compile``.
+        device: where the networks run.
+        backend: what runs them: ``torch``, or ``onnxruntime`` on the CPU, in float32, which takes
+            a network as ONNX (the extra ``export``).
+        repeats: number of timed runs of each network.
+        warmup: number of rounds before them that are not timed, after a first run that never is.
 
     Raises:
         UserError: a value is none of these.
@@ -48,11 +52,20 @@ class LatencySettings:
     channels_last: bool = False
     compile: bool = False
     device: Annotated[str, OneOf(DEVICES)] = "cpu"
+    backend: Annotated[str, OneOf(BACKENDS)] = "torch"
     repeats: PositiveInt = 30
     warmup: NaturalNumber = 5
 
     def __post_init__(self) -> None:
         check_values(self)
+        if self.backend == "torch":
+            return
+        for name in ("dtype", "channels_last", "compile", "device"):
+            if getattr(self, name) != getattr(LatencySettings, name):
+                raise UserError(
+                    f"backend {self.backend}: networks run in fp32 on the CPU as they are; leave "
+                    f"{name} out"
+                )
 
 
 @dataclass(frozen=True)
@@ -112,8 +125,10 @@ def measure(
     """
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise UserError("device cuda: PyTorch finds no CUDA GPU on this machine; use cpu")
+    if settings.backend == "onnxruntime":
+        check_packages()
     seconds: dict[str, list[float]] = {name: [] for name in networks}
-    with _threads(settings.threads), _room_to_compile(settings):
+    with threads_of(settings.threads), _room_to_compile(settings):
         runs = {
             name: _first_run(name, network, settings, example_input)
             for name, network in networks.items()
@@ -127,7 +142,8 @@ def measure(
 
 
 @contextmanager
-def _threads(number: int | None) -> Iterator[None]:
+def threads_of(number: int | None) -> Iterator[None]:
+    """Let PyTorch have so many threads on the CPU; None for those that it has."""
     before = torch.get_num_threads()
     if number is not None:
         torch.set_num_threads(number)
@@ -162,12 +178,14 @@ def _first_run(
     """Run a copy of a network once; what runs it again and returns the seconds it took."""
     images = _images(network, settings, example_input)
     try:
-        run = functools.partial(_seconds, _timed_copy(network, settings), images)
+        run = functools.partial(_seconds, *_timed(network, settings, images))
         run()
     except _RUN_ERRORS as error:
         shape = "x".join(map(str, images.shape))
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         how = f"{settings.dtype}{', compiled,' if settings.compile else ''} on {settings.device}"
+        if settings.backend != "torch":
+            how = settings.backend
         raise UserError(f"{name}: does not run in {how} on images of {shape}: {reason}") from None
     return run
 
@@ -179,33 +197,45 @@ def _images(network: nn.Module, settings: LatencySettings, example_input: Tensor
     else:
         images = example_input[torch.arange(settings.batch) % len(example_input)]
     images = images.detach().to(settings.device, DTYPES[settings.dtype])
-    return images.contiguous(memory_format=_memory_format(settings))
+    return images.contiguous(memory_format=memory_format(settings))
+
+
+def _timed(
+    network: nn.Module, settings: LatencySettings, images: Tensor
+) -> tuple[Callable[[Any], Any], Any]:
+    """What is timed, and what it is given."""
+    if settings.backend == "torch":
+        return _timed_copy(network, settings), images
+    copied = plain_copy(network).eval().to("cpu", torch.float32)
+    return session_of(copied, images, settings.threads), images.numpy()
 
 
 def _timed_copy(network: nn.Module, settings: LatencySettings) -> Callable[[Tensor], Any]:
     timed = plain_copy(network).eval().to(settings.device, DTYPES[settings.dtype])
-    timed = timed.to(memory_format=_memory_format(settings))
+    timed = timed.to(memory_format=memory_format(settings))
     # Without dynamic=False a second batch size would be compiled for any batch, not its own.
     return torch.compile(timed, dynamic=False) if settings.compile else timed
 
 
-def _memory_format(settings: LatencySettings) -> torch.memory_format:
+def memory_format(settings: LatencySettings) -> torch.memory_format:
+    """Of weights and images with channels."""
     return torch.channels_last if settings.channels_last else torch.contiguous_format
 
 
-def _seconds(network: Callable[[Tensor], Any], images: Tensor) -> float:
-    """Time one pass from an idle device to an idle device."""
+def _seconds(network: Callable[[Any], Any], images: Any) -> float:
+    """Time one pass from an idle device to an idle device; NumPy's arrays are on the CPU."""
+    on_gpu = isinstance(images, Tensor) and images.is_cuda
     with torch.inference_mode():
-        _wait_for(images.device)
+        _wait_for(on_gpu)
         started = time.perf_counter()
         network(images)
-        _wait_for(images.device)
+        _wait_for(on_gpu)
         return time.perf_counter() - started
 
 
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def _wait_for(gpu: bool) -> None:
+    if gpu:
+        torch.cuda.synchronize()
 
 
 def in_words(architecture: Architecture) -> str:
@@ -216,10 +246,12 @@ def in_words(architecture: Architecture) -> str:
 
 def machine_of(settings: LatencySettings) -> dict[str, Any]:
     """What the times depend on besides the settings, ready for JSON."""
+    runtime = {} if settings.backend == "torch" else {settings.backend: version(settings.backend)}
     return {
         "machine": platform.machine(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "threads": settings.threads or torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if settings.device == "cuda" else None,
         "torch": torch.__version__,
+        **runtime,
     }

@@ -19,7 +19,7 @@ from tpp.selection.selection import Selection
 
 
 class Settings(BaseModel):
-    """Base of a method's hyper-parameters; an unknown key is an error."""
+    """Base of a method's settings; an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -69,6 +69,8 @@ class TrainingContext:
         world_size: number of ranks over which gradients are averaged.
         example_input: a batch to trace the network with.
         total_steps: length of the stage in optimiser steps; None where the method sets it.
+        episode_steps: optimiser steps for which images are of the same few classes; None where they
+            are of all of them.
         steps_per_epoch: optimiser steps that one pass over the training images takes.
         dense: reads the dense network of the run: on the stage's device, in evaluation mode, its
             parameters without gradients. It is read when it is asked for, and not kept.
@@ -92,6 +94,7 @@ class TrainingContext:
     world_size: int
     example_input: Tensor
     total_steps: int | None = None
+    episode_steps: int | None = None
     steps_per_epoch: float = 1.0
     dense: Callable[[], nn.Module] = _no_dense_network
     companion: Callable[[str], dict[str, Tensor]] = _no_companion
@@ -247,6 +250,14 @@ class Method:
         In place, at the end of the stage, before the network is written: what was added is gone or
         is merged into the weights.
         """
+
+    def keeps(self, model: nn.Module) -> dict[str, dict[str, Tensor]]:
+        """Tensors of what :meth:`modify` added that the stage's model file keeps, by companion.
+
+        Asked before :meth:`restore`, of the same network. A stage that starts from the file reads
+        them by ``TrainingContext.companion``; pruning leaves them out.
+        """
+        return {}
 
     def prepare(self, model: nn.Module, context: TrainingContext) -> None:
         """Get ready to train ``model``, before the optimiser exists; adds no parameters."""

@@ -10,10 +10,12 @@ from tpp.plan import PruningPlan
 
 
 class Settings(GrowthSettings):
-    """Hyper-parameters of GReg-1; the defaults are TPP's for CIFAR, so that the two compare.
+    """The defaults are TPP's for CIFAR, so that the two compare. GReg's own for ImageNet are the
+    same as TPP's (delta 1e-4, tau 1, K_u 5, K_s 40,000); for ResNet-56 on CIFAR-10 its public code
+    has K_u 5 and K_s 5,000 at a batch of 256.
 
-    GReg's own for ImageNet are the same as TPP's (delta 1e-4, tau 1, K_u 5, K_s 40,000); for
-    ResNet-56 on CIFAR-10 its public code has K_u 5 and K_s 5,000 at a batch of 256.
+    Example:
+        {delta: 2e-4, tau: 0.5, update_interval: 5, stabilize_steps: 5000}
     """
 
     @property

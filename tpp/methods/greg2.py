@@ -18,15 +18,19 @@ from tpp.selection.selection import same_on_all_ranks
 
 
 class Settings(greg1.Settings):
-    """Hyper-parameters of GReg-2: GReg-1's, and those of the phase that picks.
-
-    Defaults of that phase as in GReg's public code, for ImageNet and CIFAR alike.
+    """The settings of GReg-1, and those of the phase that picks the filters. Defaults of that phase
+    are as in GReg's public code, for ImageNet and CIFAR alike.
 
     Attributes:
         pick_delta: growth per update of the decay on all filters.
-        pick_ceiling: where that growth ends and the filters are picked.
-        kept_decay: decay of the kept filters' weights afterwards. Below zero it lets them
-            recover: -1e-4 takes back the ordinary weight decay of the ImageNet runs.
+        pick_ceiling: the decay at which that growth ends and the filters are picked; not above
+            ``tau``.
+        kept_decay: decay of the kept filters' weights afterwards. Below zero it lets them recover:
+            -1e-4 takes back the ordinary weight decay of the ImageNet runs.
+
+    Example:
+        {delta: 2e-4, tau: 0.5, update_interval: 5, stabilize_steps: 5000, pick_delta: 1e-4,
+        pick_ceiling: 0.1, kept_decay: 0.0}
     """
 
     pick_delta: Annotated[float, Field(gt=0)] = 1e-5

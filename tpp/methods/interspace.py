@@ -31,16 +31,20 @@ from tpp.models.layers import how_computed, make_weights_plain, prunable_layers
 
 
 class Settings(base.Settings):
-    """Hyper-parameters of interspace pruning.
+    """Its stage is ``finetune``: coefficients are masked when it begins.
 
     Attributes:
         sparsity: share of the weights of all Conv2d and Linear layers that are gone: coefficients
             that are masked, less the numbers of the bases.
-        basis: ``random``, orthonormal, or ``standard``, in which coefficients are weights.
+        basis: in which filters are written: ``random``, drawn orthonormal, or ``standard``, in
+            which coefficients are weights.
         train_basis: whether bases are trained. With a ``standard`` one that is not, it is pruning
             of weights.
-        score: of coefficients, the lowest go: ``magnitude``, or ``snip``, for which the stage's
-            first step is computed twice.
+        score: what a coefficient is worth; the lowest go: ``magnitude``, or ``snip``, by the
+            gradients of the stage's first step, which is computed twice for it.
+
+    Example:
+        {sparsity: 0.9, basis: standard, train_basis: false, score: snip}
     """
 
     sparsity: Ratio

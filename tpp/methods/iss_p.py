@@ -50,13 +50,21 @@ from tpp.models.layers import how_computed, prunable_layers
 
 
 class Settings(base.Settings):
-    """Hyper-parameters of ISS-P. Exactly one of sparsity and pattern.
+    """Exactly one of ``sparsity`` and ``pattern`` is needed.
 
     Attributes:
-        alpha: what the smallest weights are multiplied with after each step.
-        sparsity: r, the share of each layer's weights.
-        pattern: ``N:M``: all but N of M weights in a row along the input channels.
-        layers, skip: patterns of Conv2d and Linear layers, as of ``sparsify``.
+        alpha: factor of the smallest weights after each step; 0 sets them to zero at once, which is
+            iterative hard thresholding.
+        sparsity: share of each layer's weights that is made smaller.
+        pattern: ``N:M``, in quotes: all but N of M weights in a row along the input channels are
+            made smaller.
+        layers: patterns of the Conv2d and Linear layers that take part.
+        skip: patterns of those among them that are left alone.
+
+    Example:
+        {alpha: 0.9, sparsity: 0.8, layers: [body.*], skip: [body.0.*]}
+
+        {pattern: "2:4"}
     """
 
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.95

@@ -4,7 +4,10 @@ from tpp.methods.base import Method
 
 
 class L1(Method):
-    """Removal at once; the default hooks are all there is to it."""
+    """Remove the filters with the smallest L1 norms at once (Li et al., ICLR 2017).
+
+    The default hooks are all there is to it.
+    """
 
     name = "l1"
     title = "L1"

@@ -40,19 +40,24 @@ from tpp.models.layers import how_computed, make_weights_plain, prunable_layers
 
 
 class Settings(base.Settings):
-    """Hyper-parameters; with ``expand: false`` and ``similarity: 0`` it is plain finetuning.
+    """With ``expand: false`` and ``similarity: 0`` it is plain finetuning.
 
     Attributes:
-        expand: whether layers are expanded.
+        expand: whether each layer is trained as three factors.
         expansion: how many times as wide the inner channels are as the layer's inputs and outputs.
         excess: norm, relative to the layer's weight, of a random part of the middle factor that the
-            outer ones multiply to zero. Without it SGD leaves the additional channels unused, see
-            :class:`Factors`.
-        similarity: weight of the similarity-preserving loss; 0 for none, and for no teacher.
-        layers: patterns of the layers' names, of both.
-        weight_decay: of the weights that the factors make, in place of the optimiser's of the
-            factors themselves, which is another regulariser; null for the optimiser's. Nothing
-            without ``expand``.
+            outer ones multiply to zero. Without it SGD leaves the additional channels unused.
+        similarity: weight of the similarity-preserving loss, whose teacher is the dense network; 0
+            for none.
+        layers: patterns of the layers that are expanded and compared with the teacher.
+        weight_decay: weight decay of the weights that the factors make, in place of the optimiser's
+            of the factors themselves, which is another regulariser; null for the optimiser's.
+            Nothing without ``expand``.
+
+    Example:
+        {expansion: 2, excess: 0.5, similarity: 50, layers: [layer*], weight_decay: 5e-4}
+
+        {expand: false, similarity: 50}
     """
 
     expand: bool = True

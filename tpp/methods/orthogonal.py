@@ -11,14 +11,16 @@ from tpp.regularization.orthogonality import Form, OrthogonalityPenalty
 
 
 class Settings(base.Settings):
-    """Hyper-parameters of an orthogonality term.
-
-    The papers define the sum over layers of squared Frobenius norms. The public code of OrthConv,
-    and after it that of TPP, sums the norms themselves with weight 0.1; these are the defaults.
+    """The papers define the sum over layers of squared Frobenius norms. The public code of
+    OrthConv, and after it that of TPP, sums the norms themselves with weight 0.1; these are the
+    defaults.
 
     Attributes:
-        strength: weight of the term in the loss.
+        strength: weight of the orthogonality term in the loss.
         squared: whether the norms are squared.
+
+    Example:
+        {strength: 0.01, squared: true}
     """
 
     strength: Annotated[float, Field(ge=0)] = 0.1

@@ -12,12 +12,15 @@ from tpp.regularization.orthogonality import orthogonalize
 
 
 class Settings(base.Settings):
-    """Hyper-parameters of OrthP.
+    """All layers of the pruned network are replaced by orthogonal ones.
 
     Attributes:
         gain: what all singular values of a layer become. 1 restores the trainability of a linear
             network exactly; the public code of TPP takes sqrt(2) for networks with ReLU, the
             usual gain of orthogonal initialisation (Saxe et al. 2014).
+
+    Example:
+        {gain: 1.4142}
     """
 
     gain: Annotated[float, Field(gt=0)] = 1.0

@@ -46,11 +46,10 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from tpp.channels.channel_map import ChannelMap, LayerChannels, Norm
+from tpp.channels.channel_map import LayerChannels
+from tpp.channels.gates import check_gates, close, gated_layers, hang_in, no_gates
 from tpp.checkpoints.safetensors_files import sha256_of
-from tpp.common.errors import UserError
 from tpp.methods import base
 from tpp.models.layers import prunable_layers
 from tpp.plan import PruningPlan
@@ -59,26 +58,31 @@ from tpp.selection.selection import same_on_all_ranks
 
 # Of the running means: about the last ten steps.
 _MEMORY = 0.8
-# Of a norm's attribute.
-_GATES = "gates_of_layers"
 
 
 class Settings(base.Settings):
-    """Hyper-parameters; the values are ours.
+    """The values are ours. How many filters of all go is said by ``pruning``; which layers lose how
+    many is for the gates to find.
 
     Attributes:
-        polarization: weight of the polarising term.
-        activation: weight of the activation term.
-        start: share of the stage after which the terms begin to grow.
-        end: share after which they have their full weights.
-        fixed: share after which gates are fixed, and say the same for all images.
+        polarization: weight of the term that makes each gate say the same of all images.
+        activation: weight of the term by which so many gates close as ``pruning`` asks for.
+        start (share of the stage): when the terms begin to grow.
+        end (share of the stage): when the terms have their full weights; not before ``start``.
+        fixed (share of the stage): when the gates are fixed, and say the same for all images; not
+            before ``end``.
         hidden: width of a gate's hidden layer.
-        open: mean of the biases that gates start with.
-        spread: standard deviation of the biases.
-        gradient: what the task's gradient is multiplied by on its way to a gate.
-        slope: of the straight-through estimator, that of a ``sigmoid`` or of the ``identity``.
-        aim: whether the activation term is the square of what is too much or too little, rather
-            than what is open.
+        open: mean of the biases that gates start with; above 0 most of them are open.
+        spread: standard deviation of these biases.
+        gradient: factor of the task's gradient on its way to a gate.
+        slope: slope of the straight-through estimator: that of a ``sigmoid`` or of the
+            ``identity``.
+        aim: whether the activation term is the square of how far the share of open gates is from
+            its target; if not, it is that share.
+
+    Example:
+        {polarization: 2.0, activation: 10.0, start: 0.2, end: 0.5, fixed: 0.8, hidden: 16,
+        open: 2.0, spread: 0.25, gradient: 0.5, slope: identity, aim: false}
     """
 
     polarization: Annotated[float, Field(ge=0)] = 4.0
@@ -138,10 +142,7 @@ class Polarization(base.Method):
 
     def check(self, model: nn.Module, plan: PruningPlan) -> None:
         """Raise UserError if a layer that is to lose filters cannot have gates."""
-        found = gated_layers(model)
-        for layer in plan.active_layers:
-            if layer not in found:
-                raise _no_gates(self.name, layer)
+        check_gates(self.name, model, plan)
 
     def modify(self, model: nn.Module, stage: str) -> None:
         """Give every layer that can have them gates, if the stage is regularised."""
@@ -161,12 +162,7 @@ class Polarization(base.Method):
             hook.remove()
         for name, found in self._found.items():
             layer = cast(Any, model.get_submodule(name))
-            for norm in found.norms:
-                module = cast(Any, model.get_submodule(norm.module))
-                closed = norm.positions.to(module.weight.device)[~layer.gate.stays]
-                _zero(module, closed)
-                module.__dict__.pop(_GATES, None)
-            _zero(layer, ~layer.gate.stays)  # nothing comes of them, and pruning sees it
+            close(model, found, layer.gate.stays)
             del layer.gate
 
     def refuses_mask(self, stage: str) -> str | None:
@@ -199,16 +195,9 @@ class Polarization(base.Method):
             self._gates[name] = layer.gate
             self._least[name] = floor_count(floors.get(name, 1), self._filters[name])
             self._hooks.append(layer.register_forward_pre_hook(_decide))
-            for norm in self._found[name].norms:
-                module = cast(Any, model.get_submodule(norm.module))
-                if not hasattr(module, _GATES):
-                    setattr(module, _GATES, ())
-                    self._hooks.append(module.register_forward_hook(_multiply))
-                place = None if _in_order(norm) else norm.positions.to(module.weight.device)
-                # In a tuple, where it is no part of the norm's state but goes into its copies.
-                setattr(module, _GATES, (*getattr(module, _GATES), (layer.gate, place)))
+            self._hooks += hang_in(model, self._found[name], layer.gate)
         if missing := [name for name in names if name not in self._gates]:
-            raise _no_gates(self.name, missing[0])
+            raise no_gates(self.name, missing[0])
         number = sum(self._filters[name] for name in names)
         going = sum(len(gone) for gone in plan.pruned.values())
         self._target = 1 - going / number if number else 0.0
@@ -408,68 +397,11 @@ def staying(means: Tensor, least: int, multiple: int) -> Tensor:
     return places < number
 
 
-def gated_layers(model: nn.Module) -> dict[str, LayerChannels]:
-    """The layers that can have gates, in network order.
-
-    Those whose filters are tied to no other layer's and can go one by one without a trace, and that
-    all pass a BatchNorm with weights.
-    """
-    channel_map, found = ChannelMap(model), {}
-    for name in channel_map.layers:
-        try:
-            channels = channel_map.channels(name, {name})
-        except UserError:
-            continue
-        norms = [model.get_submodule(norm.module) for norm in channels.norms]
-        if (
-            norms
-            and all(isinstance(norm, _BatchNorm) and norm.affine for norm in norms)
-            and channels.inexact is None
-            and channels.groups == 1
-            and not channels.tied
-        ):
-            found[name] = channels
-    return found
-
-
 def _moving(value: Tensor) -> Tensor:
     """Zero, with the gradient of ``value``."""
     return value - value.detach()
 
 
-@torch.no_grad()
-def _zero(module: Any, rows: Tensor) -> None:
-    module.weight[rows] = 0
-    if module.bias is not None:
-        module.bias[rows] = 0
-
-
-def _no_gates(method: str, layer: str) -> UserError:
-    return UserError(
-        f"method {method}: {layer} cannot have gates: its filters do not go alone through a "
-        "BatchNorm with weights to where they are read; leave it out of pruning.ratios, or name it "
-        "in pruning.skip"
-    )
-
-
-def _in_order(norm: Norm) -> bool:
-    """Whether a norm's channels are the filters, one by one."""
-    places = norm.positions.flatten()
-    return torch.equal(places, torch.arange(norm.features))
-
-
 def _decide(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     # A function, which a copy of the network shares.
     cast(Any, layer).gate.decide(inputs[0])
-
-
-def _multiply(norm: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-    for gate, places in getattr(norm, _GATES):
-        factor = gate.factor.to(output.dtype)
-        if places is not None:
-            all_channels = factor.new_ones(len(factor), output.shape[1])
-            factor = all_channels.index_copy(
-                1, places.flatten(), factor.repeat_interleave(places.shape[1], 1)
-            )
-        output = output * factor.view(*factor.shape, *[1] * (output.dim() - 2))
-    return output

@@ -60,20 +60,24 @@ ERRORS = "errors"  # the name of E on its layer
 
 
 class Settings(base.Settings):
-    """Hyper-parameters; values are the published ones where any are known.
+    """Values are the published ones where any are known.
 
     Attributes:
-        beta: how far a target is from what a layer gives.
-        gamma: share of E's update.
-        error_skip: m: every so-manieth layer gets its error from the output; 0 for none, and then
-            a step keeps all layers.
+        beta: how far a layer's target is from what the layer gives.
+        gamma: factor of the update of E, the matrices that carry errors.
+        error_skip (layers): one layer in so many gets its error from the output; 0 for none, and
+            then a step keeps all layers in memory.
         rule: how E changes: ``lra_e``, ``published`` (by :math:`+d e^T`: E grows), ``descent`` (by
             :math:`-d e^T`: E vanishes) or ``fixed``.
         mixed: whether errors are mixed with their signs.
-        reproject: c, the largest norm of each tensor's update; null for no limit.
-        noise: deviation of the Gaussian noise on the images in training (published: 0.1, on
-            images of deviation 1).
-        error_std: deviation of E at the start; null for one over the root of its fan-in.
+        reproject: the largest norm of each tensor's update; null for no limit.
+        noise: standard deviation of the Gaussian noise on the images in training (published: 0.1,
+            on images of deviation 1).
+        error_std: standard deviation of E at the start; null for one over the root of its fan-in.
+
+    Example:
+        {beta: 0.1, gamma: 0.2, error_skip: 3, rule: fixed, mixed: true, reproject: 2.0, noise: 0.1,
+        error_std: 0.05}
     """
 
     beta: Annotated[float, Field(ge=0)] = 0.1205

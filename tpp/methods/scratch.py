@@ -7,7 +7,7 @@ from tpp.methods.base import Method
 
 
 class Scratch(Method):
-    """The same widths as L1's, none of its weights."""
+    """The widths that L1 leaves, trained anew from random weights (Liu et al., ICLR 2019)."""
 
     name = "scratch"
     title = "Scratch"

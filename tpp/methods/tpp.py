@@ -19,13 +19,14 @@ from tpp.regularization.schedule import GrowthSchedule
 
 
 class GrowthSettings(base.Settings):
-    """How lambda grows, as published for CIFAR (Wang & Fu 2023, appendix).
+    """How lambda, the decay of the filters that go, grows: as published for CIFAR (Wang & Fu 2023,
+    appendix).
 
     Attributes:
         delta: growth of lambda per update.
         tau: ceiling of lambda.
-        update_interval: K_u, steps between updates of lambda (ImageNet: 5).
-        stabilize_steps: K_s, steps at lambda = tau (ImageNet: 40,000).
+        update_interval (steps): K_u, from one update of lambda to the next (ImageNet: 5).
+        stabilize_steps (steps): K_s, length of the phase at lambda = tau (ImageNet: 40,000).
     """
 
     delta: Annotated[float, Field(gt=0)] = 1e-4
@@ -67,15 +68,21 @@ def growth_per_update(growth: float, old: int, new: int, factor: Fraction) -> fl
 
 
 class Settings(GrowthSettings):
-    """Hyper-parameters of TPP: the growth's, and those below.
+    """The stage is as long as these settings say: lambda grows by ``delta`` every
+    ``update_interval`` steps up to ``tau``, and then ``stabilize_steps`` follow. The defaults are
+    those published for CIFAR (Wang & Fu 2023, appendix).
 
     Attributes:
         gram_weight: weight of the gram penalty relative to the decay.
-        zero_out_interval: steps between the layers' turns to be held at zero.
+        zero_out_interval (steps): from one layer's turn to be held at zero to the next one's.
         remove_at_zero: whether the filters are removed as soon as the last layer is held at zero,
             and the rest of the stage trains the smaller network, which is the same function with
-            the same gradients. By default where that holds of everything in the stage, see
-            :attr:`tpp.methods.base.TrainingContext.counts_zeros`.
+            the same gradients (docs/performance.md). null: where that is so of everything in the
+            stage.
+
+    Example:
+        {delta: 2e-4, tau: 0.5, update_interval: 5, stabilize_steps: 40000, gram_weight: 100,
+        zero_out_interval: 50, remove_at_zero: false}
     """
 
     gram_weight: Annotated[float, Field(ge=0)] = 1000.0

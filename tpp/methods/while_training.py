@@ -31,18 +31,21 @@ from tpp.selection.selection import same_on_all_ranks
 
 
 class Settings(base.Settings):
-    """When filters go; the values are ours.
+    """The values are ours.
 
     Attributes:
-        events: how often. After event t of T, floor(n t / T) have gone of the n filters of a layer
-            that are to go in the end.
-        start: share of the stage after which the first interval begins; an event is at the end of
-            each.
-        end: share of the stage by which the last event has been.
-        criterion: what a filter is worth: ``weights``, what ``pruning.criterion`` says of them, or
-            ``activation``, see :class:`tpp.selection.activation.MeanActivations`, since the last
-            event, or ``start``. Steps whose activations are not finite are left out; an event with
-            no step to go by waits for one.
+        events: number of times that filters go. After event t of T, floor(n t / T) have gone of the
+            n filters of a layer that are to go in the end.
+        start (share of the stage): when the first interval begins; an event is at the end of each
+            interval.
+        end (share of the stage): when the last event has been; above ``start``.
+        criterion: what a filter is worth: ``weights``, as ``pruning.criterion`` says; or
+            ``activation``, its mean output after ReLU since the last event, or ``start``. Steps
+            whose activations are not finite are left out; an event with no step to go by waits for
+            one.
+
+    Example:
+        {events: 5, start: 0.05, end: 0.6, criterion: activation}
     """
 
     events: Annotated[int, Field(ge=1)] = 10

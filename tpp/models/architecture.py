@@ -4,6 +4,7 @@ import copy
 import difflib
 import functools
 import itertools
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,14 +17,17 @@ from torch.nn.modules.module import (
     register_module_module_registration_hook,
     register_module_parameter_registration_hook,
 )
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
-from tpp.common.errors import UserError, reason_of
+from tpp.common.errors import Note, UserError, reason_of
 from tpp.common.imports import quick_imports
+from tpp.common.own_code import is_own
 from tpp.models import edsr
 from tpp.models.cifar import CifarResNet, CifarVGG
 from tpp.models.meta_runs import ShapesOnly
 from tpp.models.mlp import LinearMLP
+from tpp.models.own import own_network, own_shape, said_shape, says_shape
 from tpp.models.plain import PlainConvNet, PlainMLP
 
 _OWN_MODELS: dict[str, Callable[..., nn.Module]] = {
@@ -55,7 +59,16 @@ class _ImageModel:
     side: int
 
 
-_IMAGE_MODELS = {"edsr": _ImageModel(edsr.EDSR, edsr.output_shape, side=48)}
+def _swinir(**args: Any) -> nn.Module:
+    from tpp.models.swinir import SwinIR  # with timm
+
+    return SwinIR(**args)
+
+
+_IMAGE_MODELS = {
+    "edsr": _ImageModel(edsr.EDSR, edsr.output_shape, side=48),
+    "swinir_light": _ImageModel(_swinir, edsr.output_shape, side=48),
+}
 # Their auxiliary heads exist for training from scratch only and are no use to a finetuned
 # network; saying init_weights out loud keeps torchvision from warning about its default.
 _TORCHVISION_ARGS: dict[str, dict[str, Any]] = {
@@ -158,6 +171,11 @@ def model_names() -> list[str]:
     return [*_OWN_MODELS, *_IMAGE_MODELS, *models.list_models(module=models)]
 
 
+def own_models() -> dict[str, Callable[..., nn.Module]]:
+    """The constructors of the networks that are neither torchvision's nor timm's, by name."""
+    return {**_OWN_MODELS, **{name: found.build for name, found in _IMAGE_MODELS.items()}}
+
+
 def gives_images(name: str) -> bool:
     """Whether the output of the network of that name is an image, and it has no classes."""
     return name in _IMAGE_MODELS
@@ -169,8 +187,8 @@ def build_model(name: str, num_classes: int | None, **args: Any) -> nn.Module:
     Args:
         name: ``cifar_resnet{8,14,20,32,44,56,110}``, ``cifar_vgg{16,19}_bn``, ``mlp7_linear``,
             ``plain_mlp``, ``plain_convnet``, a classification network of torchvision by its plain
-            name (``resnet50``), one of timm as ``timm:NAME``, or ``edsr``, whose output is an
-            image.
+            name (``resnet50``), one of timm as ``timm:NAME``, ``edsr``, whose output is an
+            image, or ``FILE.py:NAME``, a class that :func:`tpp.models.own.take_up` was told.
         num_classes: number of outputs; None where the output is an image.
         args: further arguments of the network's constructor.
 
@@ -243,6 +261,11 @@ def meta_copy(model: nn.Module) -> nn.Module:
 
 def _emptied(tensor: Tensor) -> Tensor:
     """A tensor like this one, without memory and without a history."""
+    if is_lazy(tensor):
+        raise UserError(
+            "it has lazy layers (nn.Lazy...), whose widths nobody knows before it has seen images; "
+            "say them"
+        )
     # torch.empty_like is five times as slow where both are on meta.
     return tensor.detach().clone() if tensor.is_meta else tensor.detach().to("meta")
 
@@ -359,7 +382,10 @@ def input_shape(name: str, **args: Any) -> tuple[int, int, int]:
     Raises:
         UserError: the arguments make no sense of it.
     """
-    shape = _input_shape(name, args)
+    return _checked_shape(_input_shape(name, args), name)
+
+
+def _checked_shape(shape: tuple[Any, ...], name: str) -> tuple[int, int, int]:
     whole = all(isinstance(side, int) and not isinstance(side, bool) for side in shape)
     if len(shape) != 3 or not whole or not 1 <= min(shape) <= max(shape) <= LARGEST_IMAGE:
         raise UserError(f"model {name!r}: takes no images of {shape} (channels, height, width)")
@@ -380,6 +406,8 @@ def _input_shape(name: str, args: Mapping[str, Any]) -> tuple[Any, ...]:
     if name in _IMAGE_MODELS:
         side = _IMAGE_MODELS[name].side
         return args.get("channels", 3), side, side
+    if is_own(name):
+        return own_shape(name, args)
     default = 28 if name in _GRAY else 32 if name in _OWN_MODELS else 224
     size = args.get("image_size", default)
     return args.get("channels", 1 if name in _GRAY else 3), size, size
@@ -393,15 +421,22 @@ def set_preprocessing(model: nn.Module, preprocessing: Mapping[str, Any] | None)
 def image_shape_for(model: nn.Module) -> tuple[int, int, int]:
     """Shape (channels, height, width) of what a network is counted, timed and traced with.
 
-    Its preprocessing says it, if there is any; else its architecture; else 3x224x224. A network
-    whose output is an image takes ones that become as large as the preprocessing says.
+    Its preprocessing says it, if there is any; else its architecture; else the network itself, as
+    its attribute ``image_shape``; else 3x224x224. A network whose output is an image takes ones
+    that become as large as the preprocessing says.
 
     Raises:
         UserError: there are no such images.
+
+    Warns:
+        Note: nothing says it of a class of one's own.
     """
     architecture = architecture_of(model)
+    said = said_shape(model) if architecture is None or is_own(architecture.name) else None
     shape = (3, 224, 224)
-    if architecture is not None:
+    if said is not None:
+        shape = _checked_shape(said, type(model).__name__)
+    elif architecture is not None:
         shape = input_shape(architecture.name, **architecture.args)
     prepared = getattr(model, "preprocessing", None) or {}
     channels, side = (prepared.get(key) for key in ("channels", "image_size"))
@@ -413,7 +448,19 @@ def image_shape_for(model: nn.Module) -> tuple[int, int, int]:
         if architecture is not None and architecture.num_classes is None:
             side = max(side // architecture.output_shape((shape[0], 1, 1))[1], 1)
         shape = (shape[0], side, side)
+    elif said is None and architecture is not None and _is_silent(architecture):
+        line = (
+            f"{architecture.name} does not say what images it takes, as image_shape = "
+            f"(CHANNELS, HEIGHT, WIDTH) of its class; {'x'.join(map(str, shape))} is assumed"
+        )
+        warnings.warn(line, Note, stacklevel=1)  # one place, and so once
     return (channels or shape[0], *shape[1:])
+
+
+def _is_silent(architecture: Architecture) -> bool:
+    """Whether it is a class of one's own that does not say what images it takes."""
+    name = architecture.name
+    return is_own(name) and not says_shape(name, architecture.args)
 
 
 def example_input_for(model: nn.Module, device: str = "cpu", *, side: int | None = None) -> Tensor:
@@ -450,6 +497,8 @@ def _check_classes(name: str, num_classes: Any) -> None:
                 f"model {name!r}: its output is an image, so it takes no num_classes, "
                 f"not {num_classes}"
             )
+    elif num_classes is None and is_own(name):
+        raise UserError(f"model {name!r}: a network of one's own is one for classes")
     elif isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
         raise UserError(f"model {name!r}: num_classes must be a positive number, not {num_classes}")
 
@@ -473,6 +522,8 @@ def _bounded() -> Iterator[None]:
 def _builder(name: str) -> Callable[..., nn.Module]:
     if name.startswith(TIMM):
         return _timm_builder(name.removeprefix(TIMM))
+    if is_own(name):
+        return own_network(name)
     if name in _OWN_MODELS:
         return _OWN_MODELS[name]
     if name in _IMAGE_MODELS:

@@ -6,8 +6,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from tpp.common.errors import UserError
+from tpp.common.own_code import is_own
 from tpp.models.architecture import Architecture, build_model, build_on_meta
 from tpp.models.fitting import assign_tensors, fill_buffers, fitted
+from tpp.models.own import own_network
 
 
 def classifier_tensors(architecture: Architecture) -> frozenset[str]:
@@ -15,10 +18,18 @@ def classifier_tensors(architecture: Architecture) -> frozenset[str]:
 
     That is the last layer, whatever it is called: it is found by building the network, without
     memory, for another number of classes. Empty where the output is an image.
+
+    Raises:
+        UserError: it is a network of one's own that takes no number of classes.
     """
     classes = architecture.num_classes
     if classes is None:
         return frozenset()
+    if is_own(architecture.name) and not own_network(architecture.name).takes_classes:
+        raise UserError(
+            f"model {architecture.name!r}: takes no num_classes, so there is no telling which of "
+            "its layers is the classifier"
+        )
     one, other = (
         {name: tensor.shape for name, tensor in build_on_meta(variant).state_dict().items()}
         for variant in (architecture, replace(architecture, num_classes=classes + 1))

@@ -25,11 +25,15 @@ class EDSR(nn.Module):
     """Residual blocks at the small image's resolution, then convolutions and PixelShuffle.
 
     Args:
-        scale: how many times as wide and high the output is: 2, 3 or 4.
-        blocks: residual blocks; 16 in the paper's baseline, 32 in its large network.
-        width: channels of the residual stream; 64 in the baseline, 256 in the large one, which
-            also scales its residuals by 0.1. That is not done here.
-        channels: of the images.
+        scale: how many times as wide and high the output is: 2, 3 or 4; by default what
+            ``task.scale`` says.
+        blocks: number of residual blocks; 16 in the paper's baseline, 32 in its large network.
+        width (channels): width of the residual stream; 64 in the baseline, 256 in the large one,
+            which also scales its residuals by 0.1. That is not done here.
+        channels: number of channels of the images; 3 for RGB, 1 for grey.
+
+    Example:
+        {scale: 4, blocks: 16, width: 64, channels: 1}
     """
 
     def __init__(self, scale: int = 2, blocks: int = 4, width: int = 32, channels: int = 3) -> None:
@@ -55,6 +59,9 @@ class EDSR(nn.Module):
 def output_shape(
     image: tuple[int, int, int], *, scale: int = 2, channels: int = 3, **_: Any
 ) -> tuple[int, ...]:
-    """Shape of what EDSR makes of an image (channels, height, width); arguments are EDSR's."""
+    """Shape of what EDSR, or SwinIR, makes of an image (channels, height, width).
+
+    Arguments are the network's.
+    """
     height, width = image[1:]
     return channels, scale * height, scale * width

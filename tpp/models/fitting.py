@@ -2,13 +2,24 @@
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tpp.common.errors import UserError, reason_of
-from tpp.models.architecture import Architecture, build_on_meta, example_input_for, meta_copy
+from tpp.common.own_code import is_own
+from tpp.models.architecture import (
+    Architecture,
+    architecture_of,
+    build_on_meta,
+    example_input_for,
+    meta_copy,
+    set_architecture,
+    set_preprocessing,
+)
+from tpp.models.layers import layer_widths
 from tpp.models.meta_runs import ShapesOnly
 
 Shape = tuple[int, ...]
@@ -71,6 +82,47 @@ def output_shape(model: nn.Module, image: Tensor) -> tuple[int, ...]:
     return tuple(out.shape) if isinstance(out, Tensor) else ()
 
 
+def check_logits(model: nn.Module, *, side: int | None = None) -> None:
+    """Check that a network of one's own gives one row of logits for each image, in both modes.
+
+    Args:
+        model: it says its classes, and of which size its images are; left alone.
+        side: of the images of training, in pixels, where that is another.
+
+    Raises:
+        UserError: it does not run, or gives something else.
+    """
+    architecture = architecture_of(model)
+    assert architecture is not None
+    name, classes = architecture.name, architecture.num_classes
+    for mode, at in (("evaluation", None), ("training", side)):
+        # A BatchNorm on one pixel does not train with one image.
+        images = example_input_for(model, "meta", side=at).repeat(2, 1, 1, 1)
+        copied = meta_copy(model).train(mode == "training")
+        running = running_modules(copied)
+        try:
+            with torch.no_grad(), ShapesOnly():
+                out = copied(images.to(float_type(copied)))
+        except Exception as error:  # whatever its code raises
+            raise UserError(
+                f"{name} does not run on images of {by(images.shape[1:])} without memory, in "
+                f"{mode} mode, {place_of(running)}: {reason_of(error)}"
+            ) from None
+        found = by(out.shape[1:]) if isinstance(out, Tensor) else None
+        if found is None or out.dim() != 2 or out.shape[0] != 2:
+            several = f" of {len(out)}" if isinstance(out, list | tuple | dict) else ""
+            what = f"a {type(out).__name__}{several}" if found is None else f"{found} for an image"
+            raise UserError(
+                f"{name} gives {what} in {mode} mode, and classification takes one tensor, a row "
+                f"of {classes} logits for each image"
+            )
+        if out.shape[1] != classes:
+            raise UserError(
+                f"{name} gives {found} logits for an image, and there are {classes} classes; let "
+                "it take num_classes, or say with model.args how many"
+            )
+
+
 def running_modules(model: nn.Module) -> list[str]:
     """A list that holds, while ``model`` runs, the names of the modules that do, innermost last.
 
@@ -92,19 +144,50 @@ def place_of(running: Sequence[str]) -> str:
     return f"at {running[-1]}" if running and running[-1] else "in forward()"
 
 
-def fitted(architecture: Architecture, shapes: Mapping[str, Shape]) -> nn.Module:
+def fitted(
+    architecture: Architecture,
+    shapes: Mapping[str, Shape],
+    *,
+    network: nn.Module | None = None,
+    images: Mapping[str, Any] | None = None,
+) -> nn.Module:
     """The network of these tensors on the meta device.
 
     If its architecture has classes, there are as many as the network has outputs: the classifier
     may have been replaced since the network was built.
 
+    Args:
+        architecture: what it is called, and how it is built.
+        shapes: of its tensors.
+        network: the dense network, which is then copied and not built; left alone.
+        images: how they are prepared, which says the size of those that a network of one's own
+            is tried with.
+
     Raises:
         UserError: the tensors are not those of the architecture, or do not fit each other.
     """
-    model = build_on_meta(architecture)
+
+    def dense() -> nn.Module:
+        if network is None:
+            return build_on_meta(architecture)
+        copied = meta_copy(network)
+        set_architecture(copied, architecture)
+        return copied
+
+    model = dense()
     fit_to_shapes(model, shapes)
+    if is_own(architecture.name):
+        set_preprocessing(model, images)
     image = example_input_for(model, "meta")
-    found = output_shape(model, image)
+    try:
+        found = output_shape(model, image)
+    except UserError as error:
+        if not is_own(architecture.name):
+            raise
+        raise UserError(
+            f"{error}; it was tried with a {by(image.shape[1:])} image, and image_shape = "
+            "(CHANNELS, HEIGHT, WIDTH) in its class says another one"
+        ) from None
     if architecture.num_classes is None:
         channels, height, width = image.shape[1:]
         wanted = (len(image), *architecture.output_shape((channels, height, width)))
@@ -118,9 +201,23 @@ def fitted(architecture: Architecture, shapes: Mapping[str, Shape]) -> nn.Module
     classes = found[1]
     if classes != architecture.num_classes:
         architecture = Architecture(architecture.name, classes, architecture.args)
-        model = build_on_meta(architecture)
+        model = dense()
         fit_to_shapes(model, shapes)
+    if network is None and is_own(architecture.name):
+        _check_not_wider(dense(), model, classes)
     return model
+
+
+def _check_not_wider(dense: nn.Module, model: nn.Module, classes: int) -> None:
+    """Refuse a network of one's own that was called with other arguments: nothing is ever added."""
+    before, now = layer_widths(dense), layer_widths(model)
+    for layer in now:
+        made, held = before[layer][1], now[layer][1]
+        if held > made and held != classes:
+            raise UserError(
+                f"{layer} has {held} filters and its class makes {made}: say what it is called "
+                "with, as --model-arg width=24, or model.args in a configuration"
+            )
 
 
 def assign_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:

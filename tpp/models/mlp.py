@@ -10,6 +10,14 @@ class LinearMLP(nn.Module):
 
     Hidden layers are ``width`` wide and have biases, as in the authors' code. There MNIST is
     padded to 32x32 (``image_size=32``); by default an image goes in as it is, 28x28.
+
+    Args:
+        num_classes: outputs.
+        width (neurons): width of each hidden layer.
+        image_size (pixels): side of the images.
+
+    Example:
+        {width: 50, image_size: 32}
     """
 
     def __init__(self, num_classes: int, width: int = 100, image_size: int = 28) -> None:

@@ -60,11 +60,15 @@ class PlainMLP(_Plain):
 
     Args:
         num_classes: outputs.
-        depth: layers, the last one included.
-        width: of the hidden ones.
-        activation: ``tanh``, ``relu`` or ``identity``.
-        skip: layers that a skip connection goes past; 0 for none.
-        channels, image_size: of the images.
+        depth: number of layers, the last one included; 2 or more.
+        width (neurons): width of each hidden layer.
+        activation: what follows each hidden layer: ``tanh``, ``relu`` or ``identity``.
+        skip: number of layers that a skip connection goes past; 0 for none.
+        channels: number of channels of the images; 3 for RGB, 1 for grey.
+        image_size (pixels): side of the images.
+
+    Example:
+        {depth: 4, width: 256, activation: relu, skip: 2, channels: 3, image_size: 32}
     """
 
     def __init__(
@@ -96,11 +100,14 @@ class PlainConvNet(_Plain):
 
     Args:
         num_classes: outputs.
-        depth: 18 for the published networks' depth.
-        width: of the first convolutions.
-        activation: ``tanh``, ``relu`` or ``identity``.
-        skip: layers that a skip connection goes past; 0 for none.
-        channels: of the images.
+        depth: number of layers: 6, 10, 14, 18 and so on; 18 is the published networks' depth.
+        width (channels): width of the first convolutions.
+        activation: what follows each convolution: ``tanh``, ``relu`` or ``identity``.
+        skip: number of layers that a skip connection goes past; 0 for none.
+        channels: number of channels of the images; 3 for RGB, 1 for grey.
+
+    Example:
+        {depth: 10, width: 16, activation: tanh, skip: 2, channels: 1}
     """
 
     def __init__(

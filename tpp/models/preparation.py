@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from tpp.common.errors import UserError, reason_of
+from tpp.common.hub import HUB
 from tpp.common.images import CROP_MODES, INTERPOLATIONS
 from tpp.models.architecture import (
     LARGEST_IMAGE,
@@ -29,8 +30,8 @@ from tpp.models.architecture import (
 )
 
 _NEEDED = {"image_size", "resize", "mean", "std", "channels"}
-# How public weights are named, beside timm's: torchvision's, those of a repository on the Hub.
-TORCHVISION, HUB = "torchvision:", "hf-hub:"
+# How torchvision's public weights are named; tpp.common.hub and timm have names of their own.
+TORCHVISION = "torchvision:"
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -170,10 +171,11 @@ def in_words(values: Mapping[str, Any]) -> str:
     how = values.get("interpolation", INTERPOLATIONS[0])
     squash = ", squashed" if values.get("crop_mode") == "squash" else ""
     scaled = "as they are" if resize is None else f"scaled to {resize} ({how}{squash})"
-    mean, std = (_numbers(values.get(key, ())) for key in ("mean", "std"))
+    known = [key for key in ("mean", "std") if values.get(key)]
+    rest = "".join(f", {key} {_numbers(values[key])}" for key in known)
     if values.get("crop_mode") == "whole":
-        return f"whole, one by one, mean {mean}, std {std}"
-    return f"{scaled}, cut to {size}x{size}, mean {mean}, std {std}"
+        return f"whole, one by one{rest}"
+    return f"{scaled}, cut to {size}x{size}{rest}"
 
 
 def _numbers(values: Sequence[float]) -> str:

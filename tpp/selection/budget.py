@@ -1,18 +1,20 @@
 """Meeting a budget: how many filters each layer loses so that the whole network fits.
 
 A budget fixes the size of the network, not of its layers. Filters of all layers compete by scores
-that are rescaled per layer (by the mean here; Molchanov et al., ICLR 2017, take the L2 norm), and
-the lowest go until the network is small enough. What a network with given widths costs is a sum
-over its tensors of products of two widths, so no network is built while widths are searched for.
+that are rescaled per layer (by the mean here; Molchanov et al., ICLR 2017, take the L2 norm) unless
+they are of the loss, and the lowest go until the network is small enough. What a network with given
+widths costs is a sum over its tensors of products of two widths, so no network is built while
+widths are searched for.
 """
 
+import copy
 import itertools
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +25,7 @@ from tpp.measure.counts import Counts, count
 if TYPE_CHECKING:
     from tpp.measure.timing import LatencySettings
 
-BudgetKind = Literal["speedup", "macs", "parameters", "latency_ms"]
+BudgetKind = Literal["speedup", "macs", "parameters", "latency_ms", "latency_speedup"]
 BUDGET_KINDS: tuple[BudgetKind, ...] = get_args(BudgetKind)
 # A search for a latency measures the dense network, the smallest one, and so many in between.
 _BISECTIONS = 6
@@ -40,10 +42,14 @@ class Budget:
     Attributes:
         kind: ``speedup``: dense multiply-accumulates over those left, at least ``value``;
             ``macs``: multiply-accumulates for one image, at most; ``parameters``: at most;
-            ``latency_ms``: milliseconds per batch as measured on this machine, at most.
+            ``latency_ms``: milliseconds per batch as measured on this machine, at most;
+            ``latency_speedup``: times as fast as the dense network, likewise, at least.
         value: the number.
         latency: under which conditions a latency is measured; by default
-            ``LatencySettings()``. For ``latency_ms`` only.
+            ``LatencySettings()``. For the last two kinds only.
+        table: a file of times of layers at all widths (:mod:`tpp.measure.layer_times`), which is
+            made where there is none. With it, what goes is what leaves the most score within the
+            time (:mod:`tpp.selection.knapsack`), and not the lowest filters of all layers.
 
     Raises:
         UserError: there is no such kind, or the value makes no sense for it.
@@ -52,6 +58,7 @@ class Budget:
     kind: BudgetKind
     value: float
     latency: "LatencySettings | None" = None
+    table: str | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in BUDGET_KINDS:
@@ -60,10 +67,21 @@ class Budget:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not number or not math.isfinite(value) or value <= 0:
             raise UserError(f"budget: {self.kind} must be a number above 0, not {value!r}")
-        if self.kind == "speedup" and value < 1:
-            raise UserError(f"budget: speedup must be at least 1, not {value!r}")
-        if self.latency is not None and self.kind != "latency_ms":
+        if self.kind.endswith("speedup") and value < 1:
+            raise UserError(f"budget: {self.kind} must be at least 1, not {value!r}")
+        if self.latency is not None and not self.measured:
             raise UserError(f"budget: {self.kind} takes no conditions of measuring")
+        if self.table is not None and not self.measured:
+            raise UserError(f"budget: {self.kind} takes no table of layers' times")
+
+    @property
+    def measured(self) -> bool:
+        """Whether networks are measured on this machine to meet it."""
+        return self.kind.startswith("latency")
+
+    def seconds(self, dense: float) -> float:
+        """What a batch may take at most, of a latency, where the dense network takes ``dense``."""
+        return dense / self.value if self.kind == "latency_speedup" else self.value / 1000
 
     def limit(self, dense: int) -> int:
         """The most multiply-accumulates (``speedup``, ``macs``) or parameters that fit.
@@ -79,7 +97,9 @@ class Budget:
         if self.kind == "speedup":
             return f"a speedup of {self.value:g}x"
         if self.kind == "latency_ms":
-            return f"{self.value:g} ms"
+            return f"{self.value:g} ms per batch"
+        if self.kind == "latency_speedup":
+            return f"a measured speedup of {self.value:g}x"
         name = "MACs" if self.kind == "macs" else "parameters"
         return f"{math.floor(self.value):,} {name}"
 
@@ -212,6 +232,26 @@ class WidthCost:
         first, second = (self._sizes - self._lost @ removed.double()).long()
         return self._fixed + (self._factors * first * second).sum(0)
 
+    def to(self, device: torch.device) -> "WidthCost":
+        """The same on another device."""
+        other = copy.copy(self)
+        for name in ("_sizes", "_lost", "_factors"):
+            setattr(other, name, getattr(self, name).to(device))
+        return other
+
+    def share(self, removed: Tensor) -> Tensor:
+        """What is left of the cost of all that units shrink, a scalar in (0, 1], differentiable.
+
+        Where filters go at random, those of one unit independently of those of others, it is the
+        expected share.
+
+        Args:
+            removed: (units,), filters of each group, or their expected numbers.
+        """
+        first, second = self._sizes[..., 0] - self._lost @ removed.double()
+        factors = self._factors[:, 0].double()
+        return (factors * first * second).sum() / (factors * self._sizes[..., 0].prod(0)).sum()
+
     def one(self, removed: Tensor) -> int:
         """Cost of one network; ``removed`` is (units,)."""
         return int(self(removed[:, None]))
@@ -224,6 +264,7 @@ def removals(
     order: Tensor,
     *,
     seconds: Callable[[Tensor], float],
+    knapsack: "Callable[[Widths], Knapsack] | None" = None,
     example_input: Tensor | None = None,
 ) -> Tensor:
     """What every unit loses for a network to meet a budget.
@@ -233,6 +274,7 @@ def removals(
         model: the dense network; only its shapes matter.
         units: what can go.
         order, seconds: see :func:`meet` and :func:`meet_latency`.
+        knapsack: makes one of the units' widths, for a budget with a table.
         example_input: see :func:`tpp.measure.counts.count`.
 
     Returns:
@@ -243,9 +285,11 @@ def removals(
     """
     counts = count(model, example_input=example_input)
     widths = Widths(units)
-    if budget.kind == "latency_ms":
+    if budget.measured and knapsack is not None:
+        return meet_latency(Reach.of_knapsack(knapsack, widths), widths, budget, seconds)
+    if budget.measured:
         macs = WidthCost.of_macs(model, counts, units)
-        return meet_latency(macs, widths, order, budget.value / 1000, seconds)
+        return meet_latency(Reach.of_cost(macs, widths, order), widths, budget, seconds)
     price = WidthCost.of_parameters if budget.kind == "parameters" else WidthCost.of_macs
     cost = price(model, counts, units)
     limit, least = budget.limit(cost.dense), cost.one(widths.most)
@@ -351,23 +395,55 @@ def _all_widths(levels: list[Tensor]) -> Iterator[Tensor]:
         yield torch.stack(candidates)
 
 
-def meet_latency(
-    cost: WidthCost,
-    widths: Widths,
-    order: Tensor,
-    limit: float,
-    seconds: Callable[[Tensor], float],
-) -> Tensor:
-    """What every unit loses for a batch to take no longer than ``limit``: the least that will do.
+class Knapsack(Protocol):
+    """See :class:`tpp.selection.knapsack.Knapsack`."""
 
-    Bisects over the multiply-accumulates between the dense network's and the fewest possible, and
+    dense: int
+    least: int
+
+    def within(self, limit: int) -> Tensor:
+        """What every unit loses for a time of ``limit`` nanoseconds at most."""
+
+
+@dataclass(frozen=True)
+class Reach:
+    """Networks from the dense to the smallest one, by what they should cost.
+
+    Attributes:
+        dense, least: what these two should.
+        within: what every unit loses, (units,), for a network to cost no more than so much.
+    """
+
+    dense: int
+    least: int
+    within: Callable[[int], Tensor]
+
+    @classmethod
+    def of_cost(cls, cost: WidthCost, widths: Widths, order: Tensor) -> "Reach":
+        """By a count; see :func:`meet`."""
+        return cls(
+            cost.dense, cost.one(widths.most), lambda limit: meet(cost, widths, order, limit)
+        )
+
+    @classmethod
+    def of_knapsack(cls, knapsack: Callable[[Widths], Knapsack], widths: Widths) -> "Reach":
+        """By the times of its layers."""
+        made = knapsack(widths)
+        return cls(made.dense, made.least, made.within)
+
+
+def meet_latency(
+    reach: Reach, widths: Widths, budget: Budget, seconds: Callable[[Tensor], float]
+) -> Tensor:
+    """What every unit loses for a batch to take no longer than it may: the least that will do.
+
+    Bisects over what networks should cost, between the dense network's and the least possible, and
     measures eight networks at most.
 
     Args:
-        cost: multiply-accumulates of the network.
-        widths: of its units.
-        order: see :func:`meet`.
-        limit: seconds per batch.
+        reach: these networks.
+        widths: of the units.
+        budget: of a latency.
         seconds: measures the network whose units lose so much, (units,), in seconds per batch.
 
     Returns:
@@ -378,19 +454,21 @@ def meet_latency(
     """
     nothing = torch.zeros_like(widths.most)
     dense_seconds = seconds(nothing)
+    limit = budget.seconds(dense_seconds)
     if dense_seconds <= limit:
         return nothing
     least_seconds = seconds(widths.most)
     if least_seconds > limit:
         fastest = min(dense_seconds, least_seconds)
+        times = f", {dense_seconds / fastest:.3g}x as fast as the dense one"
         raise UserError(
-            f"budget: {1000 * limit:g} ms per batch cannot be met: with what {_LIMITS} allow, the "
-            f"fastest network measured takes {1000 * fastest:.4g} ms"
+            f"budget: {budget} cannot be met: with what {_LIMITS} allow, the fastest "
+            f"network measured takes {1000 * fastest:.4g} ms{times}"
         )
-    best, fast, slow = widths.most, cost.one(widths.most), cost.dense
+    best, fast, slow = widths.most, reach.least, reach.dense
     for _ in range(_BISECTIONS):
         middle = (fast + slow) // 2
-        removed = meet(cost, widths, order, middle)
+        removed = reach.within(middle)
         if seconds(removed) <= limit:
             best, fast = removed, middle
         else:

@@ -10,6 +10,8 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -19,24 +21,36 @@ from tpp.channels.channel_map import LayerChannels
 from tpp.channels.survey import survey
 from tpp.channels.trials import Trials
 from tpp.common.errors import Note, UserError
+from tpp.models.architecture import example_input_for
 from tpp.models.layers import prunable_layers
 from tpp.plan import PruningPlan
-from tpp.selection.budget import Budget, Unit, removals
+from tpp.selection.budget import Budget, Unit, Widths, removals
 from tpp.selection.criteria import (
     CRITERIA,
+    JOINT,
+    NEED_IMAGES,
+    OF_THE_LOSS,
     Criterion,
+    Gradients,
     at_least_float32,
     check_floor,
     check_norms,
     floor_count,
+    fpgm_scores,
     given_scores,
+    group_norm_scores,
+    hessian_scores,
     l1_scores,
     l2_scores,
     last_match,
     layer_ratios,
     pruned_count,
     random_scores,
+    taylor_scores,
 )
+
+if TYPE_CHECKING:
+    from tpp.selection.knapsack import Knapsack
 
 # With a budget alone, a layer keeps at least a tenth of its filters unless floors say otherwise:
 # global magnitudes know nothing of a layer that becomes too narrow to pass anything on.
@@ -55,7 +69,8 @@ class Selection:
         criterion: what a filter is worth; the lowest go. ``l1``: mean absolute weight, as
             published; ``l2``: root mean square; ``bn_scale``: |gamma| of the layer's own
             BatchNorm (Liu et al., ICCV 2017); ``random``; ``largest``: as ``l1``, but the highest
-            go, as a control experiment.
+            go, as a control experiment; ``fpgm``, ``group_norm``, ``taylor`` and ``hessian``: see
+            :mod:`tpp.selection.criteria`. The last two ask ``gradients``.
         round_to: the number of filters that is kept is a multiple of it: rounded up, so never
             more goes than without, and to all filters where a layer has no such multiple. The
             groups of a convolution stay equal, so it is then the next multiple of both.
@@ -65,11 +80,15 @@ class Selection:
         coupled: whether layers that are tied to those chosen are pruned with them; by default
             all tied layers have to be matched by ratios, and a budget leaves them alone.
         budget: what the whole network may cost. Filters of all layers compete by their scores
-            over the mean score of their layer. Layers that ``ratios`` match take part; without
+            over the mean score of their layer, those of ``taylor`` and ``hessian`` as they are:
+            the loss is the same for all. Layers that ``ratios`` match take part; without
             ratios all that can go without changing what is left, with at most 90% of each unless
             ``floors`` say otherwise. The budget is met to 1%, or as closely as whole filters and
             ``round_to`` permit, see :func:`tpp.selection.budget.meet`.
-        seed: of the criterion ``random``.
+        seed: of the criteria ``random`` and ``hessian``.
+        batches: over how many batches of training images ``taylor`` and ``hessian`` average, at
+            most.
+        gradients: of the loss over these; None where there are no images.
 
     Raises:
         UserError: a value makes no sense.
@@ -83,6 +102,8 @@ class Selection:
     coupled: bool = False
     budget: Budget | None = None
     seed: int = 0
+    batches: int = 50
+    gradients: Gradients | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.criterion not in CRITERIA:
@@ -91,14 +112,21 @@ class Selection:
                 f"criterion: {self.criterion!r} is none of {', '.join(CRITERIA)}; "
                 f"did you mean {near!r}?"
             )
-        if not isinstance(self.round_to, int) or isinstance(self.round_to, bool):
-            raise UserError(f"round_to must be a whole number, not {self.round_to!r}")
-        if self.round_to < 1:
-            raise UserError(f"round_to must be at least 1, not {self.round_to}")
+        for name in ("round_to", "batches"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise UserError(f"{name} must be a whole number, not {value!r}")
+            if value < 1:
+                raise UserError(f"{name} must be at least 1, not {value}")
         for pattern, floor in self.floors.items():
             check_floor(floor, f"floor of {pattern!r}")
         if isinstance(self.skip, str):
             raise UserError(f"skip must be a list of patterns, not {self.skip!r}")
+
+    @property
+    def needs_images(self) -> bool:
+        """Whether the criterion asks ``gradients``."""
+        return self.criterion in NEED_IMAGES
 
     def select(
         self,
@@ -113,14 +141,16 @@ class Selection:
 
         Args:
             model, example_input, scores: as there.
-            clock: measures a network in seconds per batch, for a budget of ``latency_ms``; by
+            clock: measures a network in seconds per batch, for a budget of a latency; by
                 default :func:`tpp.measure.timing.measure` on this machine.
             trials: of a network that differs in its tensors' values at most, to trace it once
                 for this and for the removal.
         """
         candidates = self._candidates(model, example_input, trials)
+        totals = self._totals(model, candidates, scores)
+        relative = scores is not None or self.criterion not in OF_THE_LOSS
         while True:
-            plan = self._plan(model, candidates, example_input, scores, clock)
+            plan = self._plan(model, candidates, totals, example_input, clock, relative)
             # What is exact, and possible, at half of a layer need not be so at every width.
             unfit = self._unfit(candidates, plan) if self.budget else {}
             if not unfit:
@@ -150,12 +180,13 @@ class Selection:
         self,
         model: nn.Module,
         candidates: "_Candidates",
+        totals: Mapping[tuple[str, ...], Tensor],
         example_input: Tensor | None,
-        scores: Mapping[str, Tensor] | None,
         clock: Callable[[nn.Module], float] | None,
+        relative: bool,
     ) -> PruningPlan:
         """What goes of some candidates, see :meth:`select`."""
-        orders, worth = self._ranked(model, candidates, scores)
+        orders, worth = ranked(candidates.units, totals, relative=relative)
 
         def plan(removed: Tensor) -> PruningPlan:
             return candidates.plan(orders, removed)
@@ -170,6 +201,16 @@ class Selection:
             pruned = prune_model(model, plan(removed), example_input=example_input)
             return (clock or self._clock(example_input))(pruned)
 
+        def knapsack(widths: Widths) -> "Knapsack":
+            from tpp.measure.layer_times import LayerTimes
+            from tpp.measure.timing import LatencySettings
+            from tpp.selection.knapsack import Knapsack
+
+            assert self.budget is not None and self.budget.table is not None
+            times = LayerTimes(self.budget.latency or LatencySettings(), Path(self.budget.table))
+            example = example_input_for(model) if example_input is None else example_input
+            return Knapsack(model, units, widths, worth, times, example)
+
         return plan(
             removals(
                 self.budget,
@@ -177,6 +218,7 @@ class Selection:
                 units,
                 _by_score(worth, units),
                 seconds=seconds,
+                knapsack=knapsack if self.budget.table is not None else None,
                 example_input=example_input,
             )
         )
@@ -190,7 +232,7 @@ class Selection:
     ) -> PruningPlan:
         """The plan in which all goes that may, whatever the budget; arguments as of select."""
         candidates = self._candidates(model, example_input)
-        orders, _ = self._ranked(model, candidates, scores)
+        orders, _ = ranked(candidates.units, self._totals(model, candidates, scores))
         return candidates.plan(orders, torch.tensor([unit.most for unit in candidates.units]))
 
     def layers(self, model: nn.Module, *, example_input: Tensor | None = None) -> list[str]:
@@ -239,13 +281,9 @@ class Selection:
         floors: Mapping[str, int],
     ) -> list[Unit]:
         units = []
-        for layer, found in channels.items():
-            together = tuple(name for name in channels if name == layer or name in found.tied)
+        for together in tied_sets(channels):
             members = [channels[name] for name in together]
-            if together[0] != layer:
-                continue  # its unit has been made
-            if any(layer not in other.tied for other in members[1:]):
-                continue  # a depthwise convolution that was not asked for goes along with others
+            found = members[0]
             groups = math.lcm(*(member.groups for member in members))
             step = math.lcm(self.round_to, groups) // groups
             per_group = found.filters // groups
@@ -256,7 +294,7 @@ class Selection:
             )
             most = max(per_group - -(-kept // step) * step, 0)
             units.append(
-                Unit(together, found.filters, groups, step, most, _losses(members, groups))
+                Unit(together, found.filters, groups, step, most, losses_of(members, groups))
             )
         return units
 
@@ -275,31 +313,45 @@ class Selection:
             return pruned_count(ratios[given[0]], per_group)
         return per_group - 1 if floor else math.floor(_MOST * per_group)
 
-    def _ranked(
+    def _totals(
         self, model: nn.Module, candidates: "_Candidates", scores: Mapping[str, Tensor] | None
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Per unit the filters of every group, lowest first, (groups, n), and what they are worth.
-
-        The latter, (n,), is for all groups together, since one of every group goes at a time: the
-        mean of their scores over the mean of the unit, float64 on the CPU.
-        """
-        orders, worth = [], []
-        for unit in candidates.units:
-            total = torch.zeros(())
-            for layer in sorted(unit.layers):
-                found = candidates.channels[layer]
-                total = total + (
-                    self._scores(model, found) if scores is None else given_scores(scores, found)
-                )
+    ) -> dict[tuple[str, ...], Tensor]:
+        """What the filters of each unit are worth, (filters,), by the unit's layers."""
+        channels = candidates.channels
+        units = {unit.layers: [channels[name] for name in unit.layers] for unit in candidates.units}
+        if scores is None and self.criterion in JOINT:
+            totals = self._joint(model, units)
+        else:
+            totals = {}
+            for layers in units:
+                total = torch.zeros(())
+                for found in (channels[name] for name in sorted(layers)):
+                    total = total + (
+                        self._scores(model, found)
+                        if scores is None
+                        else given_scores(scores, found)
+                    )
+                totals[layers] = total
+        for layers, total in totals.items():
             if not bool(total.isfinite().all()):
-                raise UserError(f"{unit.layers[0]}: the scores of its filters are not finite")
-            lowest = torch.sort(total.view(unit.groups, -1), dim=1, stable=True)
-            per_group = torch.arange(unit.groups)[:, None] * unit.per_group
-            orders.append(lowest.indices.cpu() + per_group)
-            values = lowest.values.cpu().double()
-            mean = values.abs().mean()
-            worth.append(values.mean(0) / mean if mean > 0 else values.mean(0))
-        return orders, worth
+                raise UserError(f"{layers[0]}: the scores of its filters are not finite")
+        return totals
+
+    def _joint(
+        self, model: nn.Module, units: Mapping[tuple[str, ...], Sequence[LayerChannels]]
+    ) -> dict[tuple[str, ...], Tensor]:
+        """By a criterion that scores all layers of a unit together."""
+        if self.criterion == "group_norm":
+            return {layers: group_norm_scores(model, found) for layers, found in units.items()}
+        if self.gradients is None:
+            raise UserError(
+                f"criterion {self.criterion}: needs training images; give the data, or use a "
+                "criterion of the weights alone, such as group_norm"
+            )
+        asked = model, [*units.values()], self.gradients, self.batches
+        hessian = self.criterion == "hessian"
+        found = hessian_scores(*asked, self.seed) if hessian else taylor_scores(*asked)
+        return dict(zip(units, found, strict=True))
 
     def _scores(self, model: nn.Module, found: LayerChannels) -> Tensor:
         """What every filter of a layer is worth by the criterion, (filters,)."""
@@ -310,6 +362,8 @@ class Selection:
             scale = at_least_float32(model.get_parameter(f"{norm.module}.weight")).abs()
             return scale[norm.positions.to(scale.device)].mean(1)
         weight = model.get_parameter(found.weight)
+        if self.criterion == "fpgm":
+            return fpgm_scores(weight, getattr(model.get_submodule(found.layer), "groups", 1))
         if self.criterion == "l2":
             return l2_scores(weight)
         return -l1_scores(weight) if self.criterion == "largest" else l1_scores(weight)
@@ -340,6 +394,8 @@ def select_filters(
     coupled: bool = False,
     budget: Budget | None = None,
     seed: int = 0,
+    batches: int = 50,
+    gradients: Gradients | None = None,
 ) -> PruningPlan:
     """Choose the filters to remove: by default those with the lowest mean absolute weights.
 
@@ -355,7 +411,8 @@ def select_filters(
         example_input: a batch to trace the network with, (1, channels, height, width); by
             default what the architecture expects, 224x224 where it does not say.
         scores: per layer how much each filter is worth, (n,), instead of the criterion's.
-        criterion, round_to, floors, skip, coupled, budget, seed: see :class:`Selection`.
+        criterion, round_to, floors, skip, coupled, budget, seed, batches, gradients: see
+            :class:`Selection`.
 
     Returns:
         A plan with the matched layers and those tied to them, or with all that can go; ties are
@@ -368,7 +425,8 @@ def select_filters(
             BatchNorm for ``bn_scale``; or the budget cannot be met.
     """
     selection = Selection(
-        ratios or {}, criterion, round_to, floors or {}, skip, coupled, budget, seed
+        *(ratios or {}, criterion, round_to, floors or {}, skip, coupled, budget, seed, batches),
+        gradients=gradients,
     )
     return selection.select(model, example_input=example_input, scores=scores)
 
@@ -408,6 +466,29 @@ class _Candidates:
         return PruningPlan(self.filters, pruned)
 
 
+def ranked(
+    units: Sequence[Unit], totals: Mapping[tuple[str, ...], Tensor], *, relative: bool = True
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Per unit the filters of every group, lowest first, (groups, n), and what they are worth.
+
+    The latter, (n,), float64 on the CPU, is for all groups together, since one of every group goes
+    at a time: the mean of their scores over the mean of the unit, or, if scores are not
+    ``relative``, what they add up to.
+    """
+    orders, worth = [], []
+    for unit in units:
+        lowest = torch.sort(totals[unit.layers].view(unit.groups, -1), dim=1, stable=True)
+        per_group = torch.arange(unit.groups)[:, None] * unit.per_group
+        orders.append(lowest.indices.cpu() + per_group)
+        values = lowest.values.cpu().double()
+        mean = values.abs().mean()
+        if not relative:
+            worth.append(values.sum(0))
+        else:
+            worth.append(values.mean(0) / mean if mean > 0 else values.mean(0))
+    return orders, worth
+
+
 def _by_score(worth: list[Tensor], units: list[Unit]) -> Tensor:
     """The unit that each next filter (of every group) is taken from, lowest score first, int64."""
     owners = [torch.full((unit.most,), number) for number, unit in enumerate(units)]
@@ -427,7 +508,20 @@ def _narrowed(*members: LayerChannels) -> set[str]:
     }
 
 
-def _losses(members: list[LayerChannels], groups: int) -> dict[tuple[str, int], int]:
+def tied_sets(channels: Mapping[str, LayerChannels]) -> list[tuple[str, ...]]:
+    """Layers that lose the same filters, each set once, in network order.
+
+    A depthwise convolution that was not asked for is in none: it goes along with others.
+    """
+    sets = []
+    for layer, found in channels.items():
+        together = tuple(name for name in channels if name == layer or name in found.tied)
+        if together[0] == layer and all(layer in channels[name].tied for name in together[1:]):
+            sets.append(together)
+    return sets
+
+
+def losses_of(members: Sequence[LayerChannels], groups: int) -> dict[tuple[str, int], int]:
     """What tensors lose with one filter of every group, see :class:`tpp.selection.budget.Unit`."""
     positions: dict[tuple[str, int], list[Tensor]] = {}
     split: dict[tuple[str, int], int] = {}

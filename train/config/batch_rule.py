@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # it takes its optimisers' settings from here
+    from tpp.methods.base import Method
     from train.config.config import Config
 
 
@@ -47,6 +48,18 @@ def describe_method(config: "Config", name: str) -> str | None:
     return _line(config, changes) if changes else None
 
 
+def describe_length(config: "Config", name: str, images: int | None) -> str | None:
+    """One line of what stretching a method to the stage's epochs does; None where there is none."""
+    if images is None or not config.is_stretched(name):
+        return None
+    stretched, own = config.stage_method(name, images=images), config.stage_method(name)
+    changes = _changes(own, stretched)
+    return (
+        f"{config.stages[name].epochs:g} epochs are {stretched.steps():,} steps where the method's "
+        f"own are {own.steps():,}: {', '.join(changes) or 'nothing changes'}"
+    )
+
+
 def _line(config: "Config", changes: list[str]) -> str:
     training = config.training
     return (
@@ -71,10 +84,14 @@ def _learning_rate(config: "Config", name: str, epochs: float | None) -> str:
 
 
 def _method_changes(config: "Config", name: str) -> Iterator[str]:
-    new = dict(config.stage_method(name).settings)
-    for key, old in config.stage_method(name, as_given=True).settings:
-        if new[key] != old:
-            yield f"{key} {_number(old)} -> {_number(new[key])}"
+    return _changes(config.stage_method(name, as_given=True), config.stage_method(name))
+
+
+def _changes(old: "Method", new: "Method") -> Iterator[str]:
+    values = dict(new.settings)
+    for key, value in old.settings:
+        if values[key] != value:
+            yield f"{key} {_number(value)} -> {_number(values[key])}"
 
 
 def _number(value: Any) -> str:

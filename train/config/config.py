@@ -9,7 +9,8 @@ command line (``stages.finetune.epochs=5``) are merged last.
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,16 +27,20 @@ from data_pipelines.loading.augment import check_augment
 from data_pipelines.settings import AugmentSection, DataSection
 from tpp.common.errors import UserError, printable
 from tpp.common.files import write_whole
+from tpp.common.object_storage import hidden
+from tpp.common.own_code import is_own
 from tpp.common.paths import user_path
-from tpp.common.settings import Section, Seed, UserPath, mistakes
-from tpp.common.yaml_files import Dumper, Merging, Place, merge, parse_override, read_yaml
+from tpp.common.settings import MAY_DIFFER, Section, Seed, UserPath, mistakes
+from tpp.common.yaml_files import Dumper, merge, parse_override, read_yaml
 from tpp.methods import method_class
 from tpp.methods.base import Method
-from tpp.models.settings import MODEL_REPLACED, ModelSection
+from tpp.models.own import take_up
+from tpp.models.settings import ModelSection
 from tpp.selection.selection import Selection
-from tpp.selection.settings import PRUNING_REPLACED, PruningSection, another_budget
+from tpp.selection.settings import PruningSection
 from train.config.cycles import as_written, written_out
 from train.config.ema import EmaSection
+from train.config.merging import MERGING
 from train.config.optimizer import OptimizerSection
 from train.config.profile import ProfileSection
 from train.config.references import with_references
@@ -47,7 +52,13 @@ from train.config.sections import (
     TrainingSection,
 )
 from train.config.stage_kinds import KINDS
-from train.distillation.settings import LOGITS
+from train.config.tracking import (
+    HOLDS_A_SECRET,
+    TENSORBOARD,
+    TrackerName,
+    TrackingSection,
+    refuse_secrets,
+)
 from train.public_weights import wanted_preparation
 from train.tasks import make_task
 from train.tasks.base import Task
@@ -55,55 +66,50 @@ from train.tasks.base import Task
 DEMO = Path(__file__).resolve().parents[2] / "configs" / "demo.yaml"
 
 
-def _another_method(where: Place, base: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    """Whether a method replaces the old one: another name does; so does a setting its old value."""
-    if where[:1] == ("method",):
-        inside = where[1:]
-    elif where[:1] == ("stages",) and where[2:3] == ("method",):
-        inside = where[3:]
-    else:
-        return False
-    return bool(inside) or new.get("name", base.get("name")) != base.get("name")
-
-
-def _another_task(where: Place, base: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    """Whether a task replaces the old one: another kind does."""
-    return where == ("task",) and new.get("kind", base.get("kind")) != base.get("kind")
-
-
-def _another_distillation(where: Place, base: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    """Whether a distillation replaces the old one: another kind does."""
-    if where[:1] != ("stages",) or where[2:] != ("distill",):
-        return False
-    return new.get("kind", base.get("kind", LOGITS)) != base.get("kind", LOGITS)
-
-
-def _pruning_of_a_stage(where: Place, base: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    """It replaces the run's as a whole, and so its own of another file."""
-    return where[:1] == ("stages",) and where[2:] == ("pruning",)
-
-
-MERGING = Merging(
-    whole=(*MODEL_REPLACED, *PRUNING_REPLACED),
-    rules=(
-        another_budget,
-        _another_method,
-        _another_task,
-        _another_distillation,
-        _pruning_of_a_stage,
-    ),
-)
-
-
 class Config(Section):
-    """A run.
+    """What stands at the top level of a file, beside the sections that follow.
 
     Attributes:
-        name: of the run; also of its folder unless ``output`` says otherwise.
-        output: the run folder.
-        seed: of weights, data order and augmentation.
-        task: what the network is trained for, its ``kind`` and the settings of that.
-        profile: which steps are profiled; null for none. It may differ when a run goes on.
+        name: name of the run, and of its folder unless ``output`` says otherwise.
+        output: the run folder; "" for ``runs/NAME``.
+        seed: seed of the random numbers of weights, data order and augmentation.
+        method: how filters are chosen and driven out, or what else is trained: ``name``, and the
+            settings of that method (docs/methods.md). A stage may have another.
+        task: what the network is trained for: ``kind``, and the settings of that task
+            (docs/extending.md).
+        trackers: services that are shown the run's curves (docs/trackers.md). TensorBoard's files
+            and log.jsonl are written in any case. They may come and go when a run is resumed.
+
+    Shorthands:
+        extends (path): another file, relative to this one, whose settings hold where this one says
+            nothing, such as ``extends: base.yaml``. Mappings are merged key by key, everything else
+            is replaced.
+
+    Example:
+        name: resnet50_half
+        seed: 1
+        model: {name: resnet50, checkpoint: "torchvision:IMAGENET1K_V1"}
+        data: {root: /data/imagenet, threads: 8}
+        training: {batch_size: 256, precision: bf16}
+        trackers: [tensorboard, mlflow]
+        pruning: {budget: {speedup: 2}}
+        method: {name: tpp, update_interval: 5, stabilize_steps: 40000}
+        stages:
+          regularize: {optimizer: {lr: 0.001}}
+          prune: {}
+          finetune:
+            epochs: 90
+            optimizer: {lr: 0.01, schedule: step, milestones: [30, 60, 75]}
+          evaluate: {}
+
+        name: photos_x2
+        output: /scratch/runs/photos_x2
+        model: {name: edsr, args: {blocks: 4, width: 32}}
+        task: {kind: super_resolution, scale: 2}
+        data: {root: /data/photos, image_size: 96, augmentation: patch, resize: null,
+          crop_mode: whole, mean: [0, 0, 0], std: [1, 1, 1]}
+        stages:
+          dense: {epochs: 100, optimizer: {name: adamw, lr: 2e-4, schedule: cosine}}
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,199}$")]
@@ -119,6 +125,14 @@ class Config(Section):
     stages: dict[str, StageSection]
     profile: ProfileSection | None = None
     published: PublishedSection | None = None
+    trackers: Annotated[list[TrackerName], MAY_DIFFER] = [TENSORBOARD]
+    tracking: TrackingSection = TrackingSection()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_secrets(cls, data: Any) -> Any:
+        refuse_secrets(data)
+        return data
 
     @field_validator("stages", mode="before")
     @classmethod
@@ -201,6 +215,7 @@ class Config(Section):
                 self._check_carried(name)
             if stage.augment is not None:
                 check_augment(stage.augment, self.data, f"stages.{name}.augment")
+            self._check_episodes(name)
             method = self.stage_method(name)
             self._check_say(name, method)
             if stage.does.trains:
@@ -213,10 +228,9 @@ class Config(Section):
                     raise ValueError(
                         f"stages.{name}: with these settings of {method.name!r} it never ends"
                     ) from None
-                if (steps is None) == (stage.epochs is None):
+                if steps is None and stage.epochs is None:
                     raise ValueError(
-                        f"stages.{name}.epochs: method {method.name!r} "
-                        + ("needs the stage's length" if steps is None else "sets the length")
+                        f"stages.{name}.epochs: method {method.name!r} needs the stage's length"
                     )
             if stage.does.makes_network:
                 previous = name
@@ -248,7 +262,10 @@ class Config(Section):
             ValueError: the stage asks for what the task has not; names the key.
         """
         task, stage = self.make_task(), self.stages[name]
-        of_classes = ("loss", "label_smoothing", "bce_threshold", "distill", "image_sizes")
+        of_classes = (
+            *("loss", "label_smoothing", "bce_threshold", "distill", "image_sizes"),
+            "episodes",
+        )
         fields = StageSection.model_fields
         given = [key for key in of_classes if getattr(stage, key) != fields[key].default]
         if given and not task.has_classes:
@@ -302,6 +319,19 @@ class Config(Section):
                     "are not the network's own weights, and neither is the optimiser's state"
                 )
 
+    def _check_episodes(self, name: str) -> None:
+        """Check that there are so many classes, as far as it is known."""
+        episodes, classes = self.stages[name].episodes, self.model.num_classes
+        if episodes is None:
+            return
+        if self.data.shuffle_window is not None:
+            raise ValueError(f"stages.{name}.episodes: goes without data.shuffle_window")
+        if classes is not None and episodes.classes > classes:
+            raise ValueError(
+                f"stages.{name}.episodes.classes: {episodes.classes}, and model.num_classes is "
+                f"{classes}"
+            )
+
     def _check_say(self, name: str, method: Method) -> None:
         """Check that a method has a say where it is named, and goes with the loss."""
         stage = self.stages[name]
@@ -332,6 +362,20 @@ class Config(Section):
         if not does.needs_plan:
             return False
         return not does.regularizes or self.stage_method(name).picks != "never"
+
+    def needs_images(self, name: str) -> bool:
+        """Whether there have to be images for stage ``name``, by its kind or by its settings."""
+        stage = self.stages[name]
+        if stage.does.needs_images or stage.recalibrate is not None:
+            return True
+        # What its input was made ready for, it takes over.
+        taken_over = stage.input is not None and self.readies_a_plan(stage.input)
+        return not taken_over and self.needs_plan(name) and self.selection(name).needs_images
+
+    def readies_a_plan(self, name: str) -> bool:
+        """Whether a stage readies the network for the removal of filters that it knows."""
+        picks = self.stage_method(name).picks
+        return self.stages[name].does.regularizes and picks in ("before", "during")
 
     def selection(self, stage: str | None = None) -> Selection:
         """How the filters that go are chosen: in a stage, or where none says otherwise."""
@@ -380,13 +424,39 @@ class Config(Section):
         except ValidationError as error:
             raise ValueError(self._beyond(error, EmaSection, f"stages.{name}.ema")) from None
 
-    def stage_method(self, name: str, *, as_given: bool = False) -> Method:
+    def is_stretched(self, name: str) -> bool:
+        """Whether stage ``name`` says how long it is though its method knows a length itself."""
+        stage = self.stages[name]
+        told = stage.does.regularizes and stage.epochs is not None
+        return told and self.stage_method(name).steps() is not None
+
+    def steps_of(self, name: str, images: int | None) -> int | None:
+        """Optimiser steps of stage ``name``; None if it makes none, or it takes the images to know.
+
+        Args:
+            name: of the stage.
+            images: of training, where they are known.
+        """
+        stage = self.stages[name]
+        if not stage.does.trains:
+            return None
+        if stage.does.regularizes and (images or stage.epochs is None):
+            steps = self.stage_method(name, images=images).steps()
+            if steps is not None:
+                return steps
+        return steps_for(stage.epochs or 0, images, self.training.batch_size) if images else None
+
+    def stage_method(
+        self, name: str, *, as_given: bool = False, images: int | None = None
+    ) -> Method:
         """A fresh instance of the method of stage ``name``, with its settings.
 
         Args:
             name: of the stage.
             as_given: with the settings as they are written, whatever ``training.batch`` says;
                 otherwise with those for the batch there is.
+            images: of training, where they are known: with them, what a method counts in steps
+                is stretched to the epochs that a regularised stage is said to have.
 
         Raises:
             ValueError: a mistake in the settings; names the key.
@@ -410,7 +480,14 @@ class Config(Section):
             raise ValueError("\n".join(mistakes(error, method.settings_type, prefix=key))) from None
         factor = self.training.batch_factor
         try:
-            return method(given if as_given or factor == 1 else given.for_batch(factor))
+            if as_given:
+                return method(given)
+            made = method(given if factor == 1 else given.for_batch(factor))
+            steps = made.steps() if stage.does.regularizes and stage.epochs and images else None
+            if steps is None:
+                return made
+            wanted = steps_for(stage.epochs or 0, images or 0, self.training.batch_size)
+            return method(made.settings.for_batch(Fraction(steps, wanted)))
         except ValidationError as error:
             raise ValueError(self._beyond(error, method.settings_type, key)) from None
         except OverflowError:
@@ -427,7 +504,7 @@ class Config(Section):
 
 
 def load_config(path: str | Path | None, overrides: Iterable[str] = ()) -> Config:
-    """Read, merge and validate a configuration.
+    """Read, merge and validate a configuration; a network of one's own that it names is taken up.
 
     Args:
         path: the YAML file; None for the demo's.
@@ -440,16 +517,24 @@ def load_config(path: str | Path | None, overrides: Iterable[str] = ()) -> Confi
     path, overrides = user_path(path) if path is not None else DEMO, list(overrides)
     in_file = read_yaml(path, MERGING)
     if {"methods", "ratios"} <= in_file.keys():
-        raise UserError(f"{path}: a sweep of many runs; python -m train.sweep --config {path}")
+        raise UserError(f"{path}: a sweep of many runs; tpp sweep --config {path}")
+    if {"graph", "rewirings", "network"} & in_file.keys():
+        raise UserError(f"{path}: prunes no network; tpp graphs --config {path}")
     data = in_file
     for override in overrides:
         data = merge(data, parse_override(override, MERGING), MERGING)
     lines = _mistakes_in(data)
     if not lines:
-        return Config.model_validate(data)
-    of_file = {*_mistakes_in(in_file)} if overrides else {*lines}
-    sources = [path if line in of_file else _source(line, path, overrides) for line in lines]
-    raise UserError("\n".join(map("{}: {}".format, sources, lines)))
+        config = Config.model_validate(data)
+        if is_own(config.model.name):
+            try:
+                take_up(config.model.name, "model.name", config.data.shape)
+            except UserError as error:
+                by_file = in_file.get("model", {}).get("name") == config.model.name
+                line = str(error)
+                raise with_sources([line], {line} if by_file else set(), path, overrides) from None
+        return config
+    raise with_sources(lines, {*_mistakes_in(in_file)} if overrides else {*lines}, path, overrides)
 
 
 def _mistakes_in(data: dict[str, Any]) -> list[str]:
@@ -462,21 +547,41 @@ def _mistakes_in(data: dict[str, Any]) -> list[str]:
     return []
 
 
-def _source(line: str, path: Path, overrides: Sequence[str]) -> str:
+def with_sources(
+    lines: Sequence[str], of_file: Set[str], path: Path, overrides: Sequence[str]
+) -> UserError:
+    """Mistakes in a configuration, each with where it is.
+
+    Args:
+        lines: one mistake each; it begins with its key.
+        of_file: those that the file has without the overrides.
+        path: the file.
+        overrides: ``key.sub=value`` strings.
+    """
+    sources = [path if line in of_file else _source_of(line, path, overrides) for line in lines]
+    return UserError("\n".join(map("{}: {}".format, sources, lines)))
+
+
+def _source_of(line: str, path: Path, overrides: Sequence[str]) -> str:
     """Where a mistake is that the file alone does not have; ``line`` begins with its key."""
     place = re.split(r"[:\s]", line, maxsplit=1)[0]
     for override in reversed(overrides):
         key = override.partition("=")[0].strip()
         near = f"{place}.".startswith(f"{key}.") or key.startswith(f"{place}.")
         if near or len(overrides) == 1:
-            return f"override {printable(override, 100)!r}"
+            told = f"{key}=..." if HOLDS_A_SECRET in line else hidden(override)
+            return f"override {printable(told, 100)!r}"
     return f"{path} with the overrides"
 
 
+def as_yaml(config: BaseModel) -> str:
+    """A resolved configuration: every key, defaults included."""
+    return yaml.dump(config.model_dump(), Dumper=Dumper, sort_keys=False, allow_unicode=True)
+
+
 def save_config(config: Config, path: Path) -> None:
-    """Write the resolved configuration: every key, defaults included."""
-    text = yaml.dump(config.model_dump(), Dumper=Dumper, sort_keys=False, allow_unicode=True)
-    write_whole(path, text)
+    """Write the resolved configuration."""
+    write_whole(path, as_yaml(config))
 
 
 def steps_for(epochs: float, images: int, batch_size: int) -> int:

@@ -17,20 +17,26 @@ CYCLE = "cycle"
 
 
 class CycleSection(Section):
-    """A list of stages, ``times`` times over.
+    """A stage of kind ``cycle`` is a list of stages that run several times over (docs/masks.md).
 
     Stage S of round i of cycle C is the stage ``Ci_S``. An ``input`` or ``optimizer.like`` that
-    names a stage of the cycle is that of the same round; the first stage of a round comes from the
-    last one of the round before. What is behind the cycle may name C: its last stage.
+    names a stage of the cycle means that of the same round; the first stage of a round begins with
+    the network of the last one of the round before. Stages behind the cycle may name C, which is
+    its last stage.
 
     A ``sparsify.sparsity`` in it is what comes out in the end of the weights that were not masked
-    before it: each round masks the same share of what is left, ``1 - (1 - s)^(1/times)`` (Zimmer
-    et al. 2023).
+    before it: each round masks the same share of what is left, ``1 - (1 - s)^(1/times)`` (Zimmer et
+    al. 2023).
 
     Attributes:
-        times: how often.
-        stages: by name, as a configuration has them.
-        input: the stage that the first round starts from; by default the one before the cycle.
+        times: how many rounds there are.
+        stages: the stages of a round, by name, as a configuration has them.
+        input: the stage whose network the first round begins with; by default the one before the
+            cycle.
+
+    Example:
+        {times: 3, stages: {sparsify: {sparsify: {sparsity: 0.9}}, finetune: {epochs: 40,
+        optimizer: {lr: 0.01}}}, input: dense}
     """
 
     times: Annotated[int, Field(ge=1, le=1000)]  # each stage of each round has a folder

@@ -13,14 +13,20 @@ class EmaSection(Section):
 
     Attributes:
         decay: what is kept of the average at each update, for the batch that the configuration is
-            for: ``training.batch`` says which that is.
-        warmup: whether the decay begins at 0 and grows to ``decay``: 1 - (1 + u /
-            warmup_gamma)^-warmup_power after u updates, as in timm's ModelEmaV3.
-        warmup_gamma, warmup_power: of that.
-        every: optimiser steps from one update to the next.
-        evaluate: the weights that the stage's figures are of, by which its best checkpoint is
-            chosen, and that the next stage begins with: ``ema`` or ``raw``, those that are
+            written for: ``training.batch`` says which that is.
+        warmup: whether the decay begins at 0 and grows to ``decay``: after u updates it is 1 - (1 +
+            u / warmup_gamma)^-warmup_power, as in timm's ModelEmaV3.
+        warmup_gamma (updates): the gamma of ``warmup``; the larger, the slower the decay grows.
+        warmup_power: the power of ``warmup``; the smaller, the slower the decay grows.
+        every (steps): optimiser steps from one update to the next.
+        evaluate: the weights to which the stage's figures refer, by which its best checkpoint is
+            chosen, and with which the next stage begins: ``ema`` or ``raw``, those that are
             trained. null: ``raw`` in a stage that regularises, else ``ema``.
+
+    Example:
+        {decay: 0.999, warmup_gamma: 10, warmup_power: 0.75, every: 10, evaluate: raw}
+
+        {warmup: false}
     """
 
     decay: Annotated[float, Field(gt=0, lt=1)] = 0.9999

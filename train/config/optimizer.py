@@ -29,12 +29,25 @@ _AS_IT_WAS = ("slr", "lrw", "ft")
 
 
 class ReferenceSection(Section):
-    """How the dense network was trained, which retraining schedules go by.
+    """How the dense network was trained, which retraining schedules go by (docs/masks.md).
 
     Attributes:
-        epochs: its length.
-        lr, schedule, milestones, gamma, min_lr, warmup_epochs, warmup_from, warmup_prefix: as of
-            its optimiser.
+        epochs (epochs): length of that training.
+        lr: its learning rate.
+        schedule: its schedule; this and what follows as in an ``optimizer``.
+        milestones (epochs): where the learning rate was multiplied by ``gamma``, for ``schedule:
+            step``.
+        gamma: factor of the learning rate at each milestone, for ``schedule: step``.
+        min_lr: the learning rate below which the schedule did not go.
+        warmup_epochs (epochs): length of its linear warm-up.
+        warmup_from: share of the learning rate that its warm-up began with.
+        warmup_prefix: whether its schedule began only when the warm-up had ended.
+
+    Example:
+        {epochs: 200, lr: 0.1, schedule: step, milestones: [100, 150], gamma: 0.2,
+        warmup_epochs: 5, warmup_from: 0.01, warmup_prefix: true}
+
+        {epochs: 90, lr: 0.1, schedule: cosine, min_lr: 1e-5}
     """
 
     epochs: PositiveFloat
@@ -58,34 +71,54 @@ class ReferenceSection(Section):
 
 
 class OptimizerSection(Section):
-    """An optimiser and its learning rate over a stage.
+    """An optimiser and its learning rate over a stage (docs/optimizers.md).
 
     Attributes:
-        name: ``sgd``, or one of timm's: ``adamw``, ``lamb``, ``lars``, ...
-        lr: learning rate, for the batch that the configuration is for: ``training.batch`` says
-            which that is.
-        momentum: of those that have one; nothing to the others.
-        nesterov: of ``sgd``; of the others the name says it.
-        betas, eps: of those that have them; null for the optimiser's own.
-        args: further arguments of the optimiser's constructor.
-        weight_decay: as the optimiser understands it.
+        name: ``sgd``, or one of timm's: ``adamw``, ``lamb``, ``lars`` and so on.
+        lr: learning rate, for the batch that the configuration is written for: ``training.batch``
+            says which that is. Retraining schedules that go by the reference's learning rate do
+            without.
+        momentum: momentum of the optimisers that have one; the others ignore it.
+        nesterov: whether ``sgd`` takes Nesterov's momentum; other optimisers say it by their name.
+        betas: decay rates of the running averages, for optimisers that have them, such as
+            ``adamw``; null for the optimiser's own.
+        eps: small number that is added to a denominator, for optimisers that have one; null for the
+            optimiser's own.
+        args: further keyword arguments of an optimiser of timm's.
+        weight_decay: weight decay as the optimiser understands it: L2 of ``sgd``, decoupled of
+            ``adamw``.
         decay_norms_and_biases: whether weight decay holds for biases, and for all other parameters
             of one dimension, as in the paper; if not, neither does it for those that the network
             itself excepts (timm's ``no_weight_decay``).
-        layer_decay: of networks of timm: the learning rate of each layer as a share of that of the
-            layer above it; null for the same of all.
-        head_lr_factor: what the learning rate of the classifier is multiplied with.
-        schedule: ``constant``, ``step`` (times ``gamma`` at each milestone), ``cosine`` or
-            ``linear`` (to ``min_lr``); or, of a network that lost weights, ``llr``, ``allr``,
-            ``slr``, ``clr``, ``lrw`` or ``ft`` (docs/masks.md).
-        reference: of these last ones, how the dense network was trained. A configuration may name
-            its stage instead: ``like: dense``.
-        milestones: in epochs.
-        min_lr: the schedule goes no lower.
-        warmup_epochs: linear warm-up.
+        layer_decay: the learning rate of each layer as a share of that of the layer above it, for
+            networks of timm; null for the same in all.
+        head_lr_factor: factor of the classifier's learning rate.
+        schedule: course of the learning rate over the stage: ``constant``, ``step`` (times
+            ``gamma`` at each milestone), ``cosine`` or ``linear`` (to ``min_lr``); or, of a network
+            that lost weights, ``llr``, ``allr``, ``slr``, ``clr``, ``lrw`` or ``ft``
+            (docs/masks.md).
+        reference: how the dense network was trained, for the schedules of a network that lost
+            weights; ``like`` takes it from a stage. null where none is needed.
+        milestones (epochs): where the learning rate is multiplied by ``gamma``, for ``schedule:
+            step``; in rising order.
+        gamma: factor of the learning rate at each milestone, for ``schedule: step``.
+        min_lr: the learning rate below which the schedule does not go.
+        warmup_epochs (epochs): length of a linear warm-up at the beginning of the stage.
         warmup_from: share of the learning rate that the warm-up begins with.
         warmup_prefix: whether the schedule begins only when the warm-up ends; if not, the warm-up
             scales what the schedule says.
+
+    Shorthands:
+        like (name of a stage): an earlier training stage of the run whose settings ``reference`` is
+            to have, such as ``like: dense``; for the retraining schedules.
+
+    Example:
+        {lr: 0.1, momentum: 0.95, nesterov: true, weight_decay: 5e-4, schedule: step,
+        milestones: [100, 150], gamma: 0.2}
+
+        {name: adamw, lr: 1e-3, betas: [0.9, 0.98], eps: 1e-7, args: {amsgrad: true},
+        weight_decay: 0.05, decay_norms_and_biases: false, layer_decay: 0.75, head_lr_factor: 10,
+        schedule: cosine, min_lr: 1e-6, warmup_epochs: 5, warmup_from: 0.01, warmup_prefix: true}
     """
 
     name: str = SGD

@@ -8,13 +8,17 @@ from tpp.common.settings import PositiveInt, Section
 
 
 class ProfileSection(Section):
-    """A profile of some steps of the training stages, on the main rank (docs/profile.md).
+    """A profile of some steps of the training stages, on the main rank (docs/profile.md). It may
+    come, go or change when a run is resumed.
 
     Attributes:
-        start: ``from`` in a file: the first step that is profiled, as logs count them: 1 is the
-            first of the stage. Those before it warm up.
-        steps: how many. A trace is kept in memory until it is written.
-        stage: of this stage alone; null for each one that trains.
+        start (steps): the first step that is profiled, as logs count them: 1 is the first of the
+            stage. Those before it warm up.
+        steps (steps): how many steps are profiled. A trace is kept in memory until it is written.
+        stage: the name of the one stage to profile; null for each one that trains.
+
+    Example:
+        {from: 100, steps: 10, stage: finetune}
     """
 
     model_config = ConfigDict(serialize_by_alias=True)

@@ -15,19 +15,27 @@ _ATTENTION_WEIGHT = 1000.0
 
 
 class DistillSection(Section):
-    """A teacher's part in the loss of a training stage; docs/recipe.md.
+    """A teacher's part in the loss of a training stage (docs/recipe.md).
 
     Attributes:
-        teacher: ``dense``, the dense network that the stage's comes from; a file; or public weights
-            as ``model.checkpoint`` names them, with the network's name:
-            ``torchvision:NAME[.WEIGHTS]``, ``timm:NAME.TAG``, ``hf-hub:OWNER/REPO@REVISION``.
-        kind: what is compared. ``logits``: see :func:`~train.distillation.losses.soft_labels`;
-            ``features``: see :func:`~train.distillation.losses.attention_transfer`.
-        weight: of logits, the teacher's share of the loss, at most 1, and the rest is the task's
-            (null: 0.9); of features, the factor of what is added to the task's loss (null: 1000).
-        temperature: of logits; null for 4.
-        layers: of features, the names of the modules whose outputs are compared; null for the last
-            one at each resolution, see :func:`~train.distillation.features.find_stages`.
+        teacher: which network teaches: ``dense``, the dense network that the stage's network comes
+            from; a file; or public weights as ``model.checkpoint`` names them, with the network's
+            name: ``torchvision:NAME[.WEIGHTS]``, ``timm:NAME.TAG``, ``hf-hub:OWNER/REPO@REVISION``.
+        kind: what is compared: ``logits``, the softened answers (Hinton et al. 2015); ``features``,
+            where in the image the outputs of some layers are large, which is attention transfer
+            (Zagoruyko & Komodakis, ICLR 2017).
+        weight: for ``logits``, the teacher's share of the loss, at most 1, the rest being the
+            task's (null: 0.9); for ``features``, the factor of what is added to the task's loss
+            (null: 1000).
+        temperature: what logits are divided by before the softmax, for ``kind: logits``; null for
+            4.
+        layers: names of the modules whose outputs are compared, for ``kind: features``; null for
+            the last one at each resolution.
+
+    Example:
+        {teacher: "torchvision:resnet50", weight: 0.5, temperature: 2}
+
+        {teacher: dense, kind: features, layers: [layer3, layer4]}
     """
 
     teacher: UserPath = DENSE

@@ -205,11 +205,14 @@ def deepspeed_plugin(training: TrainingSection) -> DeepSpeedPlugin | None:
             "shows a step's gradient when the step is made; use stop"
         )
     try:
-        import deepspeed  # noqa: F401
+        import deepspeed
     except ImportError:
         raise UserError(
             "training.deepspeed: DeepSpeed is not installed (pip install deepspeed)"
         ) from None
+    # On CPUs it would compile this for minutes before the first step, for an all-reduce that only
+    # inference calls; and a run killed meanwhile leaves a lock that later ones wait for.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # A plugin without this would be ignored.
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     ranks = int(os.environ.get("WORLD_SIZE", "1"))

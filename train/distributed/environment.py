@@ -124,8 +124,10 @@ def _settle_cpu(environment: MutableMapping[str, str]) -> None:
 
 def _check_deepspeed_device(environment: Mapping[str, str]) -> None:
     asked = environment.get("DS_ACCELERATOR", "")
+    if not asked:
+        return
     mine = "cuda" if _has_gpu(environment) else "cpu"
-    if asked and asked != mine:
+    if asked != mine:
         raise UserError(
             f"DS_ACCELERATOR={asked}: the run uses {'the GPU' if mine == 'cuda' else 'the CPU'}, "
             f"for DeepSpeed that is {mine}; leave it out (CUDA_VISIBLE_DEVICES= hides the GPUs)"

@@ -93,6 +93,7 @@ def train(
         engine.set_learning_rate(lr)
         check.begin()
         before = meter.copy() if check.at_once else meter
+        task.before_step(step, engine.accelerator.device)
         loss, norm = stepper.gradients(meter, changed=method.before_step(step))
         check(step, loss, norm)
         bad = check.first_bad() if check.at_once else None

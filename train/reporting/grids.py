@@ -1,7 +1,5 @@
 """Tables of a report, for the terminal and the page."""
 
-import math
-import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -10,14 +8,17 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from tpp.common.consoles import output_console
 from tpp.common.errors import printable
-from train.reporting.rival import Latency, verdicts
+from train.reporting.facts import dates_of, duration, si_count
+from train.reporting.latency import Latency
+from train.reporting.rival import verdicts
 from train.reporting.rows import (
     IDENTITY,
     RunRecord,
     SummaryRow,
     labels_of,
-    published_score,
+    listed,
     summary_rows,
     task_of,
 )
@@ -25,10 +26,14 @@ from train.run_folder.results import Results
 from train.tasks.base import LOSS, Metric, Task
 
 # Columns that say what a row is of, at the left of a table.
-_NAMING = ("", "Run", "Network", "Setting", "Stage")
+NAMING = ("", "Run", "Network", "Setting", "Stage")
+# Columns of words.
+TEXTUAL = (*NAMING, "Method", "Source", "Dense at")
 # What is longer than so many characters is folded where a terminal is narrow.
 _LONG_CELL = 24
 _MOST_SETTINGS = 20
+_MOST_BESIDE = 4
+BESIDE_DENSE = "vs dense"
 
 
 def summary_table(results: Results | Mapping[str, Any]) -> Group:
@@ -77,7 +82,7 @@ def _judging(task: type[Task]) -> list[Metric]:
 
 
 def _network_cells(row: SummaryRow, rows: Sequence[SummaryRow], task: type[Task]) -> list[str]:
-    parameters = _count(row.parameters)
+    parameters = si_count(row.parameters)
     dense = rows[0].parameters if rows[0].network == "Dense" else None
     if dense and row.parameters is not None and row.parameters != dense:
         parameters += f" (-{100 * (1 - row.parameters / dense):.1f}%)"
@@ -87,32 +92,76 @@ def _network_cells(row: SummaryRow, rows: Sequence[SummaryRow], task: type[Task]
         row.network,
         *(metric.number(row.scores.get(metric.name)) for metric in _judging(task)),
         parameters,
-        _count(row.macs),
+        si_count(row.macs),
         "-" if row.speedup is None else f"{row.speedup:.2f}x",
     ]
 
 
 def comparison(runs: Sequence[RunRecord]) -> Grid:
-    """All networks of all runs, and what was published for each."""
+    """All networks of all runs, and what was published for each, where anything was."""
     task = task_of(runs)
     metric = task.metrics[0]
-    network, score, *rest = _network_columns(task, [run.results for run in runs])
-    columns = ("Run", network, score, _in_unit("Published", metric), "Difference", *rest)
+    heads = _network_columns(task, [run.results for run in runs])
+    networks = listed(runs)
+    is_published = any(run.results.published is not None for run in runs)
+    published = [_in_unit("Published", metric), "Difference"] if is_published else []
+    columns = ["Run", *heads[:2], BESIDE_DENSE, *published, *heads[2:]]
     cells = []
-    for run, label in zip(runs, labels_of(runs), strict=True):
-        rows, published = summary_rows(run.results), run.results.published_score
-        for row in rows:
-            expected = published_score(row, rows, run.results)
+    for of in networks:
+        head, score, *rest = _network_cells(of.row, of.rows, task)
+        expected, figures = of.published, []
+        if is_published:
             text = metric.number(expected)
-            if published.pruned_std and expected == published.pruned:
-                text += f" ({metric.number(published.pruned_std)})"
-            off = None if expected is None or row.score is None else row.score - expected
-            difference = _number(off, f"+.{metric.digits}f")
-            network, score, *rest = _network_cells(row, rows, task)
-            cells.append([label, network, score, text, difference, *rest])
-        if not rows:
+            known = of.run.results.published_score
+            if known.pruned_std and expected == known.pruned:
+                text += f" ({metric.number(known.pruned_std)})"
+            off = None if expected is None or of.row.score is None else of.row.score - expected
+            figures = [text, _difference(off, metric)]
+        cells.append([of.label, head, score, _difference(of.beside_dense, metric), *figures, *rest])
+    for run, label in zip(runs, labels_of(runs), strict=True):
+        if not summary_rows(run.results):
             cells.append([label, "nothing is done yet", *["-"] * (len(columns) - 2)])
-    return Grid("Runs beside the published results", columns, cells)
+    title = "Results beside the published ones" if is_published else "Results"
+    return _of_one_run(Grid(title, columns, cells), runs)
+
+
+def _short(value: float) -> str:
+    return f"{value:.4g}" if value < 1000 else f"{value:,.0f}"
+
+
+def _difference(value: float | None, metric: Metric) -> str:
+    return _number(value, f"+.{metric.digits}f")
+
+
+def _of_one_run(grid: Grid, runs: Sequence[RunRecord]) -> Grid:
+    """Without the column that would say the name of the only run in every row."""
+    if len(runs) > 1:
+        return grid
+    rows = [row[1:] for row in grid.rows]
+    return grid._replace(columns=grid.columns[1:], rows=rows)
+
+
+def latencies(runs: Sequence[RunRecord], latency: Latency | None) -> Grid:
+    """What the networks of the runs took, where it was measured, dense beside pruned."""
+    cells = []
+    for of in listed(runs) if latency else ():
+        assert latency is not None
+        row, dense = of.row, of.rows[0]
+        for batch in latency.batches:
+            timing = latency.timing(batch, row.parameters, row.macs)
+            if timing is None:
+                continue
+            ends = "-"
+            if timing.quartiles is not None:
+                ends = " - ".join(map(_short, timing.quartiles))
+            counted, real = _number(row.speedup, ".2f"), "-"
+            if timed := latency.timing(batch, dense.parameters, dense.macs):
+                real = f"{timed.median / timing.median:.2f}x"
+            figures = [_short(timing.median), ends, _short(timing.images_per_second)]
+            speedups = [counted if counted == "-" else f"{counted}x", real]
+            cells.append([of.label, row.network, str(batch), *figures, *speedups])
+    columns = ("Run", "Network", "Batch", "ms", "Quartiles", "Images/s", "Counted", "Measured")
+    return _of_one_run(Grid("Measured latency", columns, cells), runs)
 
 
 def rivals(runs: Sequence[RunRecord], latency: Latency | None = None) -> Grid:
@@ -127,13 +176,14 @@ def rivals(runs: Sequence[RunRecord], latency: Latency | None = None) -> Grid:
                 low, high = rival.pixels
                 between = f"{low} px" if low == high else f"between {low} and {high} px"
             scores = metric.number(row.score), metric.number(rival.score if rival else None)
-            equal = f"{_count(row.macs)} MACs"
+            equal = f"{si_count(row.macs)} MACs"
             if verdict.batch is not None:
                 equal = f"{verdict.cost:.4g} ms, batch {verdict.batch}"
             difference = _number(verdict.gain, f"+.{metric.digits}f")
             cells.append([label, row.network, equal, *scores, between, difference])
-    columns = ("Run", "Network", "At equal", metric.column, "Dense", "Dense at", "Difference")
-    return Grid("Beside the dense network at fewer pixels (interpolated)", columns, cells)
+    columns = ("Run", "Network", "At equal cost", metric.column, "Dense", "Dense at", "Difference")
+    title = "Beside the dense network at fewer pixels (interpolated)"
+    return _of_one_run(Grid(title, columns, cells), runs)
 
 
 def _sources(runs: Sequence[RunRecord]) -> Grid:
@@ -146,7 +196,8 @@ def _sources(runs: Sequence[RunRecord]) -> Grid:
             figures = metric.number(score.dense), metric.number(score.pruned)
             cells.append([label, published.source, *figures, speedup])
     dense, pruned = _in_unit("Dense", metric), _in_unit("Pruned", metric)
-    return Grid("Published", ("Run", "Source", dense, pruned, "Speedup"), cells)
+    columns = ("Run", "Source", dense, pruned, "Speedup")
+    return _of_one_run(Grid("Published", columns, cells), runs)
 
 
 def _differences(runs: Sequence[RunRecord]) -> Grid:
@@ -171,7 +222,16 @@ def _differences(runs: Sequence[RunRecord]) -> Grid:
         if key.split(".")[0] not in IDENTITY and len(set(values)) > 1:
             cells.append([key, *values])
     columns = ("Setting", *(label for _, label in known))
-    return Grid("Settings that differ", columns, cells, most=_MOST_SETTINGS)
+    grid = Grid("Settings that differ", columns, cells, most=_MOST_SETTINGS)
+    return _taller_than_wide(grid, "Run")
+
+
+def _taller_than_wide(grid: Grid, names: str) -> Grid:
+    """A grid whose columns are runs, or the same on its side, where there are many of them."""
+    if len(grid.columns) - 1 <= max(_MOST_BESIDE, len(grid.rows)):
+        return grid
+    rows = [list(row) for row in zip(grid.columns, *grid.rows, strict=True)]
+    return Grid(grid.title, [names, *rows[0][1:]], rows[1:])
 
 
 def _above(key: str) -> list[str]:
@@ -193,7 +253,8 @@ def _circumstances(runs: Sequence[RunRecord]) -> Grid:
         ["model", *(r.model or "-" for r in results)],
         ["MACs are of", *(_setting(_image_size(r)) for r in results)],
         ["seed", *(_setting(r.seed) for r in results)],
-        ["wall time", *(_duration(r.wall_seconds) for r in results)],
+        ["date", *(dates_of(run) or "-" for run in runs)],
+        ["wall time", *(duration(r.wall_seconds) for r in results)],
         ["device", *(r.device or "-" for r in results)],
         ["ranks", *(_setting(r.ranks) for r in results)],
         ["engine", *(r.engine or "-" for r in results)],
@@ -202,17 +263,21 @@ def _circumstances(runs: Sequence[RunRecord]) -> Grid:
     for package in dict.fromkeys(name for r in results for name in r.versions):
         rows.append([package, *(r.versions.get(package, "-") for r in results)])
     rows.append(["folder", *(str(run.folder) for run in runs)])
-    return Grid("Circumstances", ("", *labels_of(runs)), rows)
+    return _taller_than_wide(Grid("Circumstances", ("", *labels_of(runs)), rows), "Run")
 
 
 def stage_grid(run: RunRecord) -> Grid:
-    """What each stage of a run did and found, those to come and under way too."""
+    """What each stage of a run did and found, those to come and under way too.
+
+    What no stage says anything of has no column.
+    """
     task = run.results.task_type
     score = task.metrics[0]
+    metrics = dict.fromkeys((*task.told, *(m for m in task.metrics if m.name == LOSS.name)))
     columns = (
         *("Stage", "Method", "Steps", "Epochs", f"{score.title} before"),
-        *(metric.column for metric in task.told),
-        *("Images", "Largest removed", "Time"),
+        *(metric.column for metric in metrics),
+        *("Parameters", "MACs", "Images", "Largest removed weight", "Time"),
     )
     rows = []
     for name, stage in run.stages.items():
@@ -223,10 +288,12 @@ def stage_grid(run: RunRecord) -> Grid:
                 f"under way, step {max(e[-1]['step'] for e in logged)}" if logged else "to do"
             )
         before = score.number(stage.start.score if stage.start else None)
-        found = [metric.number(stage.scores.get(metric.name)) for metric in task.told]
-        removed, wall = _number(stage.removed_magnitude, ".3g"), _duration(stage.wall_seconds)
-        rows.append([*state, before, *found, _setting(stage.images), removed, wall])
-    return Grid("Stages", columns, rows)
+        found = [metric.number(stage.scores.get(metric.name)) for metric in metrics]
+        size = [si_count(stage.parameters), si_count(stage.macs), _setting(stage.images)]
+        removed, wall = _number(stage.removed_magnitude, ".3g"), duration(stage.wall_seconds)
+        rows.append([*state, before, *found, *size, removed, wall])
+    said = [n for n in range(len(columns)) if n < 2 or any(row[n] != "-" for row in rows)]
+    return Grid("Stages", [columns[n] for n in said], [[row[n] for n in said] for row in rows])
 
 
 def _in_unit(word: str, metric: Metric) -> str:
@@ -238,32 +305,13 @@ def _number(value: float | None, form: str) -> str:
     return "-" if value is None else f"{value:{form}}"
 
 
-def _count(value: int | None) -> str:
-    if value is None:
-        return "-"
-    for size, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
-        if value >= size:
-            return f"{value / size:.4g}{unit}"
-    return str(value)
-
-
-def _duration(seconds: float | None) -> str:
-    if seconds is None or not math.isfinite(seconds):
-        return "-"
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min"
-
-
 def _setting(value: Any) -> str:
     return "-" if value is None else str(value)
 
 
 def console_for() -> Console:
     """Where a report is printed."""
-    # A pipe has no width; 80 columns, rich's guess, would break the lines of every table.
-    return Console(width=None if sys.stdout.isatty() else 200)
+    return output_console(200)
 
 
 def to_rich(grid: Grid, width: int | None = None) -> Group:
@@ -274,7 +322,7 @@ def to_rich(grid: Grid, width: int | None = None) -> Group:
         width: of the terminal, in characters. What does not fit beside each other there comes
             below each other, the columns that name a row in each part; None for one table.
     """
-    return Group(*(_table(part) for part in _parts(grid, width)))
+    return Group(*(_table(part, width) for part in _parts(grid, width)))
 
 
 def _parts(grid: Grid, width: int | None) -> Iterator[Grid]:
@@ -283,7 +331,7 @@ def _parts(grid: Grid, width: int | None) -> Iterator[Grid]:
         more = f"... and {len(grid.rows) - grid.most} more, which report.html has"
         rows = [*grid.rows[: grid.most], [more, *[""] * (len(grid.columns) - 1)]]
         grid = grid._replace(rows=rows)
-    names = max(1, next((n for n, c in enumerate(grid.columns) if c not in _NAMING), 0))
+    names = max(1, next((n for n, c in enumerate(grid.columns) if c not in NAMING), 0))
     widths = [_least_width(grid, number) for number in range(len(grid.columns))]
     for columns in side_by_side(widths, names, width):
         yield grid._replace(
@@ -315,11 +363,15 @@ def _least_width(grid: Grid, number: int) -> int:
     return 3 + min(_LONG_CELL, max(map(len, texts), default=0))
 
 
-def _table(grid: Grid) -> Table:
+def _table(grid: Grid, width: int | None) -> Table:
     table = Table(title=Text(grid.title) if grid.title else None, title_justify="left")
+    texts = zip(grid.columns, *grid.rows, strict=True)
+    needed = 1 + sum(3 + max(map(len, column)) for column in texts)
+    # Where it is too wide, rich makes its widest columns narrower, in the midst of a word as well.
+    breaks = "\n" if width is not None and needed > width else " "
     for column in grid.columns:
-        textual = column in (*_NAMING, "Source")
-        heading = Text(printable(column), overflow="fold")
+        textual = column in TEXTUAL
+        heading = Text(printable(column).replace(" ", breaks), overflow="fold")
         table.add_column(heading, justify="left" if textual else "right", overflow="fold")
     for row in grid.rows:
         table.add_row(*(Text(printable(cell)) for cell in row))
@@ -333,6 +385,6 @@ def grids_of(runs: Sequence[RunRecord], latency: Latency | None = None) -> list[
         runs: the runs.
         latency: measured times of their networks, if there are any.
     """
-    beside = [comparison(runs), rivals(runs, latency), _sources(runs)]
+    beside = [comparison(runs), latencies(runs, latency), rivals(runs, latency), _sources(runs)]
     grids = [*beside, _differences(runs), _circumstances(runs)]
     return [grid for grid in grids if grid.rows]

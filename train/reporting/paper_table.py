@@ -1,13 +1,13 @@
 """A sweep's results as the table that was published: mean and deviation beside the paper's.
 
-``python -m train.report --table 1`` prints it; missing cells are blank, so it can be looked at
+``tpp report --table 1`` prints it; missing cells are blank, so it can be looked at
 while the sweep goes on.
 """
 
 import csv
 import io
 from collections.abc import Iterable, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from statistics import fmean, stdev
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ from rich.text import Text
 
 from train.grid import AS_CONFIGURED, Sweep, SweepRun, expand, metric_of, state_of
 from train.reporting.grids import side_by_side
+from train.reporting.latency import Latency
 from train.reporting.rows import chain_of
 from train.run_folder.results import Results
 from train.tasks.base import Metric
@@ -83,6 +84,15 @@ class Cell:
             None if self.mean is None or self.published is None else self.mean - self.published[0]
         )
 
+    def milliseconds(self, latency: Latency | None, batch: int) -> float | None:
+        """Mean measured time for a batch, over the seeds whose networks were measured."""
+        found = [
+            time
+            for size in self.sizes
+            if latency and (time := latency.milliseconds(batch, size.parameters, size.macs))
+        ]
+        return fmean(found) if found else None
+
 
 @dataclass(frozen=True)
 class ResultTable:
@@ -109,6 +119,23 @@ class ResultTable:
     sparsity: dict[str, list[str]]
     speedup: dict[str, list[str]]
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no run has come to anything yet."""
+        return self.dense_score is None and not any(cell.scores for cell in self.cells.values())
+
+    @property
+    def dense_row(self) -> str | None:
+        """The method whose networks are the dense one, at its full size, where there is one."""
+        dense = self.dense_size
+        for method in self.titles if dense else ():
+            sizes = [
+                size for at, cell in self.cells.items() if at[1] == method for size in cell.sizes
+            ]
+            if sizes and all(replace(size, steps=0) == dense for size in sizes):
+                return method
+        return None
+
 
 def collect(sweep: Sweep) -> ResultTable:
     """Read what the runs of a sweep have come to so far.
@@ -124,7 +151,7 @@ def collect(sweep: Sweep) -> ResultTable:
         for method in sweep.methods
         for ratio in sweep.ratios
     ]
-    metric = metric_of(results.values())
+    metric = metric_of(runs)
     scores: dict[tuple[str, str, str], list[float]] = {place: [] for place in places}
     sizes: dict[tuple[str, str, str], list[Size]] = {place: [] for place in places}
     sparsity: dict[str, set[str]] = {ratio: set() for ratio in sweep.ratios}
@@ -199,27 +226,29 @@ def _published(sweep: Sweep, finetuning: str, method: str, ratio: str) -> tuple[
 
 
 @dataclass(frozen=True)
-class _Row:
+class TableRow:
+    """A row of a table, and the numbers of the cells that are best."""
+
     label: str
     cells: list[str]
     bold: frozenset[int] = frozenset()
 
 
-def _block(table: ResultTable, finetuning: str) -> list[_Row]:
+def _block(table: ResultTable, finetuning: str) -> list[TableRow]:
     """Each method with its published figures and the difference in lines of their own."""
     ratios = list(table.sweep.ratios)
     best = _best(table, finetuning)
-    rows: list[_Row] = []
+    rows: list[TableRow] = []
     for method, title in table.titles.items():
         cells = [table.cells[finetuning, method, ratio] for ratio in ratios]
         bold = frozenset(n for n, cell in enumerate(cells) if method in best[ratios[n]])
-        rows.append(_Row(title, [_measured(cell) for cell in cells], bold))
+        rows.append(TableRow(title, [_measured(cell) for cell in cells], bold))
         published = [_with_std(*cell.published) if cell.published else "" for cell in cells]
         if any(published):
-            rows.append(_Row("  published", published))
+            rows.append(TableRow("  published", published))
         beside = [_beside(cell) for cell in cells]
         if any(beside):
-            rows.append(_Row("  difference" if any(published) else "", beside))
+            rows.append(TableRow("  difference" if any(published) else "", beside))
     return rows
 
 
@@ -252,7 +281,7 @@ def _beside(cell: Cell) -> str:
     return " ".join(parts)
 
 
-def _sizes(table: ResultTable) -> list[_Row]:
+def _sizes(table: ResultTable) -> list[TableRow]:
     """Share of parameters removed and speedup, measured and published."""
     rows = []
     published = table.sweep.published
@@ -260,18 +289,22 @@ def _sizes(table: ResultTable) -> list[_Row]:
         ("Sparsity", table.sparsity, published and published.sparsity, "%"),
         ("Speedup", table.speedup, published and published.speedup, "x"),
     ):
-        rows.append(_Row(label, ["/".join(found[ratio]) for ratio in table.sweep.ratios]))
+        rows.append(TableRow(label, ["/".join(found[ratio]) for ratio in table.sweep.ratios]))
         if expected:
-            rows.append(_Row("  published", [f"{value:.2f}{unit}" for value in expected]))
+            rows.append(TableRow("  published", [f"{value:.2f}{unit}" for value in expected]))
     return rows
 
 
-def _note(table: ResultTable) -> str:
+def note(table: ResultTable) -> str:
+    """How the cells are to be read."""
     metric = table.metric
     return _NOTE.format(score=f"{metric.word} in {_UNITS.get(metric.unit, metric.unit.strip())}")
 
 
-def _headline(table: ResultTable) -> str:
+def headline(table: ResultTable) -> str:
+    """What the dense network scores; "" where a row says it."""
+    if table.dense_row is not None:
+        return ""
     measured = table.metric.number(table.dense_score)
     published = table.sweep.published
     if published is None or published.dense_top1 is None:
@@ -279,26 +312,29 @@ def _headline(table: ResultTable) -> str:
     return f"Dense: {measured} (published {published.dense_top1:.2f})"
 
 
-class _Grid(NamedTuple):
+class TableGrid(NamedTuple):
+    """One of the tables of a sweep; its headings are those of the cells beside the labels."""
+
     title: str
     columns: list[str]
-    rows: list[_Row]
+    rows: list[TableRow]
 
 
-def _grids(table: ResultTable) -> list[_Grid]:
+def grids_of_sweep(table: ResultTable) -> list[TableGrid]:
+    """The tables of a sweep."""
     ratios = list(table.sweep.ratios)
     blocks = [
-        _Grid(
+        TableGrid(
             "" if label == AS_CONFIGURED else f"Finetuning: {label}", ratios, _block(table, label)
         )
         for label in table.sweep.blocks
     ]
     if all(len(found) <= 1 for found in (*table.sparsity.values(), *table.speedup.values())):
-        return [_Grid("Size of the pruned networks", ratios, _sizes(table)), *blocks]
+        return [TableGrid("Size of the pruned networks", ratios, _sizes(table)), *blocks]
     return [*blocks, *_sizes_of_each(table)]
 
 
-def _sizes_of_each(table: ResultTable) -> list[_Grid]:
+def _sizes_of_each(table: ResultTable) -> list[TableGrid]:
     """A grid for each block and ratio, where methods leave networks of different sizes."""
     columns = ["Parameters", "Non-zero", "MACs", "Steps"]
     grids = []
@@ -308,17 +344,18 @@ def _sizes_of_each(table: ResultTable) -> list[_Grid]:
             for method, title in table.titles.items():
                 sizes = [astuple(size) for size in table.cells[block, method, ratio].sizes]
                 means = [f"{round(fmean(values)):,}" for values in zip(*sizes, strict=True)]
-                rows.append(_Row(title, means or [""] * len(columns)))
+                rows.append(TableRow(title, means or [""] * len(columns)))
             place = ratio if block == AS_CONFIGURED else f"{ratio}, finetuning {block}"
             title = f"Size and training, {place}"
-            grids.append(_Grid(title, columns, rows))
+            grids.append(TableGrid(title, columns, rows))
     return grids
 
 
 def to_rich(table: ResultTable, width: int = 100) -> Group:
     """The table for a terminal of so many columns; ratios that do not fit come below."""
-    parts: list[Table | Text] = [Text(_headline(table), style="bold")]
-    for title, columns_there, rows in _grids(table):
+    dense = headline(table)
+    parts: list[Table | Text] = [Text(dense, style="bold")] if dense else []
+    for title, columns_there, rows in grids_of_sweep(table):
         headings = ["Method", *columns_there]
         texts = [headings, *([row.label, *row.cells] for row in rows)]
         widths = [3 + max(len(text[n]) for text in texts) for n in range(len(headings))]
@@ -341,15 +378,16 @@ def to_rich(table: ResultTable, width: int = 100) -> Group:
     source = (
         [] if table.sweep.published is None else [f"Published: {table.sweep.published.source}."]
     )
-    return Group(*parts, Text("\n".join((_note(table), *source))))
+    return Group(*parts, Text("\n".join((note(table), *source))))
 
 
 def to_markdown(table: ResultTable) -> str:
     """The table as Markdown."""
-    lines = [f"# {table.sweep.name}", "", f"{_headline(table)}. {_note(table)}"]
+    dense = headline(table)
+    lines = [f"# {table.sweep.name}", "", f"{dense}. {note(table)}" if dense else note(table)]
     if table.sweep.published is not None:
         lines.append(f"Published: {table.sweep.published.source}.")
-    for title, columns, rows in _grids(table):
+    for title, columns, rows in grids_of_sweep(table):
         lines += [*(["", f"## {title}"] if title else []), "", _md_row("", columns)]
         lines.append("|---" + "|--:" * len(columns) + "|")
         for row in rows:
@@ -362,11 +400,18 @@ def _md_row(label: str, cells: Sequence[str]) -> str:
     return f"| {label} | {' | '.join(cells)} |"
 
 
-def to_csv(table: ResultTable) -> str:
-    """One line for each method, ratio and finetuning; what is not known is left empty."""
+def to_csv(table: ResultTable, latency: Latency | None = None) -> str:
+    """One line for each method, ratio and finetuning; what is not known is left empty.
+
+    Args:
+        table: of the sweep.
+        latency: measured times of its networks, each batch in a column of its own.
+    """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([field.format(score=table.metric.name) for field in _CSV_FIELDS])
+    batches = latency.batches if latency else []
+    fields = [field.format(score=table.metric.name) for field in _CSV_FIELDS]
+    writer.writerow([*fields, *(f"milliseconds_batch_{batch}" for batch in batches)])
     for (finetuning, method, ratio), cell in table.cells.items():
         published = (*(cell.published or ()), None, None)[:2]
         numbers = (cell.mean, cell.std, *published, cell.difference)
@@ -374,5 +419,7 @@ def to_csv(table: ResultTable) -> str:
         sizes = [astuple(size) for size in cell.sizes]
         means = [str(round(fmean(values))) for values in zip(*sizes, strict=True)]
         left = means or [""] * 4
+        timed = [cell.milliseconds(latency, batch) for batch in batches]
+        left += ["" if time is None else f"{time:.4f}" for time in timed]
         writer.writerow([method, ratio, finetuning, len(cell.scores), cell.seeds, *written, *left])
     return text.getvalue()

@@ -6,13 +6,11 @@ linearly between the two nearest sizes that were measured; beyond them nothing i
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from tpp.common.errors import UserError
-from tpp.common.reading import read_json
 from tpp.measure.curves import place_of_cost
 from train.config.stage_kinds import stage_kind
+from train.reporting.latency import Latency
 from train.reporting.rows import RunRecord, SummaryRow, chain_of, network_rows
 from train.run_folder.results import NetworkResult, Results, StageResult
 
@@ -123,7 +121,7 @@ class Verdict:
         return self.row.score - self.rival.score
 
 
-def verdicts(run: RunRecord, latency: "Latency | None" = None) -> Iterator[Verdict]:
+def verdicts(run: RunRecord, latency: Latency | None = None) -> Iterator[Verdict]:
     """Every pruned network of a run beside the dense one, where that was measured at other sizes.
 
     Args:
@@ -150,40 +148,3 @@ def verdicts(run: RunRecord, latency: "Latency | None" = None) -> Iterator[Verdi
             ]
             if time is not None:
                 yield Verdict(row, time, batch, interpolated(timed, time))
-
-
-class Latency:
-    """What ``python -m tpp.latency --json FILE`` measured.
-
-    Networks are known by their parameters and multiply-accumulates.
-    """
-
-    def __init__(self, rows: Sequence[dict[str, Any]]) -> None:
-        self._times = {
-            (int(row["batch"]), int(row["parameters"]), int(row["macs"])): float(row["median_ms"])
-            for row in rows
-        }
-
-    @classmethod
-    def read(cls, path: Path) -> "Latency":
-        """Read a file.
-
-        Raises:
-            UserError: it is none of these.
-        """
-        content = read_json(path, "the latencies")
-        try:
-            return cls(content["results"])
-        except (KeyError, TypeError, ValueError):
-            raise UserError(f"{path}: not what python -m tpp.latency --json writes") from None
-
-    @property
-    def batches(self) -> list[int]:
-        """The batches that were measured."""
-        return sorted({batch for batch, _, _ in self._times})
-
-    def milliseconds(self, batch: int, parameters: int | None, macs: float) -> float | None:
-        """A network's time for a batch; None where it was not measured."""
-        if parameters is None:
-            return None
-        return self._times.get((batch, parameters, int(macs)))

@@ -1,18 +1,20 @@
 """What a report says of each run."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tpp.common.errors import UserError
 from tpp.common.reading import read_text
 from tpp.common.yaml_files import LARGEST_YAML, parse_yaml
 from tpp.methods import available_methods
 from tpp.methods.base import Method
+from tpp.plan import PruningPlan
 from train.config.stage_kinds import StageKind, stage_kind
 from train.run_folder.log import LogEntry, read_log
+from train.run_folder.plans import PLAN_FILE
 from train.run_folder.results import NetworkResult, Results, StageResult, read_results
 from train.tasks import task_class
 from train.tasks.base import Task
@@ -20,6 +22,8 @@ from train.tasks.classification import Classification
 
 # What names a run and where it is, rather than what it does.
 IDENTITY = ("name", "output", "published")
+_LONGEST_NAME = 255  # bytes, of a file
+_LATEST = 2**35  # seconds since 1970: after it no run of today was
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,8 @@ class RunRecord:
         log: entries of log.jsonl that have a step, by event and stage, in rising order of steps.
         settings: every setting of config.yaml by its dotted key; empty where there is no file.
         stages: the stages that are done, and those that config.yaml announces.
+        config: the text of config.yaml; None where there is no file.
+        plans: of the stages that wrote one, by name.
     """
 
     folder: Path
@@ -71,32 +77,75 @@ class RunRecord:
     log: dict[tuple[str, str], list[LogEntry]]
     settings: dict[str, Any]
     stages: dict[str, StageResult]
+    config: str | None = None
+    plans: dict[str, PruningPlan] = field(default_factory=dict)
+
+    @property
+    def times(self) -> tuple[float, float] | None:
+        """Of its first and its last entry in the log, in seconds since 1970; None without one."""
+        logged = [entry.get("time") for entries in self.log.values() for entry in entries]
+        times = [t for t in logged if isinstance(t, int | float) and 0 < t < _LATEST]
+        return (min(times), max(times)) if times else None
 
 
 def load_run(folder: Path) -> RunRecord:
     """Read a run folder.
 
     Raises:
-        UserError: it is no run folder, or its results.json or config.yaml is broken.
+        UserError: it is no run folder, or its results.json, its config.yaml or a plan of it is
+            broken.
     """
     path, config_path = folder / "results.json", folder / "config.yaml"
     if not path.exists() and not (folder / "log.jsonl").exists():
         raise UserError(f"{folder}: no run folder: it has neither results.json nor log.jsonl")
     results = read_results(path) if path.exists() else None
-    config = _read_config(config_path)
+    config_text = None
+    if config_path.exists():
+        config_text = read_text(config_path, "the configuration", largest=LARGEST_YAML)
+    config = {} if config_text is None else _parse_config(config_text, config_path)
     if results is None:
         results = Results(name=folder.resolve().name, task=_task_in(config, config_path))
-    stages = {
-        name: StageResult(kind=str(stage.get("kind")), input=_text(stage.get("input")))
-        for name, stage in config.get("stages", {}).items()
-    }
+    stages = {name: _announced(stage, config) for name, stage in config.get("stages", {}).items()}
+    stages |= results.stages
     return RunRecord(
         folder=folder,
         results=results,
         log=read_log(folder / "log.jsonl"),
         settings=dict(_flatten(config)),
-        stages={**stages, **results.stages},
+        stages=stages,
+        config=config_text,
+        plans=dict(_plans(folder, stages)),
     )
+
+
+def _announced(stage: dict[str, Any], config: dict[str, Any]) -> StageResult:
+    """A stage as its settings have it, before anything is known of it."""
+    kind = str(stage.get("kind"))
+    section = stage.get("method") or config.get("method")
+    name = _text(section.get("name")) if isinstance(section, dict) else None
+    method = available_methods().get(name or "") if stage_kind(kind).has_method else None
+    return StageResult(
+        kind=kind,
+        input=_text(stage.get("input")),
+        method=method.name if method else None,
+        title=method.title if method else None,
+    )
+
+
+def _plans(folder: Path, stages: Iterable[str]) -> Iterator[tuple[str, PruningPlan]]:
+    for name in stages:
+        of_stage = stage_folder(folder, name)
+        if of_stage is not None and (path := of_stage / PLAN_FILE).exists():
+            yield name, PruningPlan.load(path)
+
+
+def stage_folder(folder: Path, stage: str) -> Path | None:
+    """The folder of a stage, which may not be there.
+
+    None where it would be another: in a stranger's results a stage may have any name.
+    """
+    is_one = stage.isprintable() and 0 < len(stage.encode()) <= _LONGEST_NAME
+    return folder / stage if is_one and "/" not in stage and stage not in (".", "..") else None
 
 
 def summary_rows(results: Results | Mapping[str, Any]) -> list[SummaryRow]:
@@ -184,11 +233,9 @@ def task_of(runs: Sequence[RunRecord]) -> type[Task]:
     return first.results.task_type
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
+def _parse_config(text: str, path: Path) -> dict[str, Any]:
     # The resolved configuration extends nothing: no other file is opened for what it says.
-    config = parse_yaml(read_text(path, "the configuration", largest=LARGEST_YAML), str(path))
+    config = parse_yaml(text, str(path))
     stages = config.get("stages", {}) if isinstance(config, dict) else None
     if not isinstance(stages, dict) or not all(isinstance(s, dict) for s in stages.values()):
         raise UserError(f"{path}: not the resolved configuration of a run")
@@ -346,4 +393,70 @@ def headline_of(run: RunRecord) -> str:
     line = f"{score.word}: {', '.join(parts)}" if parts else f"no {score.noun or score.word} yet"
     if published is not None:
         line += f" (published {score.number(published)}{score.unit})"
-    return line if results.status == "finished" else f"{line} - still {results.status}"
+    if results.status == "finished":
+        return line
+    return f"{line} - {'still running' if results.status == 'running' else results.status}"
+
+
+class Listed(NamedTuple):
+    """A network in a table of several runs.
+
+    Attributes:
+        label: of its run, or of the runs that began from it.
+        run: the first of these.
+        row: the network.
+        rows: all networks of that run.
+    """
+
+    label: str
+    run: RunRecord
+    row: SummaryRow
+    rows: Sequence[SummaryRow]
+
+    @property
+    def published(self) -> float | None:
+        """The score that it is to reproduce; None where none is known, or it is not clear which."""
+        return published_score(self.row, self.rows, self.run.results)
+
+    @property
+    def beside_dense(self) -> float | None:
+        """Its score less that of the dense network of its run."""
+        dense = self.rows[0]
+        if self.row is dense or dense.network != "Dense":
+            return None
+        known = self.row.score is not None and dense.score is not None
+        return self.row.score - dense.score if known else None  # type: ignore[operator]
+
+
+def listed(runs: Sequence[RunRecord]) -> list[Listed]:
+    """All networks of all runs; a dense one that several runs began from is there once."""
+    found: list[Listed] = []
+    for run, label in zip(runs, labels_of(runs), strict=True):
+        rows = summary_rows(run.results)
+        found += [Listed(label, run, row, rows) for row in rows]
+    several: dict[int, list[str]] = {}
+    once: list[Listed] = []
+    for one in found:
+        first = None
+        if one.row.stage is None:
+            first = next(
+                (n for n, o in enumerate(once) if (o.row, o.published) == (one.row, one.published)),
+                None,
+            )
+        if first is None:
+            several[len(once)] = [one.label]
+            once.append(one)
+        else:
+            several[first].append(one.label)
+    return [
+        one._replace(label=_labels_in_short(several[number], len(runs)))
+        for number, one in enumerate(once)
+    ]
+
+
+def _labels_in_short(labels: Sequence[str], of: int) -> str:
+    if len(labels) == 1:
+        return labels[0]
+    if len(labels) == of:
+        return "both runs" if of == 2 else f"all {of} runs"
+    return f"{labels[0]} and {len(labels) - 1} more"

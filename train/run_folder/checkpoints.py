@@ -38,6 +38,7 @@ from tpp.checkpoints.training_state import (
 from tpp.common.errors import UserError
 from tpp.common.files import aside_of, is_aside, sync
 from train.config.sections import CheckpointsSection
+from train.copies import RunCopies
 
 Result = TypeVar("Result")
 # A network file system's server that was restarted, a path to a disk that is switched over.
@@ -63,12 +64,19 @@ class CheckpointWriter:
         folder: ``checkpoints`` of the stage; made with the first checkpoint.
         settings: what the configuration says.
         say: prints a line; called from the thread that calls these methods.
+        copies: has each checkpoint copied; None for no copies.
     """
 
     def __init__(
-        self, folder: Path, settings: CheckpointsSection, *, say: Callable[[str], None]
+        self,
+        folder: Path,
+        settings: CheckpointsSection,
+        *,
+        say: Callable[[str], None],
+        copies: RunCopies | None = None,
     ) -> None:
         self._folder, self._settings, self._say = folder, settings, say
+        self._run_copies = copies
         # An executor's thread is waited for when the interpreter ends, however it ends.
         self._executor = ThreadPoolExecutor(1, "checkpoint") if settings.asynchronous else None
         self._writing: Future[list[str]] | None = None
@@ -117,6 +125,8 @@ class CheckpointWriter:
         Raises:
             UserError: with ``on_error: stop``: it could not be written.
         """
+        if self._run_copies is not None:
+            self._tell(self._run_copies.take_lines())
         writing = self._writing
         if writing is not None and writing.done():
             self._writing = None
@@ -209,7 +219,12 @@ class CheckpointWriter:
             _sync_files(also_sync)
             write_state(target, replace(state, number=number))
             self._whole[target], self._notes[target] = True, (number, state.score)
-            return self._drop(self._newest() | self._kept_for_good())
+            newest, for_good = self._newest(), self._kept_for_good()
+            lines = self._drop(newest | for_good)
+            if self._run_copies is not None:
+                passing = newest - for_good - {target}
+                self._run_copies.offer(str(target), is_checkpoint=True, passing=passing)
+            return lines
         except (UserError, OSError) as error:
             # An OSError: the folder cannot be listed.
             text = str(error) if isinstance(error, UserError) else f"{target}: {error.strerror}"

@@ -1,5 +1,6 @@
 """The networks of a run's stages: read, placed, evaluated, saved."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +53,16 @@ def place(run: Run, model: nn.Module) -> nn.Module:
     return model
 
 
-def evaluate_network(run: Run, model: nn.Module, image_size: int | None = None) -> Scores:
+def evaluate_network(
+    run: Run, model: nn.Module, image_size: int | None = None, folders: Sequence[str] = ()
+) -> Scores:
     """Evaluate over the validation images, shared over the ranks; left in evaluation mode.
 
     Args:
         run: the run.
         model: the network.
         image_size: another side of the images than the run's, in pixels.
+        folders: of the validation images, to evaluate each by itself too.
     """
     run.at("evaluation")
     # Each rank has normalised its own batches; what is measured must be what is saved.
@@ -71,6 +75,7 @@ def evaluate_network(run: Run, model: nn.Module, image_size: int | None = None) 
             run.data.eval_batches(training.evaluate_batch_size or local_batch, image_size),
             device=accelerator.device,
             over_ranks=sum_over_ranks,
+            folders=folders,
         )
 
 
@@ -148,8 +153,9 @@ def network_of_shapes(run: Run, architecture: Architecture, shapes: Shapes) -> n
     Raises:
         UserError: they are no shapes of such a network.
     """
-    network = fitted(architecture, shapes)
-    set_preprocessing(network, run.config.data.preprocessing())
+    images = run.config.data.preprocessing()
+    network = fitted(architecture, shapes, images=images)
+    set_preprocessing(network, images)
     empty = {name: torch.zeros_like(t, device="cpu") for name, t in network.state_dict().items()}
     assign_tensors(network, empty)
     if any(buffer.is_meta for buffer in network.buffers()):

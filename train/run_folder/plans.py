@@ -6,8 +6,8 @@ from tpp.methods.base import Method
 from tpp.models.architecture import example_input_for
 from tpp.plan import PruningPlan
 from tpp.selection.selection import same_on_all_ranks
-from train.config.config import Config
 from train.run import Run
+from train.run_folder.calibration import selection_of
 
 PLAN_FILE = "plan.json"
 
@@ -20,11 +20,11 @@ def choose_plan(run: Run, name: str, model: nn.Module, method: Method) -> Prunin
     stage = run.config.stages[name]
     if not stage.does.needs_plan or (stage.does.regularizes and method.picks != "before"):
         return None
-    if stage.input is not None and _regularizes_for_a_plan(run.config, stage.input):
+    if stage.input is not None and run.config.readies_a_plan(stage.input):
         plan = load_plan(run, stage.input)
     else:
         example = example_input_for(model)
-        plan = method.select(model, run.config.selection(name), example_input=example)
+        plan = method.select(model, selection_of(run, name), example_input=example)
         plan = same_on_all_ranks(plan)
     save_plan(run, name, plan)
     return plan
@@ -38,16 +38,10 @@ def save_plan(run: Run, name: str, plan: PruningPlan) -> None:
         with_plan = (
             other
             for other, stage in config.stages.items()
-            if stage.does.removes or _regularizes_for_a_plan(config, other)
+            if stage.does.removes or config.readies_a_plan(other)
         )
         if name == next(with_plan):
             plan.save(run.folder / PLAN_FILE)
-
-
-def _regularizes_for_a_plan(config: Config, name: str) -> bool:
-    """Whether a stage readies the network for the removal of filters that it knows."""
-    picks = config.stage_method(name).picks
-    return config.stages[name].does.regularizes and picks in ("before", "during")
 
 
 def load_plan(run: Run, name: str) -> PruningPlan:

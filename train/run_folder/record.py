@@ -80,10 +80,10 @@ def write_results(run: Run, status: str) -> None:
         name=run.config.name,
         seed=run.config.seed,
         status=status,
-        model=run.config.model.name,
+        model=run.config.model.network,
         task=run.task.kind,
-        versions=_versions(),
-        git_commit=_git_commit(),
+        versions=versions(),
+        git_commit=git_commit(),
         device=_device(run.accelerator),
         ranks=run.accelerator.num_processes,
         engine=engine_name(run.accelerator),
@@ -116,8 +116,10 @@ def _dense_scores(task: Task, stages: Iterable[StageResult]) -> dict[str, float 
     return scores
 
 
-def _versions() -> dict[str, str]:
-    names = ("torch", "torchvision", "accelerate", "nvidia-dali-cuda130", "safetensors")
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that decide what comes out."""
+    dali = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
+    names = ("torch", "torchvision", "accelerate", *dali, "safetensors")
     found = {"python": platform.python_version()}
     for name in names:
         try:
@@ -128,7 +130,7 @@ def _versions() -> dict[str, str]:
 
 
 @functools.cache
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
     """The commit of the code that runs: asked for once, as the checkout may move on meanwhile."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:

@@ -18,7 +18,7 @@ from train.tasks.classification import Classification
 _SCORES = "scores"
 # Evaluations of other networks in a stage's entry.
 _OTHERS = ("start", "raw", "ema")
-_SIZES = "sizes"
+_LISTS = ("sizes", "folders")
 
 
 class Evaluation(BaseModel):
@@ -66,6 +66,12 @@ class SizeResult(NetworkResult):
     image_size: int
 
 
+class FolderResult(Evaluation):
+    """What was found of the images in one folder, where folders are test sets and no classes."""
+
+    folder: str
+
+
 class StageResult(NetworkResult):
     """One stage, as results.json describes it; of a stage under way only what it is to do.
 
@@ -75,12 +81,15 @@ class StageResult(NetworkResult):
             not of; None where no average was kept.
         speedup: dense MACs over this network's.
         sizes: of the same network at other sizes of the images; None where nobody asked.
+        folders: of the same network, the images of each folder by themselves.
         nonzero_parameters, nonzero_macs: without masked weights, or what its method says is left
             (:meth:`tpp.methods.base.Method.left`); None where there is neither.
         sparsity: share of the weights of masked layers that are masked, or the method's.
         removed_share: of the weights that were there, what the stage removed or masked.
         norm_before, norm_after: L2 norm of all trained values before and after that.
         removed_magnitude: largest absolute weight of the filters that it removed.
+        recalibrated_batches: over which BatchNorm's running statistics were estimated after that;
+            None where they are the dense network's.
     """
 
     kind: str
@@ -94,6 +103,7 @@ class StageResult(NetworkResult):
     epochs: float | None = None
     speedup: float | None = None
     sizes: list[SizeResult] | None = None
+    folders: list[FolderResult] | None = None
     nonzero_parameters: int | None = None
     nonzero_macs: int | None = None
     sparsity: float | None = None
@@ -101,6 +111,7 @@ class StageResult(NetworkResult):
     norm_before: float | None = None
     norm_after: float | None = None
     removed_magnitude: float | None = None
+    recalibrated_batches: int | None = None
     wall_seconds: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -109,8 +120,9 @@ class StageResult(NetworkResult):
         for key in _OTHERS:
             if (other := getattr(self, key)) is not None:
                 flat[key] = other.to_dict()
-        if self.sizes is not None:
-            flat[_SIZES] = [size.to_dict() for size in self.sizes]
+        for key in _LISTS:
+            if (listed := getattr(self, key)) is not None:
+                flat[key] = [one.to_dict() for one in listed]
         names = ("kind", "method", "title", "input", *_OTHERS, "steps", "epochs")
         first = {name: flat.pop(name) for name in names if name in flat}
         if "images" in flat and not stage_kind(self.kind).needs_images:
@@ -214,8 +226,9 @@ def _gathered(flat: Any, metrics: Sequence[Metric]) -> Any:
     for key in _OTHERS:
         if key in flat:
             gathered[key] = _gathered(flat[key], metrics)
-    if isinstance(flat.get(_SIZES), list):
-        gathered[_SIZES] = [_gathered(size, metrics) for size in flat[_SIZES]]
+    for key in _LISTS:
+        if isinstance(flat.get(key), list):
+            gathered[key] = [_gathered(one, metrics) for one in flat[key]]
     return gathered
 
 

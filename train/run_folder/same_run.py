@@ -44,7 +44,7 @@ _UNUSED = _Setting(None)  # the stage does not depend on it, whatever it was
 
 def stage_settings(config: Config, name: str) -> dict[str, Any]:
     """All that decides a stage's outcome: its own settings, and those of the stages before it."""
-    found: dict[str, Any] = _plain(_decisive(config, name))
+    found: dict[str, Any] = plain(_decisive(config, name))
     return found
 
 
@@ -65,8 +65,9 @@ def _decisive(config: Config, name: str) -> dict[str, Any]:
             own["method"] = {"name": method.name, **_entries(method.settings)}
         stages[current] = own
         plan_of_run |= config.needs_plan(current) and stage.pruning is None
-        trains |= stage.does.trains
-        needs_images |= stage.does.needs_images
+        needs_images |= config.needs_images(current)
+        # A stage that removes filters looks at batches of training, if at any images.
+        trains |= stage.does.trains or (stage.does.removes and config.needs_images(current))
         current = stage.input
     task = config.make_task()
     unused = _OF_THE_BATCH if config.training.batch_factor == 1 else ()
@@ -81,7 +82,7 @@ def _decisive(config: Config, name: str) -> dict[str, Any]:
         "task": _Setting(
             {"kind": task.kind, **_entries(task.settings)}, {"kind": "classification"}
         ),
-        "model": config.model,
+        "model": {**_entries(config.model), "name": config.model.network},
         "data": data,
         "training": training if needs_images else _UNUSED,
         "stages": stages,
@@ -102,15 +103,15 @@ def _entries(section: BaseModel, leave_out: tuple[str, ...] = ()) -> dict[str, _
     }
 
 
-def _plain(value: Any) -> Any:
-    """As JSON has it."""
+def plain(value: Any) -> Any:
+    """Settings as JSON has them: of sections what decides an outcome, without defaults."""
     if isinstance(value, _Setting):
-        return _plain(value.value)
+        return plain(value.value)
     if isinstance(value, BaseModel):
-        return _plain(_entries(value))
+        return plain(_entries(value))
     if isinstance(value, Mapping):
         return {
-            key: _plain(inner)
+            key: plain(inner)
             for key, inner in value.items()
             if inner is not _UNUSED and not _is_default(inner)
         }
@@ -118,24 +119,24 @@ def _plain(value: Any) -> Any:
 
 
 def _is_default(value: Any) -> bool:
-    return isinstance(value, _Setting) and _plain(value.value) == _plain(value.default)
+    return isinstance(value, _Setting) and plain(value.value) == plain(value.default)
 
 
-def _differences(old: Any, now: Any, key: str = "") -> Iterator[str]:
+def differences(old: Any, now: Any, key: str = "") -> Iterator[str]:
     """What differs of settings as a file has them and those of now."""
     if isinstance(now, BaseModel):
         now = _entries(now)
     if not isinstance(old, dict) or not isinstance(now, Mapping):
-        if old != _plain(now):
-            yield f"{key} was {old!r} and is {_plain(now)!r}"
+        if old != plain(now):
+            yield f"{key} was {old!r} and is {plain(now)!r}"
         return
     for part in [*old, *(name for name in now if name not in old)]:
         entry = now.get(part)
         if entry is _UNUSED:
             continue
         setting = entry if isinstance(entry, _Setting) else _Setting(entry)
-        was = old[part] if part in old else _plain(setting.default)
-        yield from _differences(was, setting.value, f"{key}.{part}".strip("."))
+        was = old[part] if part in old else plain(setting.default)
+        yield from differences(was, setting.value, f"{key}.{part}".strip("."))
 
 
 def take_up_done(run: Run, name: str) -> None:
@@ -170,7 +171,7 @@ def check_same_settings(config: Config, name: str, settings: dict[str, Any]) -> 
     Raises:
         UserError: names what differs, and what to do.
     """
-    found = list(_differences(settings, _decisive(config, name)))
+    found = list(differences(settings, _decisive(config, name)))
     if found:
         more = f", and {len(found) - MOST_NAMED} more" if len(found) > MOST_NAMED else ""
         raise UserError(
@@ -190,6 +191,6 @@ def check_same_images(run: Run, name: str, fingerprint: str | None) -> None:
     if fingerprint not in (None, index.fingerprint):
         raise UserError(
             f"{run.folder}: stage {name!r} was begun with other images: the fingerprint of "
-            f"{index.root} was {fingerprint} and is {index.fingerprint}; give it the same images, "
+            f"{index.place} was {fingerprint} and is {index.fingerprint}; give it the same images, "
             f"or delete {run.stage_folder(name)} to run it again"
         )

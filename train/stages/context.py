@@ -8,6 +8,7 @@ from tpp.plan import PruningPlan
 from train.distributed.collectives import mean_over_ranks
 from train.preflight import what_counts_zeros
 from train.run import Run
+from train.run_folder.calibration import selection_of
 from train.run_folder.networks import companion_of_input, dense_network
 from train.stages.first_batch import FirstBatch
 
@@ -33,11 +34,12 @@ def context_of(
     return TrainingContext(
         stage=stage.kind,
         plan=plan,
-        selection=run.config.selection(name),
+        selection=selection_of(run, name),
         rank=run.accelerator.process_index,
         world_size=run.accelerator.num_processes,
         example_input=example_input_for(network),
         total_steps=total_steps,
+        episode_steps=stage.episodes.steps if stage.episodes is not None else None,
         steps_per_epoch=steps_per_epoch,
         dense=lambda: dense_network(run, name),
         companion=lambda companion: companion_of_input(run, stage, companion),

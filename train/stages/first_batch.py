@@ -66,7 +66,8 @@ class FirstBatch:
     def _of_loss(self, tensors: Sequence[Tensor], scale: float) -> list[Tensor]:
         """The mean over micro-batches and ranks, computed of ``scale`` times the loss."""
         run = self._run
-        task, accumulation = run.config.stage_task(self._name), run.config.training.accumulation
+        task, accumulation = run.data.task(self._name), run.config.training.accumulation
+        task.before_step(0, run.accelerator.device)
         buffers = {name: buffer.clone() for name, buffer in self._network.named_buffers()}
         forward = forward_pass(
             lambda inputs: functional_call(self._network, buffers, (inputs,)), run.accelerator

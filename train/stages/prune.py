@@ -1,6 +1,7 @@
 """The stage that removes filters from a checkpoint."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -8,24 +9,31 @@ from torch import Tensor, nn
 from tpp.checkpoints.model_file import (
     load_model,
     network_of,
+    read_checkpoint,
     read_companion,
     read_metadata,
     save_model,
+    save_tensors,
 )
 from tpp.masks import COMPANION, norm_of
 from tpp.measure.counts import count
 from tpp.models.layers import filters_removed, layer_widths, prunable_layers
+from tpp.models.recalibration import RECALIBRATED, with_statistics
 from tpp.plan import PruningPlan
 from train.config.sections import MODEL_FILE
 from train.distributed.collectives import from_main_rank
 from train.run import Run
+from train.run_folder.calibration import recalibrate_network
 from train.run_folder.log import say
 from train.run_folder.networks import companion_of_input, file_of_input, load_input
 from train.run_folder.plans import choose_plan
 
 
 def prune_stage(run: Run, name: str) -> dict[str, Any]:
-    """Remove the planned filters from the input checkpoint: no data, no GPU, one rank."""
+    """Remove the planned filters from the input checkpoint.
+
+    Without images, a GPU or other ranks, unless the criterion or ``recalibrate`` needs them.
+    """
     stage, folder = run.config.stages[name], run.stage_folder(name)
     output = folder / MODEL_FILE
     method = run.config.stage_method(name)
@@ -52,6 +60,8 @@ def prune_stage(run: Run, name: str) -> dict[str, Any]:
         return left
 
     norm_after = from_main_rank(run.accelerator, remove)
+    if stage.recalibrate is not None:
+        _recalibrate(run, name, stage.recalibrate, output)
     pruned = network_of(read_metadata(output), source=str(output))
     left = read_companion(output, COMPANION)
     layers = prunable_layers(model)
@@ -66,7 +76,27 @@ def prune_stage(run: Run, name: str) -> dict[str, Any]:
         "norm_before": norm_of(model.parameters()),
         "norm_after": norm_after,
         "removed_magnitude": max(removed, default=0.0),
+        **({RECALIBRATED: stage.recalibrate} if stage.recalibrate is not None else {}),
     }
+
+
+def _recalibrate(run: Run, name: str, batches: int, output: Path) -> None:
+    """Give the pruned checkpoint running statistics of its own; its companions stay."""
+    found = recalibrate_network(run, name, load_model(output), batches)
+
+    def write() -> None:
+        tensors, companions, info = read_checkpoint(output)
+        save_tensors(
+            output,
+            with_statistics(tensors, found),
+            network_of(info, source=str(output)),
+            preprocessing=info.preprocessing,
+            extra={**info.extra, RECALIBRATED: batches},
+            companions=companions,
+        )
+        say(f"{name}: BatchNorm's running statistics are of {batches} batches of training images")
+
+    from_main_rank(run.accelerator, write)
 
 
 def _weights_of(model: nn.Module, mask: Mapping[str, Tensor]) -> int:

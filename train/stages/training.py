@@ -25,8 +25,8 @@ from tpp.measure.counts import count
 from tpp.methods.base import Method, Settings
 from tpp.models.architecture import Architecture, architecture_of
 from tpp.plan import PruningPlan
-from train.config.batch_rule import describe
-from train.config.config import steps_for
+from train.config.batch_rule import describe, describe_length
+from train.config.config import as_yaml, steps_for
 from train.config.intervals import Interval
 from train.config.sections import MODEL_FILE
 from train.distributed.accelerator import make_engine
@@ -96,7 +96,7 @@ class TrainingStage:
     def __init__(self, run: Run, name: str, *, until: int | None = None) -> None:
         self._run, self._name, self._until = run, name, until
         self._stage = run.config.stages[name]
-        self._task = run.config.stage_task(name)
+        self._task = run.data.task(name)
         self._training = run.config.training
         self._folder = run.stage_folder(name)
         self._checkpoints = self._folder / CHECKPOINTS
@@ -107,7 +107,7 @@ class TrainingStage:
         images, batch = len(run.data.train.index), self._training.batch_size
         epochs = self._stage.epochs
         self._epochs_per_step = batch / images
-        self._total = steps_for(epochs, images, batch) if epochs else self._method.steps()
+        self._total = run.config.steps_of(name, images)
         self._length = epochs or (self._total or 0) * self._epochs_per_step
         self._optim = run.config.stage_optimizer(name, self._length)
         assert self._total is not None  # a stage has epochs, or its method knows its steps
@@ -260,7 +260,8 @@ class TrainingStage:
     def _fresh_method(self) -> Method:
         if not self._run.config.has_method(self._name):
             return Method(Settings())
-        return self._run.config.stage_method(self._name)
+        images = len(self._run.data.train.index)
+        return self._run.config.stage_method(self._name, images=images)
 
     def _ordinary_network(self, state: TrainingState, progress: Progress) -> nn.Module:
         """The network of a state before the method modified it, without its weights."""
@@ -307,13 +308,16 @@ class TrainingStage:
             self._name,
             self._total,
             start_step,
+            before=sum(run.done[name]["steps"] or 0 for name in run.config.inputs_of(self._name)),
+            configuration=as_yaml(run.config),
             enabled=run.is_main,
             on_error=run.config.checkpoints.on_error,
         )
         self._writer = None
         if run.is_main:
+            run.on_open(self._name)
             self._writer = CheckpointWriter(
-                self._checkpoints, run.config.checkpoints, say=monitor.say
+                self._checkpoints, run.config.checkpoints, say=monitor.say, copies=run.copies
             )
         self._bad_steps = BadSteps(
             run, self._name, self._rate, monitor, self._writer, progress.bad_steps
@@ -354,9 +358,11 @@ class TrainingStage:
             self._monitor.say(f"{self._name}: {length}{way}{before}")
             if self._start:
                 self._monitor.scalars("evaluate", 0, self._start, prefix="val/")
+        images = len(self._run.data.train.index)
         rule = describe(self._run.config, self._name, self._length)
-        if rule is not None:
-            self._monitor.say(f"{self._name}: {rule}")
+        for line in (rule, describe_length(self._run.config, self._name, images)):
+            if line is not None:
+                self._monitor.say(f"{self._name}: {line}")
         self._monitor.event("stage", status="start", step=start_step)
         if start_step == 0:
             look(self._observers, 0, self._network, last=False)
@@ -375,8 +381,9 @@ class TrainingStage:
         run, scores = self._run, self._scores.scores
         assert scores is not None  # the last step is always evaluated
         networks, chosen = {"raw": self._network}, "raw"
+        keeps = {"raw": self._method.keeps(self._network)}
         if self._average is not None:
-            networks["ema"] = self._averaged_network(self._average)
+            networks["ema"], keeps["ema"] = self._averaged_network(self._average)
             chosen = self._average.settings.chosen
         self._method.restore(self._network)
         if self._method.plan is not None:
@@ -384,7 +391,7 @@ class TrainingStage:
         if run.is_main:
             network = networks.pop(chosen)
             companions = {weights: other.state_dict() for weights, other in networks.items()}
-            companions |= fitting(carried, self._network)
+            companions |= {**fitting(carried, self._network), **keeps[chosen]}
             if self._mask:
                 companions[COMPANION] = self._mask
             path = self._folder / MODEL_FILE
@@ -400,14 +407,15 @@ class TrainingStage:
             "wall_seconds": self._elapsed(),
         }
 
-    def _averaged_network(self, average: WeightAverage) -> nn.Module:
-        """An ordinary network of the averages; what the method added is taken off as at the end."""
+    def _averaged_network(self, average: WeightAverage) -> tuple[nn.Module, Any]:
+        """An ordinary network of the averages, and what is kept of what the method added."""
         network = network_of_shapes(self._run, self._run.architecture, self._shapes)
         method = self._fresh_method()
         method.modify(network, self._stage.kind)
         network.load_state_dict(average.state_dict())
+        keeps = method.keeps(network)
         method.restore(network)
-        return network
+        return network, keeps
 
     # ---- for the loop ------------------------------------------------------------------------
 
@@ -458,8 +466,10 @@ class TrainingStage:
         self._stalled = 0.0
         self._monitor.scalars("train", step, values, prefix="train/")
         self._report_bad_images(step)
-        told = [metric.say(value, digits=1) for metric, value in report.metrics.items()]
-        self._monitor.advance(step, "  ".join([f"loss {report.loss_terms['task']:.3f}", *told]))
+        told = [f"train {metric.say(value, digits=1)}" for metric, value in report.metrics.items()]
+        told.append(f"loss {report.loss_terms['task']:.3f}")
+        told.append(f"{report.images_per_second:,.0f} images/s")
+        self._monitor.advance(step, "  ".join(told))
 
     def _on_step(self, step: int) -> bool:
         """Do what is due after ``step`` steps; whether that took time."""

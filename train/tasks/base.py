@@ -1,7 +1,7 @@
 """What a network is trained for: its loss, and the figures by which it is judged."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
 import torch
@@ -9,10 +9,10 @@ from torch import Tensor
 
 from data_pipelines.images.batch import Batch
 from data_pipelines.settings import AugmentSection, DataSection
+from tpp.common.class_names import Labels
 from tpp.common.settings import Section
 from tpp.models.architecture import Architecture
 from tpp.models.settings import ModelSection
-from train.tasks.class_names import Labels
 
 # From what the network takes to its outputs in float32.
 Forward = Callable[[Tensor], Tensor]
@@ -67,13 +67,15 @@ class Scores:
     Attributes:
         values: by the metrics' names, in their order.
         images: how many were looked at, over all ranks.
+        folders: the same of each folder of images, where that was asked for.
     """
 
     values: dict[str, float]
     images: int
+    folders: "dict[str, Scores]" = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, float]:
-        """As plain data, flat."""
+        """As plain data, flat; without the folders."""
         return {**self.values, "images": self.images}
 
 
@@ -130,6 +132,17 @@ class Task:
         """This task with another loss in training; asked of tasks that have classes."""
         raise NotImplementedError
 
+    def in_episodes(self, classes_of: Callable[[int], list[int]]) -> Self:
+        """This task for a few classes at a time; asked of tasks that have classes.
+
+        Args:
+            classes_of: those of a 0-based step, as many in each.
+        """
+        raise NotImplementedError
+
+    def before_step(self, step: int, device: torch.device) -> None:
+        """Write what depends on the 0-based training step into tensors on the device."""
+
     def architecture(
         self, model: ModelSection, classes: int | None = None, place: str = ""
     ) -> Architecture | None:
@@ -165,7 +178,7 @@ class Task:
             classes: names of the class folders, sorted as text.
             architecture: of the network.
             names: of its outputs; None where its file does not say.
-            order: see :func:`train.tasks.class_names.match_classes`.
+            order: see :func:`tpp.common.class_names.match_classes`.
             file: the network's, for messages.
             place: the folder of images, for messages.
 
@@ -198,6 +211,7 @@ class Task:
         *,
         device: torch.device,
         over_ranks: Callable[[Tensor], Tensor] = lambda sums: sums,
+        folders: Sequence[str] = (),
     ) -> Scores:
         """Evaluate a network, each image counted exactly once.
 
@@ -207,14 +221,24 @@ class Task:
             batches: this rank's share, on ``device``.
             device: where sums are kept, in float64.
             over_ranks: adds them up over the ranks.
+            folders: names of the folders that labels are numbers of, to evaluate each by itself
+                too, as test sets in one folder are; batches are of one image each then.
         """
-        sums = torch.zeros(len(self.metrics) + 1, dtype=torch.float64, device=device)
+        sums = torch.zeros(1 + len(folders), len(self.metrics) + 1, device=device).double()
         for batch in batches:
             found = self.sums(forward, batch)
-            for place, metric in enumerate(self.metrics):
-                sums[place] += found[metric].double()
-            sums[-1] += len(batch[0])
-        *totals, count = over_ranks(sums).tolist()
+            row = torch.stack([found[metric].double() for metric in self.metrics])
+            rows = [0, 1 + int(batch[1])] if folders else [0]
+            sums[rows, :-1] += row
+            sums[rows, -1] += len(batch[0])
+        whole, *parts = over_ranks(sums)
+        # A folder whose images can all not be read has no mean.
+        seen = {name: part for name, part in zip(folders, parts, strict=True) if part[-1] > 0}
+        found_there = {name: self._scores(part) for name, part in seen.items()}
+        return replace(self._scores(whole), folders=found_there)
+
+    def _scores(self, sums: Tensor) -> Scores:
+        *totals, count = sums.tolist()
         values = {
             metric.name: metric.factor * total / count
             for metric, total in zip(self.metrics, totals, strict=True)

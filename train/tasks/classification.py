@@ -2,19 +2,21 @@
 
 import copy
 import functools
+from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from data_pipelines.images.batch import Batch
 from data_pipelines.settings import AugmentSection, DataSection
+from tpp.common.class_names import Labels, match_classes
 from tpp.common.errors import UserError
 from tpp.common.images import CROP_MODES
 from tpp.models.architecture import Architecture
 from tpp.models.settings import ModelSection
 from train.tasks.base import LOSS, Forward, Metric, Settings, Task
-from train.tasks.class_names import Labels, match_classes
 
 TOP1 = Metric("top1", "Top-1", "top-1", unit="%", factor=100, noun="accuracy")
 TOP5 = Metric("top5", "Top-5", "top-5", unit="%", factor=100, noun="accuracy")
@@ -30,6 +32,8 @@ class Classification(Task):
     settings_type: ClassVar[type[Settings]] = Settings
     _loss, _label_smoothing = "cross_entropy", 0.0
     _bce_threshold: float | None = None
+    _classes_of: Callable[[int], list[int]] | None = None
+    _classes: Tensor | None = None
 
     def with_loss(
         self, loss: str, *, label_smoothing: float = 0.0, bce_threshold: float | None = None
@@ -47,6 +51,22 @@ class Classification(Task):
         other._bce_threshold = bce_threshold
         return other
 
+    def in_episodes(self, classes_of: Callable[[int], list[int]]) -> Self:
+        """Training's loss, and top-1, are of the step's classes; evaluation is of all."""
+        other = copy.copy(self)
+        other._classes_of = classes_of
+        return other
+
+    def before_step(self, step: int, device: torch.device) -> None:
+        """Write down the step's classes."""
+        if self._classes_of is None:
+            return
+        classes = torch.tensor(self._classes_of(step), device=device)
+        if self._classes is None:
+            self._classes = classes
+        else:
+            self._classes.copy_(classes)
+
     def check_data(self, data: DataSection, augment: AugmentSection, key: str) -> None:
         """Images of one size."""
         if data.crop_mode != CROP_MODES[0]:
@@ -62,7 +82,7 @@ class Classification(Task):
                 "folders"
             )
         number = model.num_classes or classes
-        return None if number is None else Architecture(model.name, number, model.args)
+        return None if number is None else Architecture(model.network, number, model.args)
 
     def file_extra(self, classes: list[str]) -> dict[str, Any]:
         """The classes' names, in the order of the outputs."""
@@ -87,9 +107,26 @@ class Classification(Task):
         """Of labels (n,), or of shares of the classes (n, classes) if mixed."""
         images, labels = batch
         logits, smoothing = forward(images), self._label_smoothing
+        outputs, logits, labels = self._of_classes(logits, labels)
         if self._loss == "bce":
-            return binary_cross_entropy(logits, labels, smoothing, self._bce_threshold), logits
-        return F.cross_entropy(logits, labels, label_smoothing=smoothing), logits
+            return binary_cross_entropy(logits, labels, smoothing, self._bce_threshold), outputs
+        return F.cross_entropy(logits, labels, label_smoothing=smoothing), outputs
+
+    def _of_classes(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of episodes: all logits, the lowest number for other classes; the classes' own; labels.
+
+        Labels then count the episode's classes.
+        """
+        if self._classes_of is None:
+            return logits, logits, labels
+        classes = self._classes
+        assert classes is not None
+        own = logits.index_select(1, classes)
+        others = torch.full_like(logits, torch.finfo(logits.dtype).min)
+        masked = others.index_copy(1, classes, own)
+        if labels.dim() == 2:
+            return masked, own, labels.index_select(1, classes)
+        return masked, own, torch.searchsorted(classes, labels)
 
     def training_sums(self, batch: Batch, outputs: Tensor) -> dict[Metric, Tensor]:
         """Top-1 of the images as augmented; of mixed ones, for the class of the larger share."""

@@ -6,12 +6,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data_pipelines.images.batch import Batch
+from data_pipelines.images.bicubic import shrink, to_levels
 from data_pipelines.settings import AugmentSection, DataSection
 from tpp.common.errors import UserError
 from tpp.models.architecture import Architecture
 from tpp.models.settings import ModelSection
 from train.tasks.base import Forward, Metric, Settings, Task
-from train.tasks.bicubic import shrink, to_levels
 from train.tasks.image_quality import luma, psnr, ssim
 
 PSNR = Metric("psnr", "PSNR", "PSNR", unit=" dB")
@@ -20,10 +20,13 @@ L1 = Metric("loss", "Loss", "loss", digits=4)
 
 
 class SuperResolutionSettings(Settings):
-    """Settings of super-resolution.
+    """Images are made smaller on the device, and the network is to give them back as they were.
 
     Attributes:
-        scale: how much larger the image that comes out is.
+        scale: how much larger the image that comes out is, along each side.
+
+    Example:
+        {scale: 4}
     """
 
     scale: Literal[2, 3, 4] = 2
@@ -33,9 +36,9 @@ class SuperResolution(Task):
     """The loader's image from one made ``scale`` times smaller, by the mean absolute difference.
 
     The smaller image is made on the device as MATLAB's bicubic makes the published ones
-    (:mod:`train.tasks.bicubic`), of an image whose sides ``scale`` divides: what is over is cut off
-    at the bottom and on the right. Outputs are judged as papers do it: rounded to 8 bits, on Y
-    alone, without ``scale`` pixels at every edge.
+    (:mod:`data_pipelines.images.bicubic`), of an image whose sides ``scale`` divides: what is over
+    is cut off at the bottom and on the right. Outputs are judged as papers do it: rounded to 8
+    bits, on Y alone, without ``scale`` pixels at every edge.
     """
 
     kind = "super_resolution"
@@ -76,7 +79,7 @@ class SuperResolution(Task):
         scale = self.settings.scale
         if model.args.get("scale", scale) != scale:
             raise UserError(f"model.args.scale is {model.args['scale']}, but task.scale is {scale}")
-        return Architecture(model.name, None, {**model.args, "scale": scale})
+        return Architecture(model.network, None, {**model.args, "scale": scale})
 
     def inputs(self, images: Tensor) -> Tensor:
         """The images (n, c, h, w), ``scale`` times smaller, 8-bit levels over 255."""

@@ -2,8 +2,8 @@
 
 Keys, "Cubic Convolution Interpolation for Digital Image Processing", IEEE TASSP 29(6), 1981, with
 a = -1/2; the kernel is widened where an image shrinks, and borders are mirrored. Of the published
-small images of Set5 every value comes out (``tests/train/test_bicubic.py``). Pillow and torch round
-otherwise, or not in between, and torch's borders are others.
+small images of Set5 every value comes out (``tests/data_pipelines/test_bicubic.py``). Pillow and
+torch round otherwise, or not in between, and torch's borders are others.
 """
 
 from typing import Any

@@ -1,0 +1,1 @@
+"""What services such as wandb and MLflow are shown of a run: what its log.jsonl says."""
