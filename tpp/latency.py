@@ -351,9 +351,10 @@ def make_parser(prog: str = "python -m tpp.latency") -> Parser:
     share(parser, "--device", " (default: cpu)", default=left)
     add(
         "--backend",
-        choices=("torch", "onnxruntime"),
+        choices=("torch", "onnxruntime", "tensorrt"),
         default=left,
-        help="what runs the networks; onnxruntime on the CPU in fp32 (default: torch)",
+        help="what runs the networks; tensorrt with --device cuda, by onnxruntime-gpu "
+        "(default: torch)",
     )
     add("--repeats", type=int, default=left, metavar="N", help="timed passes of each")
     add("--warmup", type=int, default=left, metavar="N", help="untimed rounds before them")

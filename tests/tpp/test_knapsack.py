@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import re
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 import tpp
 from tpp.channels.removal import prune_model
 from tpp.measure.layer_times import LayerShape, LayerTimes, layer_shapes, time_layer
-from tpp.measure.onnx_runtime import layer_session
+from tpp.measure.onnx_runtime import Runtime, layer_session
 from tpp.measure.timing import LatencySettings, measure
 from tpp.models.layers import prunable_layers
 from tpp.selection.budget import Budget, Widths
@@ -219,7 +220,7 @@ def test_a_layer_in_onnxruntime_is_that_layer(layer):
     twin = shape.layer()
     twin.load_state_dict(layer.state_dict())
     assert shape.images(2).shape == images.shape
-    found = layer_session(twin, 1)(images.numpy())[0]
+    found = layer_session(twin, images, Runtime(threads=1))()[0]
     torch.testing.assert_close(torch.from_numpy(found), layer(images), rtol=1e-4, atol=1e-5)
 
 
@@ -239,12 +240,36 @@ def test_networks_are_timed_in_onnxruntime():
 
 
 @pytest.mark.parametrize(
-    "changes", [{"dtype": "bf16"}, {"compile": True}, {"device": "cuda"}, {"channels_last": True}]
+    ("changes", "said"),
+    [
+        ({"dtype": "bf16"}, "backend onnxruntime on cpu: dtype must be fp32, not bf16"),
+        (
+            {"dtype": "bf16", "device": "cuda"},
+            "backend onnxruntime on cuda: dtype must be fp32 or fp16, not bf16",
+        ),
+        ({"compile": True}, "backend onnxruntime: networks run as they are; leave compile out"),
+        ({"channels_last": True}, "backend onnxruntime: .*; leave channels_last out"),
+        ({"backend": "tensorrt"}, "backend tensorrt: runs on a GPU alone; set device to cuda"),
+    ],
 )
-def test_what_onnxruntime_is_not_asked_for(changes):
-    (name,) = changes
-    with pytest.raises(tpp.UserError, match=f"backend onnxruntime: .*; leave {name} out"):
-        LatencySettings(backend="onnxruntime", **changes)
+def test_what_onnxruntime_is_not_asked_for(changes, said):
+    with pytest.raises(tpp.UserError, match=said):
+        LatencySettings(**{"backend": "onnxruntime", **changes})
+
+
+def test_an_onnxruntime_without_the_provider_is_no_backend():
+    """It would quietly run on the CPU."""
+    pytest.importorskip("onnxruntime")
+    for backend, provider in (("onnxruntime", "CUDA"), ("tensorrt", "Tensorrt")):
+        runtime = Runtime(backend, "cuda")
+        said = (
+            f"backend {backend}: the onnxruntime that is installed has no "
+            f"{provider}ExecutionProvider "
+        )
+        with pytest.raises(tpp.UserError, match=re.escape(said)) as error:
+            runtime.check_packages()
+        assert str(error.value).endswith("pip install onnxruntime-gpu")
+    Runtime().check_packages()
 
 
 def test_a_table_goes_with_a_latency_alone():

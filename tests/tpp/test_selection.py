@@ -18,7 +18,7 @@ from tpp.methods.base import TrainingContext
 from tpp.models.architecture import build_model
 from tpp.plan import PruningPlan
 from tpp.selection.budget import Budget
-from tpp.selection.criteria import CRITERIA, pruned_count, random_scores
+from tpp.selection.criteria import CRITERIA, loss_gradients, pruned_count, random_scores
 from tpp.selection.selection import Selection, same_on_all_ranks
 
 EXAMPLE = torch.zeros(1, 3, 8, 8)
@@ -68,14 +68,15 @@ def network() -> Net:
 NET = network()
 
 
-def gradients(model: nn.Module, parameters, batches: int):
+def gradients(model: nn.Module, parameters, batches: int, along=None):
     """Of the cross entropy of two batches of noise."""
     model = copy.deepcopy(model).eval()
     for seed in range(min(batches, 2)):
         generator = torch.Generator().manual_seed(seed)
         images = torch.randn(4, 3, 8, 8, generator=generator)
         loss = F.cross_entropy(model(images), torch.arange(4))
-        yield torch.autograd.grad(loss, [model.get_parameter(name) for name in parameters])
+        tensors = [model.get_parameter(name) for name in parameters]
+        yield loss_gradients(loss, tensors, None if along is None else along(seed, tensors))
 
 
 def select(ratios=None, net: nn.Module = NET, **options) -> tpp.PruningPlan:

@@ -21,6 +21,8 @@ _UNSAVED = "_non_persistent_buffers_set"
 # A network may hold a module in several places; a file that holds one in too many is a bomb.
 _MOST_MODULES = 100_000
 _DEEPEST = 50
+# How pickles of protocol 2, which torch.save writes, spell empty bytes: called without anything.
+_NO_BYTES = "builtins.bytes"
 
 
 class WantsCallError(Exception):
@@ -77,7 +79,14 @@ def remains_of(path: Path) -> list[Any]:
         path: a file of torch.save in its zip format.
     """
     names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    return [(_NotCalled("Remains", (Remains,), {"stands_for": name}), name) for name in names]
+    kept = [(_NotCalled("Remains", (Remains,), {"stands_for": name}), name) for name in names]
+    return [(_no_bytes, name) if name == _NO_BYTES else (stands, name) for stands, name in kept]
+
+
+def _no_bytes(*given: Any) -> bytes:
+    if given:
+        raise WantsCallError(_NO_BYTES)
+    return b""
 
 
 def networks_in(data: Any, source: str) -> tuple[Any, int]:

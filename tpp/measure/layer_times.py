@@ -1,5 +1,6 @@
 """How long each layer of a network takes at which widths, on the machine that counts."""
 
+import functools
 import json
 import statistics
 import time
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from tpp.common.errors import UserError
 from tpp.common.files import write_whole
 from tpp.common.reading import read_json
+from tpp.measure.onnx_runtime import layer_session
 from tpp.measure.timing import DTYPES, LatencySettings, machine_of, memory_format, threads_of
 from tpp.models.architecture import meta_copy
 
@@ -226,25 +228,24 @@ def time_layer(shape: LayerShape, settings: LatencySettings) -> float:
     """Median of a third of as many passes as a network is timed by, at least 5, in seconds."""
     with torch.inference_mode(), threads_of(settings.threads):
         layer, images = shape.layer().eval(), shape.images(settings.batch)
-        run: Callable[[Any], Any] = layer
-        given: Any = images
-        if settings.backend == "onnxruntime":
-            from tpp.measure.onnx_runtime import layer_session
-
-            run, given = layer_session(layer, settings.threads), images.numpy()
+        dtype = DTYPES[settings.dtype]
+        run: Callable[[], Any]
+        if settings.runtime is not None:
+            run = layer_session(layer.to(dtype), images.to(dtype), settings.runtime)
         else:
-            layer.to(settings.device, DTYPES[settings.dtype])
-            given = images.to(settings.device, DTYPES[settings.dtype])
+            layer.to(settings.device, dtype)
+            images = images.to(settings.device, dtype)
             if shape.kernel:
                 layer.to(memory_format=memory_format(settings))
-                given = given.contiguous(memory_format=memory_format(settings))
+                images = images.contiguous(memory_format=memory_format(settings))
+            run = functools.partial(layer, images)
         seconds = []
         repeats = max(5, settings.repeats // 3)
         for turn in range(1 + settings.warmup + repeats):
             if settings.device == "cuda":
                 torch.cuda.synchronize()
             started = time.perf_counter()
-            run(given)
+            run()
             if settings.device == "cuda":
                 torch.cuda.synchronize()
             if turn > settings.warmup:

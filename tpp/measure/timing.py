@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Annotated, Any
 
 import torch
@@ -15,12 +14,12 @@ from torch import Tensor, nn
 
 from tpp.common.errors import UserError
 from tpp.common.settings import NaturalNumber, OneOf, PositiveInt, check_values
-from tpp.measure.onnx_runtime import check_packages, session_of
+from tpp.measure.onnx_runtime import Runtime, session_of
 from tpp.models.architecture import Architecture, example_input_for, plain_copy
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DEVICES = ("cpu", "cuda")
-BACKENDS = ("torch", "onnxruntime")
+BACKENDS = ("torch", "onnxruntime", "tensorrt")
 # What networks raise for an input, a dtype or a device that they do not run with; whatever
 # torch.compile raises is a RuntimeError.
 _RUN_ERRORS = (RuntimeError, ValueError, TypeError, AssertionError, IndexError)
@@ -37,8 +36,9 @@ class LatencySettings:
         channels_last: whether weights and images are in channels-last memory order.
         compile: whether the network is compiled by ``torch.compile``.
         device: where the networks run.
-        backend: what runs them: ``torch``, or ``onnxruntime`` on the CPU, in float32, which takes
-            a network as ONNX (the extra ``export``).
+        backend: what runs them: ``torch``; ``onnxruntime``, which takes a network as ONNX (the
+            extra ``export``); or ``tensorrt``, by onnxruntime too, on a GPU alone. Both take
+            float32, and on a GPU float16.
         repeats: number of timed runs of each network.
         warmup: number of rounds before them that are not timed, after a first run that never is.
 
@@ -60,12 +60,26 @@ class LatencySettings:
         check_values(self)
         if self.backend == "torch":
             return
-        for name in ("dtype", "channels_last", "compile", "device"):
-            if getattr(self, name) != getattr(LatencySettings, name):
+        for name in ("channels_last", "compile"):
+            if getattr(self, name):
                 raise UserError(
-                    f"backend {self.backend}: networks run in fp32 on the CPU as they are; leave "
-                    f"{name} out"
+                    f"backend {self.backend}: networks run as they are; leave {name} out"
                 )
+        if self.backend == "tensorrt" and self.device == "cpu":
+            raise UserError("backend tensorrt: runs on a GPU alone; set device to cuda")
+        allowed = ("fp32", "fp16") if self.device == "cuda" else ("fp32",)
+        if self.dtype not in allowed:
+            raise UserError(
+                f"backend {self.backend} on {self.device}: dtype must be {' or '.join(allowed)}, "
+                f"not {self.dtype}"
+            )
+
+    @property
+    def runtime(self) -> Runtime | None:
+        """Where the backend is not PyTorch: what runs networks in its place."""
+        if self.backend == "torch":
+            return None
+        return Runtime(self.backend, self.device, self.threads)
 
 
 @dataclass(frozen=True)
@@ -125,8 +139,8 @@ def measure(
     """
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise UserError("device cuda: PyTorch finds no CUDA GPU on this machine; use cpu")
-    if settings.backend == "onnxruntime":
-        check_packages()
+    if settings.runtime is not None:
+        settings.runtime.check_packages()
     seconds: dict[str, list[float]] = {name: [] for name in networks}
     with threads_of(settings.threads), _room_to_compile(settings):
         runs = {
@@ -178,14 +192,15 @@ def _first_run(
     """Run a copy of a network once; what runs it again and returns the seconds it took."""
     images = _images(network, settings, example_input)
     try:
-        run = functools.partial(_seconds, *_timed(network, settings, images))
+        timed = _timed(network, settings, images)
+        run = functools.partial(_seconds, timed, gpu=settings.device == "cuda")
         run()
     except _RUN_ERRORS as error:
         shape = "x".join(map(str, images.shape))
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         how = f"{settings.dtype}{', compiled,' if settings.compile else ''} on {settings.device}"
         if settings.backend != "torch":
-            how = settings.backend
+            how = f"{settings.backend}, {how}"
         raise UserError(f"{name}: does not run in {how} on images of {shape}: {reason}") from None
     return run
 
@@ -200,14 +215,12 @@ def _images(network: nn.Module, settings: LatencySettings, example_input: Tensor
     return images.contiguous(memory_format=memory_format(settings))
 
 
-def _timed(
-    network: nn.Module, settings: LatencySettings, images: Tensor
-) -> tuple[Callable[[Any], Any], Any]:
-    """What is timed, and what it is given."""
-    if settings.backend == "torch":
-        return _timed_copy(network, settings), images
-    copied = plain_copy(network).eval().to("cpu", torch.float32)
-    return session_of(copied, images, settings.threads), images.numpy()
+def _timed(network: nn.Module, settings: LatencySettings, images: Tensor) -> Callable[[], Any]:
+    """What is timed."""
+    if settings.runtime is None:
+        return functools.partial(_timed_copy(network, settings), images)
+    copied = plain_copy(network).eval().to("cpu", DTYPES[settings.dtype])
+    return session_of(copied, images.cpu(), settings.runtime)
 
 
 def _timed_copy(network: nn.Module, settings: LatencySettings) -> Callable[[Tensor], Any]:
@@ -222,14 +235,13 @@ def memory_format(settings: LatencySettings) -> torch.memory_format:
     return torch.channels_last if settings.channels_last else torch.contiguous_format
 
 
-def _seconds(network: Callable[[Any], Any], images: Any) -> float:
-    """Time one pass from an idle device to an idle device; NumPy's arrays are on the CPU."""
-    on_gpu = isinstance(images, Tensor) and images.is_cuda
+def _seconds(run: Callable[[], Any], gpu: bool) -> float:
+    """Time one pass from an idle device to an idle device."""
     with torch.inference_mode():
-        _wait_for(on_gpu)
+        _wait_for(gpu)
         started = time.perf_counter()
-        network(images)
-        _wait_for(on_gpu)
+        run()
+        _wait_for(gpu)
         return time.perf_counter() - started
 
 
@@ -246,7 +258,7 @@ def in_words(architecture: Architecture) -> str:
 
 def machine_of(settings: LatencySettings) -> dict[str, Any]:
     """What the times depend on besides the settings, ready for JSON."""
-    runtime = {} if settings.backend == "torch" else {settings.backend: version(settings.backend)}
+    runtime = {} if settings.runtime is None else settings.runtime.versions()
     return {
         "machine": platform.machine(),
         "cpu": torch.backends.cpu.get_cpu_capability(),

@@ -119,50 +119,50 @@ def run_stages(run: Run, until: str | None = None) -> None:
         UserError: a stage was broken off with other settings, or an image cannot be read.
         Stopped: a signal or ``until`` asked for it; all that is done is kept.
     """
-    config = run.config
     run.accelerator.wait_for_everyone()
     if run.is_main:
-        run.folder.mkdir(parents=True, exist_ok=True)
-        save_config(config, run.folder / "config.yaml")
-        write_results(run, "running")
-        for line in _opening(run):
-            say(line)
-        if run.images is not None and not run.done:
-            note = note_on_classes(config.model, run.images.train.index.classes)
-            for remark in (note, *notes_on_images(config.model, config.data)):
-                if remark is not None:
-                    say(remark)
+        _begin(run)
     with tracked(run):
-        _run_each(run, until)
-
-
-def _run_each(run: Run, until: str | None) -> None:
-    config = run.config
-    for name in stages_until(config, until):
-        stage = config.stages[name]
-        trains = stage.does.trains
-        if name in run.done:
-            if run.is_main:
-                say(f"{name}: done before, skipped")
+        for name in stages_until(run.config, until):
+            stage = run.config.stages[name]
+            trains = stage.does.trains
+            if name in run.done:
+                if run.is_main:
+                    say(f"{name}: done before, skipped")
+                if trains:
+                    clean_up(run, name)  # it may have been killed just before
+                continue
+            if (signal := run.stop.agreed_now()) is not None:
+                raise Stopped(message_of(signal, f"before stage {name}"))
             if trains:
-                clean_up(run, name)  # it may have been killed just before
-            continue
-        if (signal := run.stop.agreed_now()) is not None:
-            raise Stopped(message_of(signal, f"before stage {name}"))
-        if trains:
-            stage_of_run = TrainingStage(run, name, until=step_until(until, name))
-            finish_stage(run, name, stage_of_run.train())
-            clean_up(run, name)
+                stage_of_run = TrainingStage(run, name, until=step_until(until, name))
+                finish_stage(run, name, stage_of_run.train())
+                clean_up(run, name)
+                offer_copy(run, f"stage {name}")
+                continue
+            started = time.perf_counter()
+            before = _before(run, name)
+            results = {**_DO[stage.kind](run, name), **before}
+            finish_stage(run, name, {**results, "wall_seconds": time.perf_counter() - started})
             offer_copy(run, f"stage {name}")
-            continue
-        started = time.perf_counter()
-        before = _before(run, name)
-        results = {**_DO[stage.kind](run, name), **before}
-        finish_stage(run, name, {**results, "wall_seconds": time.perf_counter() - started})
-        offer_copy(run, f"stage {name}")
-    if run.is_main:
-        all_done = len(run.done) == len(config.stages)
-        write_results(run, "finished" if all_done else "stopped")
+        if run.is_main:
+            all_done = len(run.done) == len(run.config.stages)
+            write_results(run, "finished" if all_done else "stopped")
+
+
+def _begin(run: Run) -> None:
+    """Make the run folder, and say what the run is."""
+    config = run.config
+    run.folder.mkdir(parents=True, exist_ok=True)
+    save_config(config, run.folder / "config.yaml")
+    write_results(run, "running")
+    for line in _opening(run):
+        say(line)
+    if run.images is not None and not run.done:
+        note = note_on_classes(config.model, run.images.train.index.classes)
+        for remark in (note, *notes_on_images(config.model, config.data)):
+            if remark is not None:
+                say(remark)
 
 
 def offer_copy(run: Run, what: str) -> None:
