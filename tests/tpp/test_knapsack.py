@@ -1,8 +1,10 @@
 """The most score within a time: against all widths that there are, and counted by hand."""
 
 import contextlib
+import ctypes
 import itertools
 import json
+import os
 import re
 
 import numpy as np
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 
 import tpp
 from tpp.channels.removal import prune_model
+from tpp.common.consoles import without_native_output
 from tpp.measure.layer_times import LayerShape, LayerTimes, layer_shapes, time_layer
 from tpp.measure.onnx_runtime import Runtime, layer_session
 from tpp.measure.timing import LatencySettings, measure
@@ -279,6 +282,18 @@ def test_a_table_goes_with_a_latency_alone():
         BudgetSection(speedup=2.0, table="t.json")
     budget = BudgetSection(latency_ms=3.0, table="t.json", backend="onnxruntime").budget()
     assert budget == Budget("latency_ms", 3.0, LatencySettings(backend="onnxruntime"), "t.json")
+
+
+def test_what_the_solver_prints_is_left_out(capfd):
+    """As HiGHS does for some tasks: into C's own buffer, or at once."""
+    libc = ctypes.CDLL(None)
+    print("before")
+    with without_native_output():
+        libc.puts(b"into the buffer")
+        os.write(1, b"at once\n")
+    libc.puts(b"after")
+    libc.fflush(None)
+    assert capfd.readouterr().out.split() == ["before", "after"]
 
 
 def test_a_knapsack_of_nothing_keeps_all():

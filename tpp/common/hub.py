@@ -361,7 +361,7 @@ def _library() -> ModuleType:
             importlib.import_module(f"huggingface_hub.{part}")
     except ImportError:
         raise UserError(
-            f"{HUB}: needs huggingface_hub: pip install 'huggingface_hub>=1.0'"
+            f"{HUB}: needs huggingface_hub: pip install 'huggingface_hub>=2.4.0'"
         ) from None
     return hub
 

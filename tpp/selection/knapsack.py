@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from tpp.common.consoles import without_native_output
 from tpp.common.errors import UserError
 from tpp.measure.layer_times import LayerShape, LayerTimes, layer_shapes
 from tpp.selection.budget import Unit, Widths
@@ -195,13 +196,14 @@ def most_worth(values: Sequence[_Float64s], costs: Costs, limit: int) -> list[in
     equal = LinearConstraint(coo_array((entries, (rows, columns)), shape=shape), bounds, bounds)
     scale = 1 / max(limit, 1)  # solvers like numbers near 1
     within = LinearConstraint(time[None] * scale, -np.inf, (limit - costs.fixed) * scale)
-    done = milp(
-        -worth,
-        integrality=(np.arange(size) < binaries).astype(int),
-        bounds=(0, 1),
-        constraints=[equal, within],
-        options={"mip_rel_gap": _GAP, "time_limit": _SECONDS},
-    )
+    with without_native_output():  # HiGHS prints lines of its own, asked to or not
+        done = milp(
+            -worth,
+            integrality=(np.arange(size) < binaries).astype(int),
+            bounds=(0, 1),
+            constraints=[equal, within],
+            options={"mip_rel_gap": _GAP, "time_limit": _SECONDS},
+        )
     if done.x is None:
         if done.status == 1:
             raise UserError(f"budget.table: no widths were found in {_SECONDS:g} seconds")
