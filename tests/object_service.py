@@ -5,10 +5,13 @@ import re
 import socket
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 import pytest
+
+from tpp.common import object_storage
 
 BUCKET = "bucket"
 # As moto takes any; looked for in what a run writes.
@@ -26,6 +29,7 @@ class ObjectService:
         fault: ``none``; ``refuse`` closes each connection; ``503`` answers so; ``cut`` ends half
             of an answer's bytes early; ``flip`` changes an answer's last byte; ``hang`` never
             answers.
+        after: how many such requests pass before the fault meets one.
         times: how many requests the fault still meets.
         at: a pattern for a request's first line.
         requests: the first lines of all requests.
@@ -40,10 +44,10 @@ class ObjectService:
         threading.Thread(target=self._accept, daemon=True).start()
 
     def mend(self) -> None:
-        self.fault, self.times, self.at = "none", 0, ""
+        self.fault, self.times, self.at, self.after = "none", 0, "", 0
 
-    def break_(self, fault: str, at: str = "", times: int = 10**9) -> None:
-        self.at, self.times = at, times
+    def break_(self, fault: str, at: str = "", times: int = 10**9, after: int = 0) -> None:
+        self.at, self.times, self.after = at, times, after
         self.fault = fault
 
     def close(self) -> None:
@@ -68,8 +72,11 @@ class ObjectService:
             self.requests.append(line)
             fault = "none"
             if self.fault != "none" and self.times > 0 and re.search(self.at, line):
-                self.times -= 1
-                fault = self.fault
+                if self.after > 0:
+                    self.after -= 1
+                else:
+                    self.times -= 1
+                    fault = self.fault
             if fault == "refuse":
                 return
             while fault == "hang" and self.fault == "hang":
@@ -108,13 +115,19 @@ def object_service() -> Iterator[ObjectService]:
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer(port=0, verbose=False)
     server.start()
-    service = ObjectService(*server.get_host_and_port())
+    host, port = server.get_host_and_port()
+    # What an earlier server of this process had.
+    urllib.request.urlopen(f"http://{host}:{port}/moto-api/reset", data=b"").close()
+    service = ObjectService(host, port)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in SECRETS.items():
             patch.setenv(name, value)
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         patch.setenv("AWS_ENDPOINT_URL", service.url)
         patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        # Both remember where the service of an earlier test was.
+        s3fs.S3FileSystem.clear_instance_cache()
+        object_storage._filesystem.cache_clear()
         s3fs.S3FileSystem().mkdir(BUCKET)
         yield service
     service.close()

@@ -141,6 +141,7 @@ def main(words: Sequence[str] | None = None, prog: str = "python train/main.py")
         where = f"rank {os.environ['RANK']} on {socket.gethostname()}"
         raise UserError(f"{where}: {error}") from None
     with quick_imports():
+        from tpp.common.object_storage import AwayError
         from train.stages.sequence import run_stages
 
     try:
@@ -149,6 +150,9 @@ def main(words: Sequence[str] | None = None, prog: str = "python train/main.py")
     except EveryRankError:
         _leave_it_to_one_rank()
         raise
+    except AwayError as error:  # of an image: before training it is one of every rank's
+        print(f"error: {error}; started again, the run goes on", file=sys.stderr)
+        sys.exit(EXIT_LOST)
     except Stopped as request:
         if accelerator.is_main_process:  # of all nodes
             print(f"{config.output}: {request}", flush=True)

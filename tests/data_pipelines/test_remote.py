@@ -24,7 +24,7 @@ from data_pipelines.loaders import eval_batches, train_batches, training_order
 from data_pipelines.loading.augment import ImageTransform
 from data_pipelines.sets.shard_writer import write_shards
 from tpp.common.errors import UserError
-from tpp.common.object_storage import Store
+from tpp.common.object_storage import AwayError, Store
 
 pytest.importorskip("s3fs")
 pytest.importorskip("moto.server")
@@ -102,6 +102,14 @@ def test_batches_are_those_of_a_disk_to_the_bit(service, shards, url, loader, tm
 
 
 @pytest.mark.processes
+def test_a_worker_process_hands_over_that_the_store_is_gone(service, url):
+    index = open_remote(url)
+    service.break_("refuse", at=r"^GET .*\.tar")
+    with pytest.raises(AwayError, match=r"\.tar: cannot be reached"):
+        train(index, "torchvision", threads=1)
+
+
+@pytest.mark.processes
 def test_worker_processes_read_too(service, shards, url):
     assert same(
         train(open_remote(url), "torchvision", threads=1), train(open_images(shards), "torchvision")
@@ -122,7 +130,7 @@ def test_a_store_that_is_gone_ends_the_run_and_no_image_is_called_bad(service, u
     index = open_remote(url)
     bad = BadImages(index, on_error="skip", limit=0.9)
     service.break_("refuse", at=r"^GET .*\.tar")
-    with pytest.raises(UserError, match=rf"^{url}/[^ ]*\.tar: cannot be reached \(.*\)$"):
+    with pytest.raises(AwayError, match=rf"^{url}/[^ ]*\.tar: cannot be reached \(.*\)$"):
         train(index, loader, bad=bad)
     assert bad.take_new() == []
 

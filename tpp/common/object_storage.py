@@ -49,6 +49,10 @@ class NotThereError(StorageError):
     """There is no such object, or no such bucket."""
 
 
+class AwayError(StorageError):
+    """The store gives no answer, or says that it cannot: what may be well a little later."""
+
+
 def is_url(text: str) -> bool:
     """Whether this is a URL, of whatever scheme, and no path."""
     return _URL.match(text) is not None
@@ -258,4 +262,5 @@ def _said(url: str, error: Exception) -> StorageError:
             f"{url}: no credentials found ({reason}); set them in the environment or in the "
             "provider's files (docs/object_storage.md)"
         )
-    return StorageError(f"{url}: cannot be reached ({type(error).__name__}: {reason})")
+    kind = StorageError if _is_final(error) else AwayError
+    return kind(f"{url}: cannot be reached ({type(error).__name__}: {reason})")
