@@ -38,7 +38,8 @@ NIGHTLY = {
     *("test_polarization_runs.py", "test_ffr_runs.py", "test_while_training_runs.py"),
     *("test_startup_script.py", "test_loader_script.py", "test_gpu_script.py"),
     *("test_mnist_trainability.py", "test_pruner_script.py", "test_latency_script.py"),
-    *("test_evaluate_script.py", "test_end_to_end_script.py", "test_graph_runs.py"),
+    *("test_evaluate_script.py", "test_end_to_end_script.py", "test_step_script.py"),
+    "test_graph_runs.py",
 }
 
 
