@@ -5,6 +5,7 @@ cannot be loaded, and says so in its log alone. Here that is an error: a time wo
 device's.
 """
 
+import ctypes
 import importlib
 import io
 import logging
@@ -12,12 +13,13 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tpp.common.errors import UserError
+from tpp.common.errors import UserError, reason_of
 
 _INPUT, _OUTPUT = "images", "out"
 # By backend and device: what onnxruntime runs a network by, and then what that does not take.
@@ -100,15 +102,17 @@ class Runtime:
         options.log_severity_level = 4
         if self.threads is not None:
             options.intra_op_num_threads = self.threads
-        # Its Python part prints what it falls back to.
+        # What it falls back to and why it prints and logs; here that is an error.
+        onnxruntime.set_default_logger_severity(4)
         with redirect_stdout(io.StringIO()):
+            if self.device == "cuda":
+                onnxruntime.preload_dlls()  # CUDA's libraries of Python's packages
             session = onnxruntime.InferenceSession(model, options, providers=[*self.providers])
         if session.get_providers()[0] != self.providers[0]:
             raise UserError(
                 f"backend {self.backend} on {self.device}: onnxruntime {onnxruntime.__version__} "
-                f"could not load {self.providers[0]} and would go on with "
-                f"{session.get_providers()[0]}; it needs {_LIBRARIES[self.providers[0]]} of the "
-                "versions that it was built for (onnxruntime.preload_dlls() names what is missing)"
+                f"cannot load {self.providers[0]} ({_missing(onnxruntime, self.providers[0])}) and "
+                f"would go on with {session.get_providers()[0]}"
             )
         array = images.numpy()
         if self.device == "cpu":
@@ -125,10 +129,15 @@ class Runtime:
         return run
 
 
-_LIBRARIES = {
-    "CUDAExecutionProvider": "CUDA and cuDNN",
-    "TensorrtExecutionProvider": "TensorRT, CUDA and cuDNN",
-}
+def _missing(onnxruntime: Any, provider: str) -> str:
+    """Why a provider cannot be loaded, such as for want of a library of CUDA's."""
+    name = provider.removesuffix("ExecutionProvider").lower()
+    path = Path(onnxruntime.__file__).parent / "capi" / f"libonnxruntime_providers_{name}.so"
+    try:
+        ctypes.CDLL(str(path))
+    except OSError as error:
+        return reason_of(error)
+    return "its libraries are there: it does not take this GPU or driver"
 
 
 def session_of(network: nn.Module, images: Tensor, runtime: Runtime) -> Callable[[], Any]:
