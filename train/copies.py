@@ -132,6 +132,8 @@ class RunCopies:
         # Of files that a copy has: what told them apart from a later state of theirs.
         self._stamps: dict[str, tuple[int, ...]] = {}
         self._pending: _Snapshot | None = None
+        self._current: _Snapshot | None = None  # under way
+        self._missed: str | None = None  # what the copy before could not be made for
         self._closing = self._ended = self._tidy = self._has_said = False
         self._lines: deque[str] = deque()
         self._changed = threading.Condition()
@@ -190,7 +192,7 @@ class RunCopies:
         return lines
 
     def close(self, patience: float | None) -> list[str]:
-        """Finish what is under way and what waits.
+        """Finish what is under way and what waits; what failed last is tried once more.
 
         Args:
             patience: seconds to wait for it; None for as long as it takes.
@@ -214,6 +216,9 @@ class RunCopies:
 
     def _take_up(self) -> list[str]:
         record = self._read_record()
+        if record is not None and not record.fetching and not self._contents():
+            # Of a start that failed before there was anything of a run: nothing to go on from.
+            record = None
         self._record = record or self._record
         try:
             manifest = self._read_manifest()
@@ -227,7 +232,7 @@ class RunCopies:
                     f"{self._folder}: was being fetched from {self._store.url}, which is gone; "
                     "delete the folder to begin anew"
                 )
-            self._publish({})
+            self._publish({}, {})
             return []
         if record is None and (there := self._contents()):
             raise UserError(
@@ -357,7 +362,14 @@ class RunCopies:
 
     def _snapshot(self, what: str, is_checkpoint: bool, passing: set[str]) -> _Snapshot:
         snapshot = _Snapshot(what, is_checkpoint)
-        published = self._published or {}
+        with self._changed:
+            stamps, coming = self._stamps, [s for s in (self._current, self._pending) if s]
+            # What a copy that comes before this one leaves out is gone from the store by then.
+            published = {
+                name: file
+                for name, file in (self._published or {}).items()
+                if all(name in before.files for before in coming)
+            }
         for path in self._walk():
             name = self._name(path)
             checkpoint = _CHECKPOINT.fullmatch(name)
@@ -366,7 +378,7 @@ class RunCopies:
             # A file that goes while it is looked at is one that the run has no more use for.
             with suppress(FileNotFoundError):
                 snapshot.stamps[name] = stamp = _stamp(path)
-                if name in published and self._stamps.get(name) == stamp:
+                if name in published and stamps.get(name) == stamp:
                     known = published[name]
                     snapshot.files[name] = _Source(known.bytes, known=known.sha256)
                 elif path.suffix in _FINAL_SUFFIXES:
@@ -398,14 +410,22 @@ class RunCopies:
     # ---- in the thread that copies -----------------------------------------------------------
 
     def _work(self) -> None:
-        while True:
+        last = False
+        while not last:
             with self._changed:
                 self._changed.wait_for(lambda: self._pending is not None or self._closing)
                 snapshot, self._pending = self._pending, None
-            if snapshot is None:
-                return
+                self._current = snapshot
+            if snapshot is None:  # and none will come
+                if self._missed is None or self._ended:
+                    return
+                last = True
+            what = snapshot.what if snapshot is not None else self._missed or ""
             try:
+                if snapshot is None:
+                    snapshot = self._snapshot(what, False, set())
                 self._copy(snapshot)
+                self._missed = None
                 if not self._has_said:
                     self._lines.append(f"checkpoints are copied to {self._store.url}")
                 self._has_said = True
@@ -417,12 +437,20 @@ class RunCopies:
                 )
             except Exception as error:
                 why = str(error) if isinstance(error, UserError) else _in_words(error)
-                self._lines.append(
-                    f"{snapshot.what}: not copied: {why}; training goes on, and the next "
-                    "checkpoint's copy has it too"
-                )
+                self._missed, self._tidy = what, False
+                with self._changed:
+                    next_one = self._pending is not None or not self._closing
+                if last:
+                    then = "tried again at the end; the copy before it stays as it was"
+                else:
+                    then = "training goes on, and the next checkpoint's copy has it too"
+                if next_one or last:  # or else it is tried again at once
+                    self._lines.append(f"{what}: not copied: {why}; {then}")
             finally:
-                snapshot.close()
+                if snapshot is not None:
+                    snapshot.close()
+                with self._changed:
+                    self._current = None
 
     def _copy(self, snapshot: _Snapshot) -> None:
         if self._published is None:  # the store was away when the run began
@@ -436,8 +464,9 @@ class RunCopies:
             if _key(name, sha256) not in there:
                 self._upload(_key(name, sha256), source, sha256)
         if files != self._published:
-            self._publish(files)
-        self._stamps = snapshot.stamps
+            self._publish(files, snapshot.stamps)
+        with self._changed:
+            self._stamps = snapshot.stamps
 
     def _upload(self, key: str, source: _Source, sha256: str) -> None:
         """Upload a file, and read it back."""
@@ -454,7 +483,7 @@ class RunCopies:
             f"{self._store.url_of(key)}: reads back as other bytes than were uploaded"
         )
 
-    def _publish(self, files: Mapping[str, _File]) -> None:
+    def _publish(self, files: Mapping[str, _File], stamps: Mapping[str, tuple[int, ...]]) -> None:
         """Make these files the copy, and delete what only the one before needed."""
         before = self._read_manifest()
         if before is not None and before.copy_id not in self._record.copies:
@@ -474,7 +503,8 @@ class RunCopies:
                 f"{self._store.url_of(COPY_FILE)}: reads back as other bytes than were written"
             )
         old = self._published or {}
-        self._published = dict(files)
+        with self._changed:  # at once: a hash of one copy with a stamp of another is no file's
+            self._published, self._stamps = dict(files), dict(stamps)
         needed = {_key(name, file.sha256) for name, file in files.items()}
         if self._tidy:
             gone = {_key(name, file.sha256) for name, file in old.items()} - needed

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import threading
 import time
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import tpp.common.object_storage
 from data_pipelines.images.image_index import open_images
 from data_pipelines.sets.shard_writer import write_shards
 from tpp.common.errors import UserError
-from tpp.common.object_storage import Store
+from tpp.common.object_storage import StorageError, Store
 from train.copies import COPY_FILE, RunCopies
 
 pytest.importorskip("s3fs")
@@ -165,7 +166,7 @@ def test_where_the_service_is_gone_the_copy_before_stays(service, folder, place,
     service.break_("refuse", at="^PUT .*step-00000002/.*/model.safetensors")
     (line,) = copy(folder, place)
     assert line.startswith(f"now: not copied: {place}/run/dense/checkpoints/step-00000002/")
-    assert "cannot be reached" in line and line.endswith("the next checkpoint's copy has it too")
+    assert "cannot be reached" in line and line.endswith("the copy before it stays as it was")
     service.mend()
     there, _ = fetched(place, tmp_path)
     assert files(there) == before
@@ -237,6 +238,86 @@ def test_a_hanging_service_holds_nothing_up_and_the_newest_is_copied(
     service.mend()
     copies._thread.join()
     assert files(fetched(place, tmp_path)[0]) == files(folder)
+
+
+def test_a_checkpoint_that_the_copy_before_leaves_out_is_read_again(
+    service, folder, place, tmp_path, monkeypatch
+):
+    gates = {what: threading.Event() for what in ("step 2", "step 3", "results")}
+    plainly = RunCopies._copy
+
+    def stepped(self, snapshot):
+        assert gates[snapshot.what].wait(20)
+        plainly(self, snapshot)
+
+    monkeypatch.setattr(RunCopies, "_copy", stepped)
+    copies = RunCopies(folder, place)
+    copies.take_up()
+    passing = step(folder, 2)
+    copies.offer("step 2", is_checkpoint=True)
+    wait_until(lambda: copies._pending is None)  # it is under way
+    step(folder, 3)
+    copies.offer("step 3", is_checkpoint=True, passing={passing})
+    gates["step 2"].set()
+    wait_until(lambda: copies._pending is None)  # step 2 has a copy, which step 3 takes away
+    (folder / "results.json").write_text("{}")
+    copies.offer("results")
+    gates["step 3"].set()
+    wait_until(lambda: copies._pending is None)
+    gates["results"].set()
+
+    def copied() -> bool:  # before it is closed, which would try again
+        return "results.json" in json.loads(Store(f"{place}/run").read(COPY_FILE))["files"]
+
+    wait_until(lambda: copies._lines and (copied() or "not copied" in copies._lines[-1]))
+    assert copies.close(None) == [f"checkpoints are copied to {place}/run"]
+    assert files(fetched(place, tmp_path)[0]) == files(folder)
+
+
+@pytest.mark.parametrize("closed_before", [True, False])
+def test_what_failed_last_is_tried_once_more_at_the_end(
+    service, folder, place, tmp_path, monkeypatch, closed_before
+):
+    failures, plainly, gate = ["once"], RunCopies._copy, threading.Event()
+
+    def failing(self, snapshot):
+        assert gate.wait(20)
+        if failures:
+            raise StorageError(f"{place}: fails {failures.pop()}")
+        plainly(self, snapshot)
+
+    monkeypatch.setattr(RunCopies, "_copy", failing)
+    copies = RunCopies(folder, place)
+    copies.take_up()
+    copies.offer("results")
+    said = []
+    if closed_before:
+        said = copies.close(0.0)
+        gate.set()
+        copies._thread.join()
+    else:
+        gate.set()
+        wait_until(lambda: copies._lines)
+    said += copies.close(None)
+    assert said[-1] == f"checkpoints are copied to {place}/run"
+    assert sum("fails once; training goes on" in line for line in said) == (not closed_before)
+    assert files(fetched(place, tmp_path)[0]) == files(folder)
+
+
+def test_what_a_start_that_failed_has_left_is_no_run(service, folder, place, tmp_path):
+    there = tmp_path / "there" / "run"
+    there.mkdir(parents=True)
+    for _ in range(2):  # and the second time too
+        with pytest.raises(UserError, match=r"no-such-bucket/x/run/copy.json: no such object"):
+            RunCopies(there, "s3://no-such-bucket/x").take_up()
+    service.break_("refuse")
+    with pytest.raises(UserError, match="cannot be reached"):
+        RunCopies(there, place).take_up()
+    service.mend()
+    # With a place where there is a copy, it is as any machine that has nothing.
+    copy(folder, place)
+    RunCopies(there, place).take_up()
+    assert files(there) == files(folder)
 
 
 def test_two_runs_never_share_a_copy(service, folder, place, tmp_path):
