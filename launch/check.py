@@ -28,6 +28,7 @@ _SHORT = {
     "-p": "--partition",
     "-n": "--ntasks",
     "-M": "--clusters",
+    "-a": "--array",
 }
 _OF_GPUS = ("--gpus", "--gpus-per-node", "--gpus-per-task")
 _OF_ENVIRONMENT = {
@@ -36,6 +37,7 @@ _OF_ENVIRONMENT = {
     "SBATCH_GPUS_PER_NODE": "--gpus-per-node",
     "SBATCH_GRES": "--gres",
     "SBATCH_CLUSTERS": "--clusters",
+    "SBATCH_ARRAY_INX": "--array",
 }
 
 
@@ -49,6 +51,7 @@ class Request:
         ranks: one per GPU; None where only the allocation will tell.
         gpus: the kinds of GPUs that are asked for, such as ``a100``; "" is any; none: no GPUs.
         elsewhere: the job goes to another cluster, of which nothing is known.
+        tasks: the numbers of a job array's tasks; none: no array.
     """
 
     partitions: tuple[str, ...] = ()
@@ -56,6 +59,7 @@ class Request:
     ranks: int | None = None
     elsewhere: bool = False
     gpus: tuple[str, ...] = ()
+    tasks: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, options: Sequence[str], script: str, environment: Mapping[str, str]) -> "Request":
@@ -80,7 +84,8 @@ class Request:
         gpus = _kinds(",".join([*wanted, asked.get("--gres", "")]))
         if "--exclusive" in asked:  # with all that a node has
             gpus = gpus or ("",)
-        return cls(partitions, nodes, _ranks(asked, nodes), "--clusters" in asked, gpus)
+        tasks = _tasks(asked.get("--array", ""))
+        return cls(partitions, nodes, _ranks(asked, nodes), "--clusters" in asked, gpus, tasks)
 
 
 def _options(words: Sequence[str]) -> dict[str, str]:
@@ -96,6 +101,18 @@ def _options(words: Sequence[str]) -> dict[str, str]:
             value = "" if following.startswith("-") else following
         found[_SHORT.get(name, name)] = value
     return found
+
+
+def _tasks(text: str) -> tuple[int, ...]:
+    """Of SLURM's ``0-4:2,7%3`` 0, 2, 4 and 7; none of what it would refuse itself."""
+    found: set[int] = set()
+    for part in text.partition("%")[0].split(","):
+        match = re.fullmatch(r"(\d{1,7})(?:-(\d{1,7})(?::([1-9]\d{0,6}))?)?", part)
+        if match is None:
+            return ()
+        first, last = int(match[1]), int(match[2] or match[1])
+        found.update(range(first, last + 1, int(match[3] or 1)))
+    return tuple(sorted(found))
 
 
 def _ranks(asked: Mapping[str, str], nodes: int | None) -> int | None:
@@ -130,6 +147,38 @@ def resources(config: "Config", name: str) -> str:
     if does.trains or (config.needs_images(name) and not does.needs_images):
         return "training"
     return "evaluation" if does.needs_images else "files"
+
+
+def of_tasks(
+    files: Sequence[Path], overrides: Sequence[str], tasks: Sequence[int]
+) -> dict[str, tuple[Path, list[str]]]:
+    """What the tasks of an array are called with, by a name for each of them.
+
+    Args:
+        files: the configuration; several: one for each number of a task, from 0 on.
+        overrides: settings, with ``%a`` for the number of the task.
+        tasks: the numbers that are asked for; none: no array, which is taken to be task 0.
+
+    Returns:
+        With one configuration the first task alone, as the others differ by what ``%a`` is in.
+
+    Raises:
+        UserError: a task that has no configuration.
+    """
+    if len(files) == 1:
+        # launch/job.sh leaves %a alone where there is no array.
+        settings = [one.replace("%a", str(tasks[0])) if tasks else one for one in overrides]
+        return {"": (files[0], settings)}
+    for task in tasks:
+        if task >= len(files):
+            raise UserError(f"--array: there is no row {task}; they are 0 to {len(files) - 1}")
+    return {
+        f"--array: row {task}, {files[task].name}: ": (
+            files[task],
+            [one.replace("%a", str(task)) for one in overrides],
+        )
+        for task in tasks or (0,)
+    }
 
 
 def check(config: "Config", request: Request, *, data_on_nodes: bool = False) -> None:
@@ -243,7 +292,13 @@ def make_parser(prog: str = "python -m launch.check") -> Parser:
         more="Prints nothing if nothing is wrong. Behind -- stand options of sbatch.",
         examples=["--config configs/imagenet/resnet50_tpp_2.31x.yaml -- --nodes=4"],
     )
-    share(parser, "--config", required=True)
+    share(
+        parser,
+        "--config",
+        "; may be repeated, for an array's tasks from 0 on",
+        required=True,
+        action="append",
+    )
     share(parser, "--until")
     parser.add_argument(
         "--script", type=user_path, metavar="FILE", help="a batch script, whose #SBATCH lines count"
@@ -267,14 +322,19 @@ def main(words: Sequence[str] | None = None, prog: str = "python -m launch.check
     arguments = make_parser(prog).parse_args(own)
     from train.config.config import load_config, stages_until
 
-    config = load_config(arguments.config, arguments.overrides)
-    stages_until(config, arguments.until)
     script = arguments.script.read_text() if arguments.script else ""
     request = Request.of(options, script, os.environ)
-    check(config, request, data_on_nodes=arguments.data_on_nodes)
-    if arguments.stages:
-        for name, stage in config.stages.items():
-            print(name, stage.kind, resources(config, name))
+    called = of_tasks(arguments.config, arguments.overrides, request.tasks)
+    for task, (file, settings) in called.items():
+        try:
+            config = load_config(file, settings)
+            stages_until(config, arguments.until)
+            check(config, request, data_on_nodes=arguments.data_on_nodes)
+        except UserError as error:
+            raise UserError(f"{task}{error}") from error
+        if arguments.stages:
+            for name, stage in config.stages.items():
+                print(name, stage.kind, resources(config, name))
 
 
 if __name__ == "__main__":

@@ -86,22 +86,33 @@ read_site() {
   done
 }
 
-read_arguments() { # into OPTIONS (sbatch's), CONFIG, UNTIL and OVERRIDES
-  OPTIONS=() OVERRIDES=() CONFIG="" UNTIL="" DATA_ROOT=""
+find_config() { # of the configuration's name the file
+  local file="$1"
+  home_in file
+  if [[ ! -f "$file" && -f "$ROOT/$file" ]]; then file="$ROOT/$file"; fi
+  [[ -f "$file" ]] || fail "--config: there is no file $file"
+  echo "$file"
+}
+
+read_arguments() { # into OPTIONS (sbatch's), GIVEN, ROWS, CONFIG, UNTIL and OVERRIDES
+  # GIVEN is the user's --config; ROWS are the script's own, several of them one for each task of
+  # its array; CONFIG is the one that counts here.
+  OPTIONS=() OVERRIDES=() ROWS=() GIVEN="" CONFIG="" UNTIL="" DATA_ROOT=""
   local argument
   while (($#)); do
     argument="$1"
     shift
     case "$argument" in
       -h | --help) show_help "$SCRIPT" ;;
-      --config=*) CONFIG="${argument#*=}" ;;
+      --config=*) GIVEN="${argument#*=}" ;;
       --until=*) UNTIL="${argument#*=}" ;;
-      --config | --until | --script)
+      --config | --until | --script | --row)
         (($#)) || fail "$argument: what follows it is missing"
         case "$argument" in
-          --config) CONFIG="$1" ;;
+          --config) GIVEN="$1" ;;
           --until) UNTIL="$1" ;;
           --script) SCRIPT="$1" ;; # whose #SBATCH lines count
+          --row) ROWS+=("$1") ;;
         esac
         shift
         ;;
@@ -121,10 +132,19 @@ read_arguments() { # into OPTIONS (sbatch's), CONFIG, UNTIL and OVERRIDES
       *) fail "$argument: neither a setting (key.sub=value) nor an option" ;;
     esac
   done
-  home_in CONFIG DATA_ROOT
-  [[ -n "$CONFIG" ]] || fail "--config FILE is missing; configs/ has one for each published row"
-  if [[ ! -f "$CONFIG" && -f "$ROOT/$CONFIG" ]]; then CONFIG="$ROOT/$CONFIG"; fi
-  [[ -f "$CONFIG" ]] || fail "--config: there is no file $CONFIG"
+  home_in DATA_ROOT
+  local row=0
+  if [[ -n "$GIVEN" ]]; then
+    GIVEN="$(find_config "$GIVEN")" || exit
+    CONFIG="$GIVEN"
+  elif ((${#ROWS[@]})); then
+    if ((${#ROWS[@]} > 1)); then row="${SLURM_ARRAY_TASK_ID:-0}"; fi
+    [[ -n "${ROWS[row]:-}" ]] ||
+      fail "--array: there is no row $row; they are 0 to $((${#ROWS[@]} - 1))"
+    CONFIG="$(find_config "${ROWS[row]}")" || exit
+  else
+    fail "--config FILE is missing; configs/ has one for each published row"
+  fi
 }
 
 do_or_print() {
@@ -159,11 +179,20 @@ check_here() { # what can be known to go wrong; the arguments are launch.check's
 }
 
 submit() {
-  local arguments=(--config "$CONFIG")
+  # The script names its own configurations again in the job, where a task has the row that is its.
+  local arguments=() configs=() row file
+  if [[ -n "$GIVEN" ]]; then
+    arguments+=(--config "$GIVEN")
+  else
+    for row in "${ROWS[@]}"; do
+      file="$(find_config "$row")" || exit
+      configs+=(--config "$file")
+    done
+  fi
   if [[ -n "$UNTIL" ]]; then arguments+=(--until "$UNTIL"); fi
   arguments+=("${OVERRIDES[@]}")
   if [[ "$CONTAINER" == none ]]; then
-    check_here "${arguments[@]}" --script "$SCRIPT" -- "${OPTIONS[@]}" || exit
+    check_here "${configs[@]}" "${arguments[@]}" --script "$SCRIPT" -- "${OPTIONS[@]}" || exit
   else
     echo "not checked here, but in the job: the configuration takes the container's Python" >&2
   fi

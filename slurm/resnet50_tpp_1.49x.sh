@@ -26,7 +26,7 @@ if [[ -n "${SLURM_JOB_ID:-}" ]]; then
 fi
 for root in "${TPP_ROOT:-}" "$(dirname "${BASH_SOURCE[0]}")/.." "${job%%$'\n'*}" "${SLURM_SUBMIT_DIR:-}"; do
   if [[ -n "$root" && -f "$root/launch/job.sh" ]]; then
-    exec bash "$root/launch/job.sh" --script "${BASH_SOURCE[0]}" --config configs/imagenet/resnet50_tpp_1.49x.yaml "$@"
+    exec bash "$root/launch/job.sh" --script "${BASH_SOURCE[0]}" --row configs/imagenet/resnet50_tpp_1.49x.yaml "$@"
   fi
 done
 echo "error: the repository is not found; submit from inside of it, or set TPP_ROOT to it" >&2

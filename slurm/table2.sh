@@ -19,18 +19,15 @@
 #SBATCH --output=%x-%j.log
 set -euo pipefail
 
-rows=(
+rows=( # of the array's tasks, from 0 on
   configs/imagenet/resnet34_tpp_1.32x.yaml
   configs/imagenet/resnet50_tpp_1.49x.yaml
   configs/imagenet/resnet50_tpp_2.31x.yaml
   configs/imagenet/resnet50_tpp_2.56x.yaml
   configs/imagenet/resnet50_tpp_3.06x.yaml
 )
-row="${SLURM_ARRAY_TASK_ID:-0}"
-if [[ -z "${rows[row]:-}" ]]; then
-  echo "error: --array: there is no row $row; they are 0 to $((${#rows[@]} - 1))" >&2
-  exit 2
-fi
+own=()
+for row in "${rows[@]}"; do own+=(--row "$row"); done
 # sbatch runs a copy of this file in another folder.
 job=""
 if [[ -n "${SLURM_JOB_ID:-}" ]]; then
@@ -38,7 +35,7 @@ if [[ -n "${SLURM_JOB_ID:-}" ]]; then
 fi
 for root in "${TPP_ROOT:-}" "$(dirname "${BASH_SOURCE[0]}")/.." "${job%%$'\n'*}" "${SLURM_SUBMIT_DIR:-}"; do
   if [[ -n "$root" && -f "$root/launch/job.sh" ]]; then
-    exec bash "$root/launch/job.sh" --script "${BASH_SOURCE[0]}" --config "${rows[row]}" "$@"
+    exec bash "$root/launch/job.sh" --script "${BASH_SOURCE[0]}" "${own[@]}" "$@"
   fi
 done
 echo "error: the repository is not found; submit from inside of it, or set TPP_ROOT to it" >&2

@@ -37,13 +37,18 @@ def logs_of(slurm, folder: Path, job: str) -> list[str]:
     return [path.read_text() for path in sorted(folder.glob("*.log"))]
 
 
-def test_table_2_is_an_array_of_its_rows(slurm, tmp_path: Path) -> None:
+@pytest.mark.parametrize("by", ["sbatch", "bash"])
+def test_table_2_is_an_array_of_its_rows(slurm, tmp_path: Path, by: str) -> None:
     folder = tmp_path / "with a space"
     folder.mkdir()
-    job = slurm.submit(
-        "--nodes=2", ROOT / "slurm" / "table2.sh", "data.root=/far away/imagenet", "seed=%a",
-        cwd=folder, **PRINT,
-    )  # fmt: skip
+    script, settings = ROOT / "slurm" / "table2.sh", ("data.root=/far away/imagenet", "seed=%a")
+    words = ["--nodes=2", script, *settings]
+    if by == "bash":  # what it calls when it has found nothing wrong
+        done = bash(slurm, folder, "bash", script, "--nodes=2", *settings, TPP_DATA_ON_NODES="1")
+        assert (done.returncode, done.stderr) == (0, "")
+        sbatch, *words = shlex.split(done.stdout)
+        assert sbatch == "sbatch"
+    job = slurm.submit(*words, cwd=folder, **PRINT)
     logs = logs_of(slurm, folder, job)
     rows = ["resnet34_tpp_1.32x", *(f"resnet50_tpp_{row}x" for row in (1.49, 2.31, 2.56, 3.06))]
     called = {line for log in logs for line in log.splitlines() if line.startswith("srun ")}

@@ -1,8 +1,11 @@
 """What a job asks for, read off a script, the environment and sbatch's options."""
 
+from pathlib import Path
+
 import pytest
 
-from launch.check import Request
+from launch.check import Request, of_tasks
+from tpp.common.errors import UserError
 
 SCRIPT = "#!/bin/bash\n#SBATCH --nodes=2\n#SBATCH --job-name=x\n#SBATCH -p slow --exclusive\n"
 
@@ -32,6 +35,33 @@ def test_what_is_asked_for(
     request = Request.of(options, SCRIPT, environment)
     assert (request.partitions, request.nodes, request.ranks) == (partitions, nodes, ranks)
     assert not request.elsewhere
+
+
+@pytest.mark.parametrize(
+    ("options", "environment", "tasks"),
+    [
+        ([], {}, (0, 1, 2, 3, 4)),
+        (["--array=1,3"], {}, (1, 3)),
+        (["-a", "0-4:2,7%3"], {}, (0, 2, 4, 7)),
+        ([], {"SBATCH_ARRAY_INX": "2"}, (2,)),
+        (["--array=all"], {}, ()),  # sbatch says it
+    ],
+)
+def test_the_tasks_of_an_array(
+    options: list[str], environment: dict[str, str], tasks: tuple[int, ...]
+) -> None:
+    assert Request.of(options, "#SBATCH --array=0-4\n", environment).tasks == tasks
+
+
+def test_what_tasks_are_called_with() -> None:
+    one, two = Path("one.yaml"), Path("two.yaml")
+    assert of_tasks([one], ["seed=%a"], (3, 4)) == {"": (one, ["seed=3"])}
+    assert of_tasks([one], ["seed=%a"], ()) == {"": (one, ["seed=%a"])}
+    both = of_tasks([one, two], ["seed=%a"], (0, 1))
+    assert [*both.values()] == [(one, ["seed=0"]), (two, ["seed=1"])]
+    assert [*of_tasks([one, two], [], (1,)).values()] == [(two, [])]
+    with pytest.raises(UserError, match="--array: there is no row 2; they are 0 to 1"):
+        of_tasks([one, two], [], (1, 2))
 
 
 def test_of_another_cluster_nothing_is_known() -> None:

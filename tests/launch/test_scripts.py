@@ -89,6 +89,41 @@ def test_a_row_that_table_2_does_not_have(stub: Path) -> None:
     assert done.stderr == "error: --array: there is no row 9; they are 0 to 4\n"
 
 
+def test_every_row_of_table_2_is_checked(stub: Path, tmp_path: Path) -> None:
+    """Each that is asked for, and no other; %a is the row's number, as in its task."""
+    script = ROOT / "slurm" / "table2.sh"
+    for row in (1, 2, 3):
+        for side in ("train", "val"):
+            (tmp_path / str(row) / side).mkdir(parents=True)
+    data = f"data.root={tmp_path}/%a"
+    done = bash(stub, script, "--array=2-4", data, TPP_PRINT="1")
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+    said = "error: --array: row 4, resnet50_tpp_3.06x.yaml: data.root: there is no folder"
+    assert done.stderr.startswith(f"{said} {tmp_path}/4/train ")
+    done = bash(stub, script, "--array=1-3", data, TPP_PRINT="1")
+    assert done.returncode == 0, done.stderr
+    assert shlex.split(done.stdout) == ["sbatch", "--array=1-3", str(script), data]
+    done = bash(stub, script, "--array=3,9", data)
+    assert done.returncode == 2
+    assert done.stderr == "error: --array: there is no row 9; they are 0 to 4\n"
+
+
+def test_a_scripts_own_configuration_is_not_passed_on(stub: Path) -> None:
+    """In the job the script names it again; the user's own has to come through."""
+    script = ROOT / "slurm" / "resnet50_tpp.sh"
+    settings = ("data.root=/none", "seed=%a")
+    print_only = {"TPP_PRINT": "1", "TPP_DATA_ON_NODES": "1"}
+    done = bash(stub, script, "--array=3-4", *settings, **print_only)
+    assert done.returncode == 0, done.stderr
+    assert shlex.split(done.stdout) == ["sbatch", "--array=3-4", str(script), *settings]
+    own = ROOT / "configs" / "imagenet" / "resnet50_tpp_1.49x.yaml"
+    done = bash(stub, script, f"--config={own}", "data.root=/none", **print_only)
+    assert done.returncode == 0, done.stderr
+    assert shlex.split(done.stdout) == [
+        "sbatch", str(script), "--config", str(own), "data.root=/none",
+    ]  # fmt: skip
+
+
 def test_table_1_refused(stub: Path) -> None:
     done = table1(stub)
     assert (done.returncode, done.stdout) == (2, "")
@@ -234,7 +269,7 @@ def test_a_home_folder_in_quotes(stub: Path, tmp_path: Path) -> None:
 )
 def test_each_row_names_itself_and_a_configuration(script: Path) -> None:
     text = script.read_text()
-    (config,) = re.findall(r"--config (configs/\S+\.yaml) ", text)
+    (config,) = re.findall(r"--row (configs/\S+\.yaml) ", text)
     (job,) = re.findall(r"^#SBATCH --job-name=(\S+)$", text, re.MULTILINE)
     assert (ROOT / config).is_file() and Path(config).stem == job
     assert f"sbatch --nodes=4 slurm/{script.name} " in text
