@@ -214,9 +214,29 @@ def _plain(name: object) -> bool:
     return isinstance(name, str) and bool(name) and "/" not in name and name not in (".", "..")
 
 
-def refusal(folder: Path) -> UserError:
-    """What is said where a set of Parquet files is to be read as images are."""
-    return UserError(
-        f"{folder}: Parquet files, out of which no image can be read by itself; make shards of "
-        f"them: tpp shards {printable(str(folder))} --output DIR, and then use DIR"
+def refusal(place: Path) -> UserError:
+    """What is said where a set of Parquet or Arrow files is to be read as images are."""
+    whole = _whole_set(place)
+    arrow = (
+        place.suffix.lower() == ".arrow" or _is_saved(place) or (whole / _SAVED_SPLITS).is_file()
     )
+    return UserError(
+        f"{whole}: {'Arrow' if arrow else 'Parquet'} files, out of which no image can be read by "
+        f"itself; make shards of them: tpp shards {printable(str(whole))} --output DIR, and then "
+        "use DIR"
+    )
+
+
+def _whole_set(place: Path) -> Path:
+    """The set's folder where a folder is one split of it: shards of that one would lack the rest.
+
+    A run has found that ``data.root/train`` cannot be read, and so names it alone.
+    """
+    if (place.parent / _SAVED_SPLITS).is_file() and _is_saved(place):
+        return place.parent
+    part = _WORDS.get(place.name.lower())
+    try:
+        found = find_tables(place.parent) if part is not None and place.is_dir() else None
+    except UserError:  # of other files beside this folder, which need not be of the set
+        return place
+    return place.parent if found is not None and part in found.parts else place

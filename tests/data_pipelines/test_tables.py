@@ -22,6 +22,7 @@ from data_pipelines.sets.table_images import UNPACKED, ImageTables
 from launch.check import check_data
 from tpp.common.errors import UserError, run_command
 from train.config.config import Config
+from train.data import look_at_images
 
 datasets = pytest.importorskip("datasets")
 datasets.disable_progress_bars()
@@ -375,6 +376,37 @@ def test_training_says_what_makes_shards_of_it(hub: Path, tmp_path: Path) -> Non
         check_data(Config.model_validate(tiny_run(hub, tmp_path)))
     file = next((hub / "data").glob("train-00001*"))
     assert refused(Input(file)).startswith(f"{file}: Parquet files, out of which")
+
+
+@pytest.mark.parametrize("form", ["saved to disk", "converted by the Hub"])
+def test_what_training_says_keeps_both_splits(
+    folders: Path, tmp_path: Path, pack: Callable[..., str], form: str
+) -> None:
+    """A run looks into ``data.root/train``; shards of that folder alone would have no val."""
+    root = tmp_path / "set"
+    train = as_dataset(folders, classes_in(folders))
+    val = as_dataset(folders.parent / "val", classes_in(folders))
+    if form == "saved to disk":
+        datasets.DatasetDict({"train": train, "validation": val}).save_to_disk(root)
+    else:
+        for split, data in (("train", train), ("validation", val)):
+            (root / split).mkdir(parents=True)
+            data.to_parquet(root / split / "0000.parquet")
+    with pytest.raises(UserError) as caught:
+        look_at_images(Config.model_validate(tiny_run(root, tmp_path)))
+    kind = "Arrow" if form == "saved to disk" else "Parquet"
+    assert f"{root}: {kind} files, out of which no image" in str(caught.value)
+    assert f"tpp shards {root} --output DIR, and then use DIR" in str(caught.value)
+    if form == "saved to disk":
+        assert refused(Input(next((root / "train").glob("*.arrow")))).count("Arrow files") == 1
+    pack(root, "--output", tmp_path / "out")  # word for word
+    look_at_images(Config.model_validate(tiny_run(tmp_path / "out", tmp_path)))
+
+
+def test_one_data_set_saved_to_disk_is_named_itself(folders: Path, tmp_path: Path) -> None:
+    saved = tmp_path / "train"
+    as_dataset(folders, classes_in(folders)).save_to_disk(saved)
+    assert refused(Input(saved)).startswith(f"{saved}: Arrow files, out of which")
 
 
 def test_without_pyarrow(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
