@@ -5,6 +5,7 @@ where images are added most of the others keep their part.
 """
 
 import os
+import re
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -19,9 +20,13 @@ from data_pipelines.sets.claim import progress_bar
 from data_pipelines.sets.foreign_tars import tars_in
 from data_pipelines.sets.inputs import Input, open_input, open_tables
 from data_pipelines.sets.preparation import Prepared, ShardSettings, Work
-from tpp.common.errors import UserError
+from tpp.common.errors import UserError, printable
 
 SHARE = 0.1
+_DIVISION = re.compile(
+    r"(?P<name>.*)-(?P<images>[0-9a-f]{12})-(?P<val>[0-9.]+(?:e-[0-9]+)?)-(?P<seed>-?[0-9]+)",
+    re.DOTALL,
+)
 
 
 def prepare_split(
@@ -76,14 +81,36 @@ def _divide(
 ) -> list[Prepared]:
     chosen = chosen_for_val(index, share, seed)
     parts = {split: _part(index, chosen == (split == "val")) for split in ("train", "val")}
+    # Kept in the state file to tell this division from others; _difference takes it apart.
     whole = f"{name}-{index.fingerprint}-{share:g}-{seed}"
     sources = {
         split: [{"name": whole, "bytes": int(part.byte_sizes.sum())}]
         for split, part in parts.items()
     }
-    with progress_bar() as progress, Work(out, "split", sources, shards) as work:
+    with progress_bar() as progress, Work(out, "split", sources, shards, _difference) as work:
         missing = {split: parts[split] for split in work.missing}
         return work.place(missing, threads, progress) if missing else []
+
+
+def _difference(then: str, now: str) -> str:
+    """What differs between two divisions, by the names that :func:`_divide` has given them."""
+    one, other = _DIVISION.fullmatch(then), _DIVISION.fullmatch(now)
+    if one is None or other is None or one["images"] != other["images"] or then == now:
+        return (
+            "was divided from other images than those of --from are now; choose another folder for "
+            "--output, or empty this one and divide these"
+        )
+    odd = [key for key in ("val", "seed") if one[key] != other[key]]
+    if not odd:
+        return (
+            f"was divided from a folder called {printable(repr(one['name']))}, and --from is one "
+            f"called {printable(repr(other['name']))}; choose another folder for --output"
+        )
+    before, asked = (" ".join(f"--{key} {found[key]}" for key in odd) for found in (one, other))
+    return (
+        f"was divided with {before}, and {asked} is asked for; give {before} to go on with it, or "
+        "choose another folder for --output, or empty this one"
+    )
 
 
 def chosen_for_val(index: ImageIndex, share: float, seed: int) -> NDArray[np.bool_]:

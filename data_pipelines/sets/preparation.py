@@ -91,6 +91,8 @@ class Work:
         name: of the data set.
         sources: the archives of each split that is asked for.
         shards: write shards; None: class folders.
+        difference: says of the name of an archive that a split was made from, and of the one that
+            is asked for, what differs, where these names are not those of files.
 
     Attributes:
         folder: for what is needed on the way only.
@@ -98,10 +100,15 @@ class Work:
     """
 
     def __init__(
-        self, out: Path, name: str, sources: Sources, shards: ShardSettings | None
+        self,
+        out: Path,
+        name: str,
+        sources: Sources,
+        shards: ShardSettings | None,
+        difference: Callable[[str, str], str] | None = None,
     ) -> None:
         self.out, self.name, self.sources, self.shards = out, name, sources, shards
-        self.folder = out / WORK_FOLDER
+        self.folder, self._difference = out / WORK_FOLDER, difference
         self.missing: list[str] = []
         self._state: dict[str, Any] = {}
 
@@ -144,14 +151,21 @@ class Work:
             finished = known is not None and known["finished"]
             # Once it is finished, nobody has to name the archives again.
             if known and known["archives"] != archives and not (finished and not archives):
-                raise UserError(
-                    f"{self.out}: {split} is made from {_names(known['archives'])}, not from "
-                    f"{_names(archives)}; choose another folder"
-                )
+                raise UserError(f"{self.out}: {self._said_of_other(split, known['archives'])}")
             if not finished:
                 self.missing.append(split)
         if not self.missing:
             self._clean_up()
+
+    def _said_of_other(self, split: str, known: Sequence[Mapping[str, Any]]) -> str:
+        """What to say of a split that is made from other archives than are asked for."""
+        archives = self.sources[split]
+        if self._difference is not None and len(known) == len(archives) == 1:
+            return self._difference(known[0]["name"], archives[0]["name"])
+        return (
+            f"{split} is made from {_names(known)}, not from {_names(archives)}; choose another "
+            "folder"
+        )
 
     def _clean_up(self) -> None:
         """Remove what was needed on the way, if all is done."""

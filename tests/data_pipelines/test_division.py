@@ -113,3 +113,36 @@ def test_images_of_one_name_and_classes_that_are_no_folders(classes: Path, tmp_p
     with pytest.raises(UserError, match=r"class '../x' cannot be the name of a folder"):
         prepare_split(tmp_path / "refused", source)
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(("share", "asked"), [(0.2, "0.2"), (1e-05, "1e-05")])
+def test_another_division_for_the_same_folder(
+    classes: Path, tmp_path: Path, share: float, asked: str
+) -> None:
+    out = tmp_path / "out"
+    prepare_split(out, classes, share=0.3)
+
+    def refused(source: Path, share: float = 0.3, seed: int = 0) -> str:
+        with pytest.raises(UserError) as caught:
+            prepare_split(out, source, share=share, seed=seed)
+        assert "-0.3-" not in str(caught.value) and "choose another folder" in str(caught.value)
+        return str(caught.value)
+
+    assert refused(classes, share=share) == (
+        f"{out}: was divided with --val 0.3, and --val {asked} is asked for; give --val "
+        f"0.3 to go on with it, or choose another folder for --output, or empty this one"
+    )
+    assert f"{out}: was divided with --seed 0, and --seed -1 is asked for" in refused(
+        classes, seed=-1
+    )
+    both = f"with --val 0.3 --seed 0, and --val {asked} --seed 2 is asked for"
+    assert both in refused(classes, share=share, seed=2)
+    other = classes.rename(tmp_path / "other")
+    assert "from a folder called 'classes', and --from is one called 'other'" in refused(other)
+    (other / "c" / "0.png").unlink()
+    assert f"{out}: was divided from other images than those of --from are now" in refused(other)
+    # With images that have grown, the names stay as they were.
+    prepare_split(tmp_path / "more", other, share=0.3)
+    (other / "c" / "1.png").write_bytes(bytes(5000))
+    with pytest.raises(UserError, match="was divided from other images than those of --from"):
+        prepare_split(tmp_path / "more", other, share=0.3)
