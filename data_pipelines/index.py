@@ -47,6 +47,7 @@ from data_pipelines.images.image_index import (
     Location,
     check_replaceable,
     load_index,
+    report_beside,
     save_index,
     scan_class_folders,
 )
@@ -64,7 +65,6 @@ from tpp.common.files import in_bytes, write_whole
 from tpp.common.options import share
 from tpp.common.paths import user_path
 
-REPORT_FILE = ".index-report.tsv"
 # Holds the header of 99.5% of ImageNet's photos; the others are read whole.
 _HEAD = 32 * 1024
 # Enough that handing work over costs nothing, few enough that Ctrl-C is obeyed at once.
@@ -216,10 +216,9 @@ def _holds_shards(folder: Path) -> bool:
 
 def _targets(folder: Path, out: Path | None) -> tuple[Path, Path]:
     """Where a folder's index and its report go."""
-    if out is None:
-        return folder / INDEX_FILE, folder / REPORT_FILE
     name = folder.name if folder.name not in ("", "..") else folder.resolve().name
-    return out / f"{name}.safetensors", out / f"{name}-report.tsv"
+    index_file = folder / INDEX_FILE if out is None else out / f"{name}.safetensors"
+    return index_file, report_beside(index_file)
 
 
 class _Listing(NamedTuple):

@@ -59,6 +59,11 @@ _FINGERPRINT = re.compile("[0-9a-f]{12}")
 _SAMPLED = 256
 
 
+def report_beside(index_file: Path) -> Path:
+    """Where ``tpp index`` puts its report: beside the index that it writes."""
+    return index_file.with_name(f"{index_file.name.removesuffix('.safetensors')}-report.tsv")
+
+
 class Location(NamedTuple):
     """Where an image's bytes are: ``length`` bytes of ``path`` from ``offset`` on.
 

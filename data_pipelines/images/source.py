@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipelines.images.image_index import ImageIndex, Location
+from data_pipelines.images.image_index import ImageIndex, Location, report_beside
 from data_pipelines.images.order import Int64s, Order
 from data_pipelines.images.plain_file import LARGEST_MEMBER, open_plain
 from data_pipelines.images.remote import read_objects
@@ -32,6 +32,17 @@ _PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ENOTCO
 # Shards of which a process keeps the files open.
 SHARDS_OPEN = 256
 _PAUSES = (0.1, 1.0, 5.0)
+
+
+def said_of_known(index: ImageIndex) -> str:
+    """What an index file says of broken images: how many, the first, and where all are listed."""
+    known = np.flatnonzero(index.broken)
+    report = report_beside(index.file) if index.file is not None else None
+    listed = f"; all of them: {report}" if report is not None and report.is_file() else ""
+    return (
+        f"{index.file}: says that {len(known):,} of {len(index):,} images are broken (first: "
+        f"{index.name(int(known[0]))}{listed})"
+    )
 
 
 class BadImages:
@@ -64,17 +75,13 @@ class BadImages:
         self._known = dict.fromkeys(known, "broken, says the index")
         self._found = 0
         if known and not (self._skips and self._indexed <= limit):
-            first = index.location(known[0]).path
             advice = (
                 f"data.max_skipped allows {limit:.4g} of them"
                 if self._skips
                 else "mend or delete them and make the index anew, or set data.on_error=skip"
             )
-            raise UserError(
-                f"{index.file}: says that {len(known):,} of {len(index):,} images are broken "
-                f"(first: {first}); {advice}"
-            )
-        self._new = [(index.location(image).path, self._known[image]) for image in known]
+            raise UserError(f"{said_of_known(index)}; {advice}")
+        self._new = [(index.name(image), self._known[image]) for image in known]
 
     def __getstate__(self) -> dict[str, object]:
         return {key: value for key, value in self.__dict__.items() if key != "_lock"}

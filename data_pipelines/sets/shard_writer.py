@@ -21,6 +21,7 @@ from data_pipelines.images.header import Header
 from data_pipelines.images.image_index import INDEX_FILE, ImageIndex, save_index
 from data_pipelines.images.order import Int64s, permutation
 from data_pipelines.images.plain_file import LARGEST_MEMBER, open_plain
+from data_pipelines.images.source import said_of_known
 from data_pipelines.sets.claim import claimed, in_threads, progress_bar
 from data_pipelines.sets.shard_format import (
     BLOCK,
@@ -255,12 +256,10 @@ def _check_place(index: ImageIndex, out: Path) -> None:
 
 
 def _check_known_broken(index: ImageIndex, skip_broken: bool) -> None:
-    known = np.flatnonzero(index.broken)
-    if len(known) and not skip_broken:
+    if index.broken.any() and not skip_broken:
         raise UserError(
-            f"{index.file}: says that {len(known):,} of {len(index):,} images are broken (first: "
-            f"{index.name(int(known[0]))}); mend or delete them and make the index anew, or "
-            "leave them out with --skip-broken"
+            f"{said_of_known(index)}; mend or delete them and make the index anew, or leave them "
+            "out with --skip-broken"
         )
 
 

@@ -19,7 +19,7 @@ from data_pipelines import shards as shards_command
 from data_pipelines.images.batch import LoaderSettings
 from data_pipelines.images.image_index import INDEX_FILE, ImageIndex, scan_class_folders
 from data_pipelines.images.order import Steps
-from data_pipelines.images.source import read_bytes
+from data_pipelines.images.source import BadImages, read_bytes
 from data_pipelines.loaders import train_batches, training_order
 from data_pipelines.loading.augment import ImageTransform
 from data_pipelines.sets.foreign_tars import expand
@@ -243,6 +243,30 @@ def test_broken_images_in_tars_are_found(tmp_path: Path, monkeypatch: Any, capsy
     assert open_input(Input(tmp_path)).broken.all()
     report = (tmp_path / ".index-report.tsv").read_text()
     assert f"{tmp_path}/one.tar: b.jpg\t" in report
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_run_names_the_member_that_the_index_says_is_broken(
+    tmp_path: Path, monkeypatch: Any, capsys: Any, apart: bool
+) -> None:
+    tars, indices = tmp_path / "tars", tmp_path / "indices"
+    write_tar(tars / "one.tar", [*PAIR, ("b.jpg", b"no image"), ("b.cls", b"1")])
+    monkeypatch.setattr("sys.argv", ["index", str(tars)] + ["--output", str(indices)] * apart)
+    index_command.main()
+    file = indices / "tars.safetensors" if apart else tars / INDEX_FILE
+    report = indices / "tars-report.tsv" if apart else tars / ".index-report.tsv"
+    index = open_input(Input(tars, index_file=file))
+    said = f"{file}: says that 2 of 2 images are broken (first: {tars}/one.tar: a.jpg"
+    with pytest.raises(UserError) as caught:
+        BadImages(index)
+    assert str(caught.value).startswith(f"{said}; all of them: {report}); mend or delete")
+    # Each by itself, or they would be counted as one.
+    found = BadImages(index, on_error="skip", limit=1.0).take_new()
+    assert [path for path, _ in found] == [f"{tars}/one.tar: {name}.jpg" for name in "ab"]
+    report.unlink()
+    with pytest.raises(UserError) as caught:
+        BadImages(index)
+    assert str(caught.value).startswith(f"{said}); mend or delete")
 
 
 def test_tars_are_packed_anew(folders: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:

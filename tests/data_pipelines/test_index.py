@@ -28,10 +28,11 @@ from data_pipelines.images.image_index import (
     save_index,
     scan_class_folders,
 )
-from data_pipelines.index import REPORT_FILE, main
+from data_pipelines.index import main
 from tpp.common.errors import UserError, run_command
 
 ROOT = Path(__file__).resolve().parents[2]
+REPORT_FILE = ".index-report.tsv"
 FACTS = 13
 """Length of the longest name of a fact that is always printed, and of the gap after it."""
 
