@@ -22,7 +22,7 @@ from data_pipelines.loaders import (
     training_order,
 )
 from data_pipelines.loading.augment import ImageTransform
-from data_pipelines.sets.inputs import Input, open_input
+from data_pipelines.sets.inputs import Input, open_input, where_class_is
 from tpp.common.errors import UserError, printable
 from tpp.common.object_storage import is_url
 from tpp.models.preparation import changed
@@ -225,12 +225,21 @@ def _of_same_classes(config: Config, train: ImageIndex, val: ImageIndex) -> Imag
     data = config.data
     sides = f"{data.train_list or data.train!r} and {data.val_list or data.val!r}"
     listed = train.labels_from or val.labels_from
-    for odd in sorted({*train.classes} ^ {*val.classes}):
-        advice = "; data.class_names may name those of both" if listed else ""
-        raise UserError(
-            f"data.root: {data.root}: class {'' if listed else 'folder '}{odd!r} is in only "
-            f"one of {sides}{advice}"
-        )
+    advice = "; data.class_names may name those of both" if listed else ""
+    # What only validation has comes first: a label that is mistyped there is the likelier mistake,
+    # and training's own class may lack images for want of that one.
+    sides_in_turn: tuple[tuple[Side, ImageIndex, ImageIndex], ...]
+    sides_in_turn = ("val", val, train), ("train", train, val)
+    for side, one, other in sides_in_turn:
+        for odd in sorted({*one.classes} - {*other.classes}):
+            where = where_class_is(one, odd, input_of(config, side))
+            if one.labels_from and other.labels_from:
+                place = other.place if other.containers else other.labels_from
+                raise UserError(f"{where}: class {odd!r} is not in {place}{advice}")
+            raise UserError(
+                f"data.root: {data.root}: class {'' if listed else 'folder '}{odd!r} is in only "
+                f"one of {sides}{advice}; it is found at {where}"
+            )
     places = {name: place for place, name in enumerate(train.classes)}
     return val.with_classes(train.classes, [places[name] for name in val.classes])
 

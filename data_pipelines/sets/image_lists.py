@@ -95,6 +95,12 @@ def read_list(
     )
 
 
+def line_of_label(path: Path, label: str, path_key: str | None, label_key: str | None) -> int:
+    """The first line of a list with this label, for messages: an index keeps no lines; 0: none."""
+    rows = _rows(path, path_key, label_key)
+    return next((row.line for row in rows if label_text(row.label) == label), 0)
+
+
 def _label(path: Path, row: _Row) -> str:
     text = label_text(row.label)
     if text is None:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from data_pipelines.images.image_index import (
 from data_pipelines.images.remote import open_remote
 from data_pipelines.sets.class_names import arrange, read_class_names
 from data_pipelines.sets.foreign_tars import expand, is_pattern, scan_tars, tars_in
-from data_pipelines.sets.image_lists import is_list, read_list
+from data_pipelines.sets.image_lists import is_list, line_of_label, read_list
 from data_pipelines.sets.shard_format import SETTINGS_FILE
 from data_pipelines.sets.table_files import find_tables, holds_tables, is_table, refusal
 from data_pipelines.sets.table_images import ImageTables, read_tables
@@ -100,15 +101,29 @@ def _opened(source: Input) -> ImageIndex:
         index = _open_folder_or_tars(place, source)
     if names is None and not index.labels_from:
         return index
-
-    def where(label: str) -> str:
-        number = index.classes.index(label)
-        if not index.containers:
-            return str(index.root / label)
-        return index.name(int((index.labels == number).argmax()))
-
-    classes, places = arrange(index.classes, names, where)
+    classes, places = arrange(index.classes, names, lambda label: where_class_is(index, label))
     return index.with_classes(classes, places)
+
+
+def where_class_is(index: ImageIndex, name: str, source: Input | None = None) -> str:
+    """Where the class is found, for messages: a folder, a tar's member, or a list and its line.
+
+    Args:
+        index: the images.
+        name: of one of its classes.
+        source: what the index was opened from, where that may be a list.
+    """
+    if index.containers:
+        has = index.labels == index.classes.index(name)
+        return index.name(int(has.argmax())) if has.any() else index.place
+    if not index.labels_from:
+        return f"{index.place}/{name}"
+    listing, line = Path(index.labels_from), 0
+    if source is not None:
+        # The list may have gone since, or be out of this rank's reach.
+        with suppress(UserError):
+            line = line_of_label(listing, name, source.path_key, source.label_key)
+    return f"{listing}, line {line}" if line else str(listing)
 
 
 def open_tables(source: Input) -> ImageTables | None:

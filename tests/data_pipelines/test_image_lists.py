@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from other_forms import as_list, classes_in, images_in, refused
+from other_forms import as_list, as_tars, classes_in, images_in, refused
+from tiny_run import tiny_run
 
 from data_pipelines import shards as shards_command
 from data_pipelines.images.image_index import ImageIndex, scan_class_folders
@@ -16,6 +17,8 @@ from data_pipelines.sets.class_names import read_class_names
 from data_pipelines.sets.image_lists import LIST_SUFFIXES
 from data_pipelines.sets.inputs import Input, open_input
 from tpp.common.errors import UserError, run_command
+from train.config.config import Config
+from train.data import look_at_images
 
 
 def _same(index: ImageIndex, truth: ImageIndex) -> None:
@@ -287,3 +290,49 @@ def test_a_list_is_packed_into_shards(
 def test_the_page_names_every_ending() -> None:
     page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
     assert all(f"`{ending}`" in page for ending in LIST_SUFFIXES)
+
+
+def _classes_refused(root: Path, out: Path, **data: str) -> str:
+    config = tiny_run(root, out)
+    config["data"] |= data
+    with pytest.raises(UserError) as caught:
+        look_at_images(Config.model_validate(config))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_class_of_one_side_is_named_with_its_line(folders: Path, tmp_path: Path) -> None:
+    root, lists = folders.parent, {}
+    for part in ("train", "val"):
+        lists[f"{part}_list"] = str(as_list(root / part, tmp_path / f"{part}.csv"))
+    train, val = Path(lists["train_list"]), Path(lists["val_list"])
+    lines, odd = val.read_text().splitlines(), classes_in(folders)[0]
+    # A header, the columns of which are named by the run: lines count from it.
+    val.write_text("\n".join(["photo,kind", *lines[:4], f"{lines[4].split(',')[0]},zebra"]) + "\n")
+    train.write_text("photo,kind\n" + train.read_text())
+    keys = {"path_key": "photo", "label_key": "kind"}
+    said = _classes_refused(root, tmp_path, **lists, **keys)
+    assert said.startswith(f"{val}, line 6: class 'zebra' is not in {train}")
+    # A class that only training has.
+    val.write_text("\n".join(["photo,kind", *(line for line in lines if odd not in line)]) + "\n")
+    said = _classes_refused(root, tmp_path, **lists, **keys)
+    assert said.startswith(f"{train}, line 2: class {odd!r} is not in {val}")
+
+
+def test_a_class_of_one_side_is_named_with_its_member_or_folder(
+    folders: Path, tmp_path: Path
+) -> None:
+    root, odd = tmp_path / "data", classes_in(folders)[0]
+    shutil.copytree(folders.parent, root)
+    (root / "val" / odd).rename(root / "val" / "zebra")
+    said = _classes_refused(root, tmp_path)
+    assert (
+        f"class folder 'zebra' is in only one of 'train' and 'val'; it is found at {root}/val/zebra"
+        in said
+    )
+    for part in ("train", "val"):
+        as_tars(root / part, tmp_path / "tars" / part, 1, label="label")
+    said = _classes_refused(tmp_path / "tars", tmp_path)
+    tar = tmp_path / "tars" / "val" / "shard-000000.tar"
+    first = sorted((root / "val" / "zebra").iterdir())[0].name
+    assert said.startswith(f"{tar}: zebra/{first}: class 'zebra' is not in {tmp_path}/tars/train")
