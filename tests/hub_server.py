@@ -281,7 +281,10 @@ class _Handler(BaseHTTPRequestHandler):
     def check_card(self) -> None:
         block = self._json()["content"].split("---")[1]
         try:
-            assert isinstance(yaml.safe_load(block), dict)
+            said = yaml.safe_load(block)
+            assert isinstance(said, dict)
+            # The Hub knows a list of them, all written so.
+            assert re.fullmatch(r"[a-z0-9.-]+", said.get("license", "mit")), '"license" is unknown'
             self._answer(200, {"errors": [], "warnings": []})
         except (AssertionError, yaml.YAMLError) as error:
             self._answer(400, {"errors": [{"message": str(error)}], "warnings": []})

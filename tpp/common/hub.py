@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, TypeVar
+from urllib.parse import quote
 
 from tpp.common.errors import Note, UserError, reason_of
 from tpp.common.reading import read_json
@@ -35,9 +36,15 @@ _TOKENS = "https://huggingface.co/settings/tokens"
 _WAITS = (1.0, 2.0, 4.0)
 # Without it huggingface_hub waits for ever for a Hub that says nothing.
 _SILENCE_SECONDS = 60.0
+# A dry run is not worth so long a wait.
+_GLANCE_SECONDS = 5.0
 _BUSY = (408, 429, 500, 502, 503, 504)
 
 Done = TypeVar("Done")
+
+
+class NotAskedError(UserError):
+    """The Hub could not be asked: whether it would have refused is not known."""
 
 
 class Reference(NamedTuple):
@@ -89,7 +96,7 @@ class Written(NamedTuple):
 
     Attributes:
         reference: with the commit.
-        url: of the repository's page.
+        url: of the repository's page; of another branch than main, that one's.
         created: whether there was no such repository before.
         changed: whether there is a new commit; without one all was there already.
     """
@@ -235,16 +242,37 @@ def check_may_write(target: Reference) -> None:
     """Check what can be known before the Hub is asked.
 
     Raises:
-        UserError: there is no token, or no network is to be used.
+        NotAskedError: there is no token, or no network is to be used.
+        UserError: the token cannot be one.
     """
     hub = _library()
     if hub.constants.is_offline_mode():
-        raise UserError(f"{target}: HF_HUB_OFFLINE is set, and writing asks the Hub; unset it")
+        raise NotAskedError(f"{target}: HF_HUB_OFFLINE is set, and writing asks the Hub; unset it")
     if not _token():
-        raise UserError(
+        raise NotAskedError(
             f"{target}: {TOKEN} is not set: export {TOKEN}=... with a token that may write "
             f"({_TOKENS})"
         )
+
+
+def check_write(
+    target: Reference, files: Mapping[str, Path | bytes], *, private: bool, overwrite: bool
+) -> None:
+    """Check all of :func:`write` that reading tells; nothing is changed.
+
+    Whether the token may write is not among it: the Hub says that to who writes.
+
+    Args:
+        target, files, private, overwrite: see :func:`write`.
+
+    Raises:
+        NotAskedError: there is no token, no network is to be used, or the Hub does not answer.
+        UserError: it would be refused.
+    """
+    hub = _library()
+    check_may_write(target)
+    with _one_line(target, "read"), _patient(_GLANCE_SECONDS):
+        _look(hub, _api(hub), target, files, private=private, overwrite=overwrite)
 
 
 def write(
@@ -271,28 +299,20 @@ def write(
     hub = _library()
     check_may_write(target)
     branch = target.revision or MAIN
-    api = hub.HfApi(endpoint=_endpoint(), token=_token(), library_name="tpp")
-    with _one_line(target, "write"), _patient():
-        info, created = _info(hub, api, target.repository), False
-        if info is None:
+    api = _api(hub)
+    with _one_line(target, "write"), _patient(_SILENCE_SECONDS):
+        known, at = _look(hub, api, target, files, private=private, overwrite=overwrite)
+        if not known:
             _tried(
                 lambda: api.create_repo(target.repository, private=private or None, exist_ok=True)
             )
-            info, created = _tried(lambda: api.model_info(target.repository)), True
-        elif private and not info.private:
-            raise UserError(
-                f"{target}: is there and public, which --private does not change: change it in "
-                "its settings on the Hub, or name another"
-            )
-        if branch != MAIN:
-            at = _info(hub, api, target.repository, branch)
-            if at is None:
+            # Somebody else may have made it meanwhile.
+            _, at = _look(hub, api, target, files, private=private, overwrite=overwrite)
+        if at is None:
+            if branch != MAIN:
                 _tried(lambda: api.create_branch(target.repository, branch=branch, exist_ok=True))
-                at = _tried(lambda: api.model_info(target.repository, revision=branch))
-            info = at
-        before = str(info.sha)
-        if not overwrite:
-            _check_nothing_else(api, target, before, files, {s.rfilename for s in info.siblings})
+            at = _tried(lambda: api.model_info(target.repository, revision=branch))
+        before = str(at.sha)
         done = _tried(
             lambda: api.create_commit(
                 target.repository,
@@ -306,8 +326,72 @@ def write(
             )
         )
     commit = str(done.oid)
-    url = f"{api.endpoint}/{target.repository}"
-    return Written(Reference(target.repository, commit), url, created, commit != before)
+    tree = "" if branch == MAIN else f"/tree/{quote(branch, safe='')}"
+    url = f"{api.endpoint}/{target.repository}{tree}"
+    return Written(Reference(target.repository, commit), url, not known, commit != before)
+
+
+def _api(hub: ModuleType) -> Any:
+    return hub.HfApi(endpoint=_endpoint(), token=_token(), library_name="tpp")
+
+
+def _look(
+    hub: ModuleType,
+    api: Any,
+    target: Reference,
+    files: Mapping[str, Path | bytes],
+    *,
+    private: bool,
+    overwrite: bool,
+) -> tuple[bool, Any]:
+    """Whether there is the repository, and what the Hub says of the branch; None: there is none.
+
+    All that can be refused before something is made is refused here.
+    """
+    if CARD in files:
+        _check_card(hub, api, target, files[CARD])
+    info = _info(hub, api, target.repository)
+    if info is None:
+        return False, None
+    if private and not info.private:
+        raise UserError(
+            f"{target}: is there and public, which --private does not change: change it in "
+            "its settings on the Hub, or name another"
+        )
+    if (target.revision or MAIN) != MAIN:
+        # What a new branch holds of main's is no reason: the branch is this push's own.
+        info = _info(hub, api, target.repository, target.revision)
+    if info is not None and not overwrite:
+        there = {sibling.rfilename for sibling in info.siblings}
+        _check_nothing_else(api, target, str(info.sha), files, there)
+    return True, info
+
+
+def _check_card(hub: ModuleType, api: Any, target: Reference, card: Path | bytes) -> None:
+    """Ask the Hub of the card's metadata, as ``create_commit`` does when a branch is made already.
+
+    Raises:
+        UserError: it does not take them.
+    """
+    content = card if isinstance(card, bytes) else card.read_bytes()
+
+    def ask() -> Any:
+        response = hub.utils.get_session().post(
+            f"{api.endpoint}/api/validate-yaml",
+            json={"content": content.decode(), "repoType": "model"},
+            headers=hub.utils.build_hf_headers(token=_token(), library_name="tpp"),
+        )
+        if response.status_code != 400:
+            hub.utils.hf_raise_for_status(response)
+        return response
+
+    response = _tried(ask)
+    if response.status_code == 400:
+        said = "; ".join(str(error.get("message")) for error in response.json().get("errors", []))
+        raise UserError(
+            f"{target}: the Hub does not take what the card says: {' '.join(said.split())}; "
+            "--license, --dataset and --base-model want the Hub's names"
+        )
 
 
 def _info(hub: ModuleType, api: Any, repository: str, revision: str | None = None) -> Any:
@@ -383,11 +467,11 @@ def _endpoint() -> str | None:
 
 
 @contextmanager
-def _patient() -> Iterator[None]:
-    """Within it a Hub that accepts a request and says nothing is given up."""
+def _patient(seconds: float) -> Iterator[None]:
+    """Within it a Hub that accepts a request and says nothing for so long is given up."""
     session = _library().utils.get_session()
     before = session.timeout
-    session.timeout = _SILENCE_SECONDS
+    session.timeout = seconds
     try:
         yield
     finally:
@@ -441,7 +525,8 @@ def _one_line(target: Reference, doing: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # of huggingface_hub, or of whatever carries its requests
-        raise UserError(f"{target}: {_reason(hub, error, target, doing)}") from None
+        kind = NotAskedError if any(map(_may_pass, _chain(error))) else UserError
+        raise kind(f"{target}: {_reason(hub, error, target, doing)}") from None
     finally:
         logging.set_verbosity(level)
         if bars and not sys.stderr.isatty():
@@ -463,7 +548,7 @@ def _reason(hub: ModuleType, error: BaseException, target: Reference, doing: str
     if offline and isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
         return (
             f"is not in the cache ({hub.constants.HF_HUB_CACHE}), and HF_HUB_OFFLINE is set; fetch "
-            f"it where there is a network: tpp pull {target.repository} --output FILE"
+            f"it where there is a network: tpp pull {str(target).removeprefix(HUB)} --output FILE"
         )
     if isinstance(error, errors.RevisionNotFoundError):
         return f"the repository has no revision {target.revision}"
