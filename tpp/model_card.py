@@ -14,11 +14,12 @@ import yaml
 
 from tpp.checkpoints.model_file import FORMAT, VERSION, CheckpointInfo, network_of, read_metadata
 from tpp.common.errors import UserError, printable
-from tpp.common.hub import FORMAT_KEY, HUB, WEIGHTS
+from tpp.common.hub import FORMAT_KEY, HUB, MAIN, WEIGHTS, Reference
 from tpp.common.numbers import in_short
 from tpp.common.own_code import is_own
 from tpp.common.reading import read_json, read_text
 from tpp.common.yaml_files import parse_yaml
+from tpp.masks import COMPANION as MASK
 from tpp.measure.counts import Counts, count
 from tpp.models.architecture import TIMM, build_on_meta, set_preprocessing
 from tpp.models.preparation import in_words
@@ -88,6 +89,11 @@ class Facts:
         return [(n.name, n.outputs, d.outputs) for n, d in layers if n.outputs < d.outputs]
 
     @property
+    def masked(self) -> bool:
+        """Whether it has a mask of weights that are zero."""
+        return MASK in self.info.companions
+
+    @property
     def task(self) -> str:
         """What the network is for."""
         task = self.info.extra.get("task")
@@ -137,16 +143,16 @@ def config_json(facts: Facts) -> str:
     return json.dumps(said, indent=2) + "\n"
 
 
-def card(facts: Facts, told: Told, repository: str) -> str:
+def card(facts: Facts, told: Told, target: Reference) -> str:
     """The model card, as Markdown with the Hub's block of metadata.
 
     Args:
         facts: what is known.
         told: what the user says beside it.
-        repository: ``OWNER/NAME`` on the Hub.
+        target: where on the Hub, and on which branch.
     """
     parts = [
-        f"# {repository.partition('/')[2]}",
+        f"# {target.repository.partition('/')[2]}",
         _headline(facts),
         "## What was pruned",
         *_pruning(facts, told),
@@ -157,9 +163,9 @@ def card(facts: Facts, told: Told, repository: str) -> str:
         "## Latency",
         _latency(facts),
         "## How to load it",
-        *_loading(facts, repository),
+        *_loading(facts, target),
     ]
-    return f"---\n{_metadata(facts, told, repository)}---\n\n" + "\n\n".join(parts) + "\n"
+    return f"---\n{_metadata(facts, told, target.repository)}---\n\n" + "\n\n".join(parts) + "\n"
 
 
 def _run_of(
@@ -205,7 +211,8 @@ def _headline(facts: Facts) -> str:
     arch = facts.info.architecture
     what = f"{arch.name.removeprefix(TIMM)}, {arch.output}"
     if not facts.pruned:
-        return f"{_text(what)}: not pruned, {in_short(facts.now.macs)} multiply-accumulates."
+        how = "no filters removed, but weights masked to zero" if facts.masked else "not pruned"
+        return f"{_text(what)}: {how}, {in_short(facts.now.macs)} multiply-accumulates."
     return (
         f"{_text(what)}, with filters removed: {facts.speedup:.2f} times fewer "
         f"multiply-accumulates ({in_short(facts.now.macs)} of {in_short(facts.dense.macs)}) and "
@@ -230,30 +237,46 @@ def _pruning(facts: Facts, told: Told) -> Iterator[str]:
 def _method(facts: Facts, told: Told) -> Iterator[tuple[str, str]]:
     if told.pruned_by is not None:
         yield "pruned by", told.pruned_by
+    elif not facts.pruned and not facts.masked:
+        # The run's plan is of stages after this one.
+        yield "pruned by", "nothing: every filter and weight is there"
     elif not facts.config:
         yield "pruned by", "not recorded in the file"
-    stage, config = facts.stage, facts.config
-    if told.pruned_by is None and config:
-        method = _dict(config.get("method"))
-        title = _dict(stage).get("title") or method.get("name", "")
-        yield "method", _plain(title)
-        settings = {key: value for key, value in method.items() if key != "name"}
-        if settings:
-            yield "its settings", _plain(settings)
-        pruning = _dict(config.get("pruning"))
-        yield "criterion", _plain(pruning.get("criterion", "l1"))
-        for key in ("ratios", "budget", "floors", "skip", "round_to", "coupled"):
-            if pruning.get(key) not in (None, {}, [], False, 1):
-                yield key.replace("_", " "), _plain(pruning[key])
-        yield "stages", ", ".join(_dict(facts.results.get("stages")))
-        if facts.results.get("seed") is not None:
-            yield "seed", _plain(facts.results["seed"])
+    else:
+        yield from _plan_of(facts)
     origin = facts.info.extra.get("pruned_from")
     if isinstance(origin, dict) and isinstance(origin.get("file"), str):
         yield "from the file", origin["file"]
     base = _base_model(facts, told)
     if base is not None:
         yield "began as", base
+
+
+def _plan_of(facts: Facts) -> Iterator[tuple[str, str]]:
+    """How the run that it lies in pruned it."""
+    method = _dict(facts.config.get("method"))
+    yield "method", _plain(facts.stage.get("title") or method.get("name", ""))
+    settings = {key: value for key, value in method.items() if key != "name"}
+    if settings:
+        yield "its settings", _plain(settings)
+    pruning = _dict(facts.config.get("pruning"))
+    yield "criterion", _plain(pruning.get("criterion", "l1"))
+    for key in ("ratios", "budget", "floors", "skip", "round_to", "coupled"):
+        if pruning.get(key) not in (None, {}, [], False, 1):
+            yield key.replace("_", " "), _plain(pruning[key])
+    yield "stages", ", ".join(_stages_up_to(facts))
+    if facts.results.get("seed") is not None:
+        yield "seed", _plain(facts.results["seed"])
+
+
+def _stages_up_to(facts: Facts) -> list[str]:
+    """The stages that this network went through, by what each says that it began with."""
+    stages, way = _dict(facts.results.get("stages")), []
+    name = facts.info.extra.get("stage")
+    while isinstance(name, str) and name in stages and name not in way:
+        way.append(name)
+        name = _dict(stages[name]).get("input")
+    return way[::-1]
 
 
 def _sizes(facts: Facts) -> str:
@@ -320,7 +343,7 @@ def _latency(facts: Facts) -> str:
     return f"{table}\n\nMeasured by `tpp latency` on: {_text(facts.machine)}."
 
 
-def _loading(facts: Facts, repository: str) -> Iterator[str]:
+def _loading(facts: Facts, target: Reference) -> Iterator[str]:
     info = facts.info
     yield (
         "With the package `tpp` (TPP at cluster scale); nothing in the file is run, and every "
@@ -331,9 +354,12 @@ def _loading(facts: Facts, repository: str) -> Iterator[str]:
     if own:
         lines += ["# The file only names the network's class: a dense one of it, yours to bring."]
     more = ", network=Net()" if own else ""
-    lines += [f'model = tpp.load_model("{HUB}{repository}@main"{more})  # or @COMMIT, which stays']
+    branch = target.revision or MAIN
+    at = f"{HUB}{target.repository}@{branch}"
+    lines += [f'model = tpp.load_model("{at}"{more})  # or @COMMIT, which stays']
     yield "```python\n" + "\n".join(lines) + "\n```"
-    yield f"```bash\ntpp pull {repository} --output {WEIGHTS}\n```"
+    pulled = target.repository if branch == MAIN else f"{target.repository}@{branch}"
+    yield f"```bash\ntpp pull {pulled} --output {WEIGHTS}\n```"
     if info.preprocessing:
         yield f"Images: {_text(in_words(info.preprocessing))}."
     classes = info.extra.get("classes")
@@ -349,7 +375,8 @@ def _metadata(facts: Facts, told: Told, repository: str) -> str:
     said |= {"library_name": "tpp"}
     said |= {"pipeline_tag": pipeline} if pipeline else {}
     tags = ["pruning", "structured-pruning"] if facts.pruned else []
-    if _dict(facts.config.get("method")).get("name") == "tpp":
+    pruned = facts.pruned or facts.masked
+    if pruned and _dict(facts.config.get("method")).get("name") == "tpp":
         tags.append("trainability-preserving-pruning")
     said["tags"] = ["tpp", *tags, arch]
     base = _base_model(facts, told)

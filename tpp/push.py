@@ -12,8 +12,10 @@ from tpp.common.hub import (
     CONFIG,
     MAIN,
     WEIGHTS,
+    NotAskedError,
     Reference,
     check_may_write,
+    check_write,
     local,
     reference,
     write,
@@ -29,8 +31,8 @@ def make_parser(prog: str = "python -m tpp.push") -> Parser:
         "Write a checkpoint, its configuration and a model card to the Hugging Face Hub.",
         more="""
             The card says what was pruned and by what, size beside the dense network, and what was
-            measured: of a stage's checkpoint the run's own results. The token is that of HF_TOKEN;
-            docs/hub.md.
+            measured: of a stage's checkpoint the run's own results. The token is that of HF_TOKEN.
+            A dry run asks the Hub, where it can, whether the push is refused; docs/hub.md.
         """,
         examples=[
             "runs/own/finetune/model.safetensors me/resnet50-half --private --dry-run",
@@ -51,7 +53,7 @@ def make_parser(prog: str = "python -m tpp.push") -> Parser:
     add("--base-model", metavar="NAME", help="pruned from, by the Hub's name, OWNER/NAME")
     add("--latency", type=user_path, metavar="FILE", help="what tpp latency --json wrote of it")
     share(parser, "--overwrite", " and other than these")
-    share(parser, "--dry-run", ": the files, and the card")
+    share(parser, "--dry-run", ": the files, and the card; the Hub is asked whether it refuses")
     return parser
 
 
@@ -68,7 +70,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m tpp.push
     _, companions, _ = read_checkpoint(path)  # every tensor is as its hash says
     facts = facts_of(path, options.latency)
     keys = ("accuracy", "pruned_by", "license", "dataset", "base_model", "latency")
-    text = card(facts, Told(**{key: getattr(options, key) for key in keys}), target.repository)
+    text = card(facts, Told(**{key: getattr(options, key) for key in keys}), target)
     files: dict[str, Path | bytes] = {
         WEIGHTS: path,
         CONFIG: config_json(facts).encode(),
@@ -79,6 +81,10 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m tpp.push
     if options.license is None:
         print("note: the card names no license (--license); without one nobody else may use it")
     if options.dry_run:
+        try:
+            check_write(target, files, private=options.private, overwrite=options.overwrite)
+        except NotAskedError as error:
+            print(f"note: the Hub was not asked whether it refuses this: {error}")
         for name, data in files.items():
             size = len(data) if isinstance(data, bytes) else data.stat().st_size
             print(f"would write {target}: {name}, {in_bytes(size)}")

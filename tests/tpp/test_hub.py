@@ -24,8 +24,10 @@ from tpp.checkpoints.model_file import read_metadata, save_model
 from tpp.checkpoints.sources import read_source
 from tpp.common.errors import Note, UserError
 from tpp.common.hub import CARD, CONFIG, WEIGHTS
-from tpp.models.architecture import build_model
+from tpp.models.architecture import Architecture, build_model
+from tpp.models.preparation import assumed_preparation
 from tpp.plan import PruningPlan
+from train import evaluate
 
 ROOT = Path(__file__).resolve().parents[2]
 IMAGES = {"image_size": 32, "resize": None, "mean": [0.5], "std": [0.2], "channels": 3}
@@ -82,6 +84,7 @@ def test_what_is_pushed_comes_back_to_the_bit(file, tmp_path, hub_service, monke
     assert hub_service.asked == []
     said = refused(tpp.load_model, f"hf-hub:{NAME}@v7")
     assert "is not in the cache" in said and "HF_HUB_OFFLINE is set" in said
+    assert said.endswith(f": tpp pull {NAME}@v7 --output FILE")
     assert "HF_HUB_OFFLINE is set" in refused(push.main, [str(file), NAME])
     assert hub_service.asked == []
 
@@ -131,6 +134,30 @@ def test_what_is_there_stays_unless_it_is_to_be_replaced(file, hub_service):
     assert f"holds no {WEIGHTS}" in refused(tpp.load_model, f"hf-hub:{NAME}@{before}")
 
 
+def test_a_new_branch_holds_what_is_pushed_in_place_of_mains(file, hub_service, capsys):
+    theirs = {CARD: b"# mine\n", WEIGHTS: b"another's", "notes.txt": b"kept"}
+    hub_service.keep(NAME, theirs)
+    push.main([str(file), NAME, "--branch", "a/v2"])
+    assert capsys.readouterr().out.endswith(f"\n{hub_service.url}/{NAME}/tree/a%2Fv2\n")
+    found = hub_service.files(NAME, "a/v2")
+    assert found[WEIGHTS] == file.read_bytes() and found["notes.txt"] == b"kept"
+    assert hub_service.files(NAME) == theirs
+    text = found[CARD].decode()
+    assert f'tpp.load_model("hf-hub:{NAME}@a/v2")' in text
+    assert f"tpp pull {NAME}@a/v2 --output" in text
+    # Now it is there, and what it holds counts.
+    said = refused(push.main, [str(file), NAME, "--branch", "a/v2", "--accuracy", "another"])
+    assert said.startswith(f"hf-hub:{NAME}@a/v2: holds {CARD} already")
+
+
+@pytest.mark.parametrize("words", [["--private"], ["--license", "of my own"]])
+def test_what_is_refused_leaves_nothing_behind(file, hub_service, words):
+    hub_service.keep(NAME, {})
+    said = refused(push.main, [str(file), NAME, "--branch", "v2", *words])
+    assert said.startswith(f"hf-hub:{NAME}@v2: ") and words[0] in said
+    assert hub_service.repositories[NAME].branches.keys() == {"main"}
+
+
 def test_the_same_again_is_no_commit(file, hub_service, capsys):
     for expected in (1, 1):
         push.main([str(file), NAME])
@@ -149,12 +176,37 @@ def test_a_private_repository_is_made_and_read_with_a_token(file, hub_service, m
     assert not Path("another").exists()
 
 
-def test_a_dry_run_shows_the_card_and_asks_nobody(file, hub_service, monkeypatch, capsys):
+def test_a_dry_run_without_a_token_shows_the_card_and_asks_nobody(
+    file, hub_service, monkeypatch, capsys
+):
     monkeypatch.delenv("HF_TOKEN")
     push.main([str(file), NAME, "--dry-run"])
     said = capsys.readouterr().out
     assert f"would write hf-hub:{NAME}@main: {WEIGHTS}, " in said and "\n# small\n" in said
+    assert "note: the Hub was not asked whether it refuses this: " in said
+    assert "HF_TOKEN is not set" in said
     assert hub_service.asked == []
+
+
+def test_a_dry_run_is_refused_where_the_push_is(file, hub_service, monkeypatch, capsys):
+    """Each by the same line, and nothing is made for it."""
+    arguments = [str(file), NAME]
+    push.main([*arguments, "--branch", "v2", "--dry-run"])
+    assert "note: the Hub was not asked" not in capsys.readouterr().out
+    assert hub_service.repositories == {}
+    hub_service.keep(NAME, {CARD: b"# mine\n"})
+    cases = ([], ["--private"], ["--license", "of my own"])
+    said = [refused(push.main, [*arguments, *words, "--dry-run"]) for words in cases]
+    assert said == [refused(push.main, [*arguments, *words]) for words in cases]
+    assert "would write" not in capsys.readouterr().out
+    push.main([*arguments, "--branch", "v2", "--dry-run"])
+    assert f"would write hf-hub:{NAME}@v2: {WEIGHTS}, " in capsys.readouterr().out
+    assert hub_service.repositories[NAME].branches.keys() == {"main"}
+    hub_service.fail("/api/", 503)
+    push.main([*arguments, "--dry-run"])
+    said = capsys.readouterr().out
+    assert "note: the Hub was not asked whether it refuses this: " in said and ": 503)" in said
+    assert f"would write hf-hub:{NAME}@main: {WEIGHTS}, " in said
 
 
 @pytest.mark.parametrize(
@@ -278,6 +330,36 @@ def test_the_card_of_a_stage_says_what_its_run_found(tmp_path, hub_service):
     assert str(tmp_path) not in text
 
 
+def stage_card(folder, name, model, hub_service, **more):
+    """The card of a stage of the run in a folder."""
+    path = folder / name / WEIGHTS
+    save_model(path, model, preprocessing=IMAGES, extra={"run": "own", "stage": name}, **more)
+    push.main([str(path), f"me/{name}"])
+    return hub_service.files(f"me/{name}")[CARD].decode()
+
+
+def test_the_card_of_a_stage_says_nothing_of_those_after_it(tmp_path, hub_service):
+    run = tmp_path / "runs" / "own"
+    run.mkdir(parents=True)
+    inputs = {"dense": None, "measured": "dense", "prune": "dense", "finetune": "prune"}
+    stages = {name: {"kind": name, "input": before} for name, before in inputs.items()}
+    (run / "results.json").write_text(json.dumps({"name": "own", "seed": 3, "stages": stages}))
+    (run / "config.yaml").write_text("method: {name: tpp}\npruning: {ratios: {layer*: 0.5}}\n")
+    network = build_model("cifar_resnet8", 10)
+    text = stage_card(run, "dense", network, hub_service)
+    assert ": not pruned, " in text
+    assert "| pruned by | nothing: every filter and weight is there |" in text
+    for word in ("| method |", "| criterion |", "| ratios |", "| stages |", "trainability-pres"):
+        assert word not in text, word
+    mask = {"mask": {"conv1.weight": torch.ones_like(network.conv1.weight, dtype=torch.bool)}}
+    text = stage_card(run, "prune", network, hub_service, companions=mask)
+    assert ": no filters removed, but weights masked to zero, " in text
+    assert "| method | tpp |" in text and "| stages | dense, prune |" in text
+    plan = PruningPlan({"layer1.0.conv1": 16}, {"layer1.0.conv1": [*range(8)]})
+    text = stage_card(run, "finetune", prune_model(network, plan), hub_service)
+    assert "| ratios | layer*: 0.5 |" in text and "| stages | dense, prune, finetune |" in text
+
+
 def test_the_card_of_a_file_alone_says_what_nobody_measured(file, tmp_path, hub_service):
     push.main([str(file), NAME])
     text = hub_service.files(NAME)[CARD].decode()
@@ -342,6 +424,24 @@ def test_the_authors_checkpoint_converts_by_the_command_of_the_page(tmp_path, mo
     images = torch.randn(1, 3, 64, 64)
     assert found(images).equal(pruned.eval()(images))
     assert found.layer4[1].conv1.out_channels == 509
+
+
+@pytest.mark.parametrize("page", ["docs/checkpoints.md", "docs/hub.md"])
+def test_the_page_says_how_the_authors_prepared_images(page):
+    """Their files do not, and what is assumed for a resnet50 is not what they did."""
+    text = (ROOT / page).read_text()
+    found = re.search(r"^tpp prune ckpt_best.*--output (\S+)\n(tpp evaluate .*)", text, re.M)
+    assert found, "no command to evaluate what tpp prune wrote"
+    options = evaluate.make_parser().parse_args(shlex.split(found[2], comments=True)[2:])
+    assert str(options.checkpoint) == found[1] and options.resize == 256
+    assert assumed_preparation(Architecture("resnet50", 1000)).values["resize"] == 232
+
+
+def test_every_part_of_the_page_of_checkpoints_has_its_heading():
+    parts = re.split(r"\n## (.+)\n", (ROOT / "docs/checkpoints.md").read_text())
+    texts = dict(zip(parts[1::2], parts[2::2], strict=True))
+    assert "`tpp prune`, `sparsify`, `survey`" in texts["What commands read"]
+    assert not any("\n\n\n" in text for text in texts.values())
 
 
 class Called:
