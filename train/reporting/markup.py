@@ -30,12 +30,18 @@ figure { margin: 0 0 1.2rem; max-width: 40rem; break-inside: avoid; }
 .plot { display: block; width: 100%%; height: auto; }
 .plot * { stroke-linejoin: round; stroke-linecap: butt; }
 .plot text { font-family: system-ui, sans-serif !important; }
-.wide { overflow-x: auto; margin: .3rem 0 1rem; }
-table { border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; }
+/* What is beyond the edge shows as a shade there, which the table's own end covers. */
+.wide { overflow-x: auto; margin: .3rem 0 1rem; background:
+  linear-gradient(var(--back), var(--back)) right / 1.5rem 100%% no-repeat local,
+  linear-gradient(to left, var(--line), transparent) right / 1.5rem 100%% no-repeat scroll; }
+/* Borders that cells share would lie below the background of those that stay in view. */
+table { border-collapse: separate; border-spacing: 0; font-size: 14px;
+  font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .55rem; border-bottom: 1px solid var(--line); text-align: right;
   vertical-align: top; white-space: nowrap; overflow-wrap: normal; }
 th:first-child, td:first-child, .text { text-align: left; }
-thead th { color: var(--pale); font-weight: 600; }
+thead th { color: var(--pale); font-weight: 600; vertical-align: bottom; }
+@media (min-width: 60rem) { thead th { white-space: normal; } }
 tbody th { font-weight: 400; padding-left: 0; position: sticky; left: 0; background: var(--back);
   white-space: normal; overflow-wrap: anywhere; min-width: min(9rem, 38vw); }
 thead th:first-child { padding-left: 0; }
