@@ -46,11 +46,15 @@ def show_end(folder: Path) -> None:
     # Whole paths: the lines are pasted into another terminal, or read in a job's log.
     place, python = shlex.quote(str(folder.absolute())), Path(sys.executable)
     tensorboard = shlex.quote(str(python.with_name("tensorboard")))
-    report = f"{shlex.quote(str(python))} -m train.report {place}"
+    report = f"{shlex.quote(str(python.with_name('tpp')))} report {place}"
+    if not python.with_name("tpp").is_file():  # a checkout that was not installed
+        report = (
+            f"cd {shlex.quote(str(ROOT))} && {shlex.quote(str(python))} -m train.report {place}"
+        )
     for what, command in (
         ("run folder", place),
         ("TensorBoard", f"{tensorboard} --logdir {place}"),
-        ("report", f"cd {shlex.quote(str(ROOT))} && {report}"),
+        ("report", report),
         ("report page", shlex.quote(str(page.absolute()))),
     ):
         text = Text(f"{what + ':':13}{command}")

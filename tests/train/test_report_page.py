@@ -21,7 +21,6 @@ from tpp.common.errors import UserError, printable
 from tpp.models.architecture import build_model
 from tpp.plan import PruningPlan
 from tpp.selection.settings import BudgetSection
-from train.config.config import load_config
 from train.report import main, write_report
 from train.reporting.axes import plain, span_of
 from train.reporting.colours import SCHEMES
@@ -389,16 +388,9 @@ def test_the_commands_do_what_they_say(tmp_path: Path) -> None:
     whole = "'" + str(folder).replace("'", "'\"'\"'")
     evaluate = f"tpp evaluate {whole}/finetune/model.safetensors'"
     assert f"{evaluate} --data photos/val" in commands
-    start = "accelerate launch --num_processes 4 train/main.py --config"
-    assert f"{start} {whole}/config.yaml'" in commands
+    start = f"accelerate launch --num_processes 4 {ROOT}/train/main.py --config"
+    assert any(text.startswith(f"{start} {whole}/config.yaml'") for text in commands)
     assert f"tensorboard --logdir {whole}'" in commands
-
-
-def test_a_resolved_configuration_can_be_run_again() -> None:
-    (again,) = [text for text in Page(page_of([load_run(OLD)])).commands if "output=" in text]
-    program, config, override = again.split(" --config ")[0], *again.split()[-2:]
-    assert program == "python train/main.py" and (ROOT / "train" / "main.py").exists()
-    assert load_config(Path(config), [override]).output == "runs/again"
 
 
 def test_stages_lead_to_their_events(tmp_path: Path) -> None:

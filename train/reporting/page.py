@@ -132,7 +132,7 @@ def _about(
             yield folded("TensorBoard: of all stages, and of each", shown)
     yield from _layers(run, label, name)
     yield heading("Commands", f"{name}commands")
-    yield '<p class="pale">For the folder of the project and its environment.</p>'
+    yield '<p class="pale">From any folder, in the environment that tpp is installed in.</p>'
     yield commands(commands_of(run))
     if run.config is not None:
         yield heading("Settings", f"{name}settings")

@@ -89,6 +89,7 @@ def write_results(run: Run, status: str) -> None:
         engine=engine_name(run.accelerator),
         published=run.config.published,
         image=list(run.dense.image),
+        started_in=str(Path.cwd()),
         dense=NetworkResult(
             scores=_dense_scores(run.task, stages.values()),
             parameters=run.dense.parameters,

@@ -152,6 +152,8 @@ class Results(BaseModel):
         dense: the network that the run prunes.
         image: shape of the image that multiply-accumulates are of, (channels, height, width);
             None where an older run did not say.
+        started_in: the folder where relative paths of its settings begin; None where an older run
+            did not say.
     """
 
     name: str
@@ -167,6 +169,7 @@ class Results(BaseModel):
     engine: str | None = None
     published: PublishedSection | None = None
     image: list[int] | None = None
+    started_in: str | None = None
     dense: NetworkResult | None = None
     stages: dict[str, StageResult] = {}
 
@@ -207,8 +210,9 @@ class Results(BaseModel):
         content = self.model_dump()
         if self.task == Classification.kind:
             del content["task"]
-        if self.image is None:
-            del content["image"]
+        for later in ("image", "started_in"):  # than the first runs
+            if content[later] is None:
+                del content[later]
         content["dense"] = self.dense and self.dense.to_dict()
         content["stages"] = {name: stage.to_dict() for name, stage in self.stages.items()}
         return content
