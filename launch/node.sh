@@ -16,8 +16,27 @@ set -euo pipefail
 if [[ "${1:-}" == -h || "${1:-}" == --help ]]; then
   exec sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
 fi
+fail() { # 1, as bash ends where it fails itself, is tried again by Kubernetes
+  echo "error: $*" >&2
+  exit 2
+}
+
+given=()
+for what in LAUNCHER RANKS_OF_EACH_NODE PYTHON SCRIPT; do
+  (($#)) || fail "$what is missing: node.sh LAUNCHER RANKS_OF_EACH_NODE PYTHON SCRIPT [argument ...]"
+  given+=("$1")
+  shift
+done
+set -- "${given[@]}" "$@"
 launcher="$1" python="$3"
 layout="$2"
+case "$launcher" in
+  torchrun | accelerate | deepspeed) ;;
+  *) fail "$launcher: none of torchrun, accelerate, deepspeed" ;;
+esac
+count="[1-9][0-9]{0,4}"
+[[ "$layout" =~ ^($count(,$count)*|${count}x$count)$ ]] ||
+  fail "$layout: neither ranks of each node, such as 8,8,4, nor NODESxRANKS, such as 2x8"
 if [[ "$layout" =~ ^([0-9]+)x([0-9]+)$ ]]; then # 2x8 is 8,8
   printf -v layout "${BASH_REMATCH[2]},%.0s" $(seq "${BASH_REMATCH[1]}")
 fi
@@ -45,13 +64,11 @@ world=0
 for count in "${ranks[@]}"; do world=$((world + count)); done
 node="${TPP_NODE_RANK:-${SLURM_NODEID:-}}"
 if [[ ! "$node" =~ ^[0-9]+$ ]] || ((node >= ${#ranks[@]})); then
-  echo "error: TPP_NODE_RANK='$node': not one of ${#ranks[@]} node(s), from 0 on" >&2
-  exit 2
+  fail "TPP_NODE_RANK='$node': not one of ${#ranks[@]} node(s), from 0 on"
 fi
 here="${ranks[node]}"
 if [[ -n "${TPP_NODE_RANK:-}" && (-z "${MASTER_ADDR:-}" || -z "${MASTER_PORT:-}") ]]; then
-  echo "error: MASTER_ADDR and MASTER_PORT have to say where the ranks meet, on node 0" >&2
-  exit 2
+  fail "MASTER_ADDR and MASTER_PORT have to say where the ranks meet, on node 0"
 fi
 if [[ -z "${MASTER_ADDR:-}" || -z "${MASTER_PORT:-}" ]]; then
   # As for ranks that srun starts itself.

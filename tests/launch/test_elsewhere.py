@@ -169,6 +169,30 @@ def test_a_containers_sigterm_is_a_checkpoint_and_code_75(config: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("", "LAUNCHER is missing"),
+        ("torchrun", "RANKS_OF_EACH_NODE is missing"),
+        ("torchrun 2x8", "PYTHON is missing"),
+        ("torchrun 2x8 python", "SCRIPT is missing"),
+        ("foo 2 python x", "foo: none of torchrun, accelerate, deepspeed"),
+        ("torchrun 2y8 python x", "2y8: neither ranks of each node"),
+        ("torchrun x8 python x", "x8: neither ranks of each node"),
+        ("torchrun 0x8 python x", "0x8: neither ranks of each node"),
+        ("torchrun 8,,4 python x", "8,,4: neither ranks of each node"),
+        ("torchrun 8,0 python x", "8,0: neither ranks of each node"),
+    ],
+)
+def test_a_node_that_is_called_wrongly(words: str, said: str) -> None:
+    """1, as bash ends where it fails itself, would be tried again by Kubernetes."""
+    place = {"TPP_NODE_RANK": "0", "MASTER_ADDR": "here", "MASTER_PORT": "1"}
+    run = start(*words.split(), **place)
+    error = run.communicate(timeout=30)[0]
+    assert error.startswith(f"error: {said}") and error.count("\n") == 1
+    assert run.returncode == 2
+
+
+@pytest.mark.parametrize(
     ("variables", "said"),
     [
         ({"TPP_NODE_RANK": "2"}, "TPP_NODE_RANK='2': not one of 2 node(s), from 0 on"),
