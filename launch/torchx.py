@@ -1,7 +1,8 @@
 """A component of TorchX, for the schedulers that it knows.
 
-torchx run --dryrun -s kubernetes launch/torchx.py:tpp --nodes 2 --image REGISTRY/tpp:latest \
-    --config configs/imagenet/resnet50_tpp_2.31x.yaml -- data.root=/data output=/runs/resnet50
+torchx run --dryrun -s kubernetes -cfg queue=gpus --workspace= launch/torchx.py:tpp --nodes 2 \
+    --image REGISTRY/tpp:latest --config configs/imagenet/resnet50_tpp_2.31x.yaml \
+    data.root=/data output=/runs/resnet50
 torchx run -s local_cwd launch/torchx.py:tpp --gpus 2 --config configs/demo.yaml
 """
 
