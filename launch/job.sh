@@ -165,13 +165,26 @@ sys.exit(not all(map(u.find_spec, ("torch", "accelerate", "pydantic", "safetenso
       "or name another one in launch/site.sh"
 }
 
-check_here() { # what can be known to go wrong; the arguments are launch.check's
+check_site() { # what needs no Python
   command -v sbatch >/dev/null ||
     fail "there is no SLURM here (sbatch is not found); without it: torchrun --nproc_per_node N" \
       "train/main.py --config $CONFIG"
   if [[ -n "${TPP_STAGE_DATA:-}" && ! -e "${TPP_STAGE_DATA}" ]]; then
     fail "TPP_STAGE_DATA: there is no $TPP_STAGE_DATA"
   fi
+  local image="${TPP_CONTAINER:-}" file=no
+  case "$CONTAINER:$image" in # what else pyxis takes is a registry's name: me/tpp
+    *://*) ;;
+    apptainer:* | pyxis:[./]* | pyxis:*.sqsh) file=yes ;;
+  esac
+  if [[ "$file" == yes && ! -e "$image" ]]; then
+    fail "TPP_CONTAINER: there is no $image on this machine; name an image that is there, or submit" \
+      "by sbatch itself if it is on the compute nodes only"
+  fi
+}
+
+check_here() { # what can be known to go wrong; the arguments are launch.check's
+  check_site
   check_python
   local more=()
   if [[ -n "${TPP_STAGE_DATA:-}${TPP_DATA_ON_NODES:-}" ]]; then more=(--data-on-nodes); fi
@@ -194,6 +207,7 @@ submit() {
   if [[ "$CONTAINER" == none ]]; then
     check_here "${configs[@]}" "${arguments[@]}" --script "$SCRIPT" -- "${OPTIONS[@]}" || exit
   else
+    check_site
     echo "not checked here, but in the job: the configuration takes the container's Python" >&2
   fi
   export TPP_ROOT="$ROOT"

@@ -18,6 +18,7 @@
 #   LAUNCHER  what starts train/main.py in a task, such as "torchrun --nproc_per_node 4"
 #   PYTHON    the interpreter               default: .venv/bin/python, or else python3
 #
+# TPP_PRINT=1 prints what would be called instead of calling it, JOB_OF_dense in the place of an id.
 # launch/site.sh may set PYTHON and what sbatch is asked for (SBATCH_PARTITION and the like).
 #
 #SBATCH --job-name=table1
@@ -80,42 +81,53 @@ others="$("${sweep[@]}" --pending --only 1-)"
 if [[ -n "${LAUNCHER:-}" ]]; then sweep+=(--launcher "$LAUNCHER"); fi
 command -v sbatch >/dev/null ||
   fail "there is no SLURM here (sbatch is not found); without it: ${sweep[*]}"
-mkdir -p "$OUTPUT/logs"
+if [[ -z "${TPP_PRINT:-}" ]]; then mkdir -p "$OUTPUT/logs"; fi
 
-submit() { # the runs, more options of sbatch; prints the job's id
-  local runs="$1" prefix="" tasks="" id
+submit() { # the runs, more options of sbatch; the job's id is in JOB then
+  local runs="$1" prefix="" tasks="" id command
   if [[ "$runs" == s* ]]; then prefix=s; fi
   if [[ -n "${JOBS:-}" ]]; then # a line for each task
     tasks="$(tr '\n' ' ' <<<"$runs")"
     runs="$(sed 's/[-,].*//' <<<"$runs" | paste -sd,)"
   fi
-  # Inside of $(...) errexit is off: a refusal has to be handed on.
-  id="$(sbatch --parsable --chdir="$PWD" --output="$OUTPUT/logs/$prefix%A_%a.log" \
-    --array="${runs//s/}${2:-}" "${@:3}" "${options[@]}" slurm/table1.sh "$prefix" "$tasks" \
-    "${sweep[@]}")" || return
+  command=(sbatch --parsable --chdir="$PWD" --output="$OUTPUT/logs/$prefix%A_%a.log"
+    --array="${runs//s/}${2:-}" "${@:3}" "${options[@]}" slurm/table1.sh "$prefix" "$tasks"
+    "${sweep[@]}")
+  if [[ -n "${TPP_PRINT:-}" ]]; then
+    printf '%q ' "${command[@]}"
+    echo
+    JOB=JOB_OF_dense # the only one that others wait for
+    return
+  fi
+  # Errexit is off where || follows: a refusal has to be handed on.
+  id="$("${command[@]}")" || return
   id="${id%%;*}" # a cluster's name may follow
   [[ "$id" =~ ^[0-9]+$ ]] || return
-  echo "$id"
+  JOB="$id"
+}
+
+say() { # of TPP_PRINT=1 the commands are all
+  if [[ -z "${TPP_PRINT:-}" ]]; then echo "$*"; fi
 }
 
 dependency=() queued=""
 if [[ -n "$dense" ]]; then
-  job="$(submit "$dense")" ||
+  submit "$dense" ||
     fail "sbatch refuses the job of the dense network, see above; nothing is submitted"
-  dependency=("--dependency=afterok:$job" --kill-on-invalid-dep=yes)
-  queued="job $job of the dense network is in the queue: scancel $job, or let it end; then "
-  echo "dense network: job $job"
+  dependency=("--dependency=afterok:$JOB" --kill-on-invalid-dep=yes)
+  queued="job $JOB of the dense network is in the queue: scancel $JOB, or let it end; then "
+  say "dense network: job $JOB"
 fi
 for runs in "$shared" "$others"; do
   if [[ -z "$runs" ]]; then continue; fi
   what="runs ${runs//$'\n'/, }"
   if [[ "$runs" == s* ]]; then what="shared stages ${runs//$'\n'/, }"; fi
-  job="$(submit "$runs" "%${PARALLEL:-8}" "${dependency[@]}")" ||
+  submit "$runs" "%${PARALLEL:-8}" "${dependency[@]}" ||
     fail "sbatch refuses the array of $what, see above; ${queued}call this again"
-  echo "$what: job $job"
+  say "$what: job $JOB"
 done
 if [[ -z "$dense$shared$others" ]]; then
   echo "nothing to do: all runs in $OUTPUT are done"
 else
-  echo "how far it is: cd $(printf '%q' "$PWD") && $(printf '%q ' "${sweep[@]}")--list"
+  say "how far it is: cd $(printf '%q' "$PWD") && $(printf '%q ' "${sweep[@]}")--list"
 fi

@@ -8,9 +8,32 @@
 # The commands start, DALI and DeepSpeed are imported, and a small run goes from the dense network to
 # the pruned one, on the CPU, as whoever calls. --gpu: the cards are looked at, and the run is on one.
 set -euo pipefail
-if [[ "${1:-}" == -h || "${1:-}" == --help || -z "${1:-}" ]]; then
-  exec sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
-fi
+fail() {
+  echo "error: $*" >&2
+  exit 2
+}
+show_help() { # the comment at the head
+  sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
+}
+case "${1:-}" in
+  -h | --help) show_help && exit ;;
+  "")
+    echo "error: IMAGE is missing" >&2
+    show_help >&2
+    exit 2
+    ;;
+  --here) needs="env" ;;
+  -*) fail "$1: IMAGE comes first, or --here" ;;
+  *.sif)
+    needs=apptainer
+    [[ -e "$1" ]] || fail "$1: there is no such file; apptainer build makes it, see docs/cluster.md"
+    ;;
+  *) needs="${TPP_DOCKER:-docker}" ;;
+esac
+for word in "${@:2}"; do
+  [[ "$word" == --gpu ]] || fail "$word: behind the image only --gpu is understood"
+done
+command -v "$needs" >/dev/null || fail "$1: $needs is not found here, and starts this image"
 image="$1" gpu="${2:-}"
 out="$(mktemp -d)"
 trap 'rm -rf "$out"' EXIT
@@ -35,10 +58,7 @@ esac
 step() {
   echo "== $1"
   shift
-  "${inside[@]}" "$@" || {
-    echo "error: $image: '$*' ends with $?" >&2
-    exit 2
-  }
+  "${inside[@]}" "$@" || fail "$image: '$*' ends with $?"
 }
 
 step "commands" tpp --version

@@ -133,6 +133,26 @@ def test_table_1_refused(stub: Path) -> None:
     ]
 
 
+def test_table_1_only_printed(stub: Path) -> None:
+    """TPP_PRINT=1 prints what would be called: nothing is submitted, and nothing written."""
+    called, python = stub.parent / "called", stub / "python"
+    write(
+        python,
+        'case "$*" in *"--only 0") echo 0 ;; *s1-) printf "s1-2\\n" ;; *) printf "1-9\\n" ;; esac',
+    )
+    write(stub / "sbatch", f'touch "{called}"; echo 5')
+    done = table1(stub, "--partition=a", "seed=1", PYTHON=str(python), TPP_PRINT="1")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert not called.exists() and not (stub.parent / "runs").exists()
+    dense, shared, runs = map(shlex.split, done.stdout.splitlines())
+    for line, array in ((dense, "0"), (shared, "1-2%8"), (runs, "1-9%8")):
+        assert line[0] == "sbatch" and f"--array={array}" in line and "--partition=a" in line
+        assert line[line.index("slurm/table1.sh") + 3 :][:3] == [str(python), "-m", "train.sweep"]
+    assert not any("dependency" in word for word in dense)
+    assert "--dependency=afterok:JOB_OF_dense" in shared
+    assert "--dependency=afterok:JOB_OF_dense" in runs
+
+
 def test_table_1_with_its_array_refused(stub: Path) -> None:
     counted = 'case "$*" in *--array=0*) echo "17;far" ;; *) echo "sbatch: no" >&2; exit 1 ;; esac'
     write(stub / "sbatch", counted)
@@ -198,6 +218,62 @@ def test_a_row_refused(stub: Path, tmp_path: Path) -> None:
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.splitlines()[0] == "sbatch: error: refused"
     assert done.stderr.splitlines()[1].startswith("error: sbatch refuses it")
+
+
+@pytest.mark.parametrize("image", ["{}/x.sif", "sub/x.sif", "{}/x.sqsh", "~/x.sif"])
+def test_an_image_that_is_not_there(stub: Path, image: str) -> None:
+    script, image = ROOT / "slurm" / "resnet50_tpp.sh", image.format(stub)
+    variables = {"TPP_PRINT": "1", "TPP_CONTAINER": image, "HOME": str(stub)}
+    done = bash(stub, script, "data.root=/none", **variables)
+    assert (done.returncode, done.stdout) == (2, "")
+    file = image.replace("~", str(stub))
+    assert done.stderr.startswith(f"error: TPP_CONTAINER: there is no {file} on this machine")
+    assert done.stderr.count("\n") == 1
+    place = stub.parent / file
+    place.parent.mkdir(exist_ok=True)
+    place.touch()
+    done = bash(stub, script, "data.root=/none", **variables)
+    assert done.returncode == 0 and done.stdout.startswith("sbatch ")
+
+
+@pytest.mark.parametrize(
+    "image", ["docker://me/tpp", "dockerd://tpp", "me/tpp:1", "nvcr.io#me/tpp"]
+)
+def test_an_image_of_a_registry_is_not_looked_for(stub: Path, image: str) -> None:
+    script = ROOT / "slurm" / "resnet50_tpp.sh"
+    done = bash(stub, script, "data.root=/none", TPP_PRINT="1", TPP_CONTAINER=image)
+    assert done.returncode == 0 and done.stdout.startswith("sbatch ")
+    assert done.stderr.count("\n") == 1 and "not checked here" in done.stderr
+
+
+def test_the_images_test_without_an_image(stub: Path) -> None:
+    smoke = ROOT / "launch" / "container" / "smoke.sh"
+    done = bash(stub, smoke, "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    bare = bash(stub, smoke)
+    assert (bare.returncode, bare.stdout) == (2, "")
+    assert bare.stderr == f"error: IMAGE is missing\n{done.stdout}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("x.sif", "--gpu"), "x.sif: there is no such file"),
+        (("there.sif", "--gpu"), "there.sif: apptainer is not found"),
+        (("tpp",), "tpp: no-docker is not found"),
+        (("tpp", "--gpus"), "--gpus: behind the image only --gpu is understood"),
+        (("tpp", "--gpu", "1"), "1: behind the image only --gpu is understood"),
+        (("--gpu",), "--gpu: IMAGE comes first"),
+    ],
+)
+def test_an_image_that_cannot_be_started(stub: Path, arguments: tuple[str, ...], said: str) -> None:
+    (stub.parent / "there.sif").touch()
+    which = subprocess.run(["which", "bash"], capture_output=True, text=True).stdout.strip()
+    (stub / "bash").symlink_to(which)  # and no apptainer
+    smoke = ROOT / "launch" / "container" / "smoke.sh"
+    done = bash(stub, smoke, *arguments, TPP_DOCKER="no-docker", PATH=str(stub))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: {said}") and done.stderr.count("\n") == 1
 
 
 def test_a_chain_refused(stub: Path, tmp_path: Path) -> None:
