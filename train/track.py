@@ -19,7 +19,8 @@ def make_parser(prog: str = "python -m train.track") -> Parser:
             RUN is a run folder. What a service has already is not sent again, so that the command
             may be repeated: where a service was down, where there was no way out, or with
             another service than the run had. Services and keys are found by their own environment
-            variables, such as WANDB_API_KEY and MLFLOW_TRACKING_URI.
+            variables, such as WANDB_API_KEY and MLFLOW_TRACKING_URI. The exit code is 1 where a
+            service has not taken everything.
         """,
         examples=[
             "runs/resnet50_half",

@@ -16,11 +16,12 @@ from mlflow_server import mlflow_server
 
 from tpp.common.errors import UserError
 from train.config.config import load_config
+from train.config.tracking import TrackingSection
 from train.tags import points_of
 from train.track import main as track
 from train.trackers.memory import Memory
 from train.trackers.points import LogReader, Places
-from train.trackers.services import Mlflow, Wandb
+from train.trackers.services import About, Mlflow, Wandb
 from train.trackers.wandb_files import records, row_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -245,7 +246,10 @@ def test_a_service_that_never_answers_is_waited_for_by_nobody_and_told_later(
     points = {at for points in logged(run).values() for at in points}
     out = capsys.readouterr().out
     said = f"trackers: mlflow: {len(points)} of {len(points)} points were not sent"
-    assert f"{said}; sent when the run goes on, or by tpp track {run}" in out
+    (line,) = (line for line in out.splitlines() if line.startswith(said))
+    assert line.startswith(f"{said} to {silent}")
+    assert line.endswith(f"; sent when the run goes on, or by tpp track --to mlflow {run}")
+    assert ("no answer so far" in line) == ("training goes on" not in out)
     assert out.count("trackers:") - out.count("training goes on") == 1  # where it timed out
     assert out.count("training goes on") <= 1
 
@@ -262,15 +266,52 @@ def test_one_that_cannot_be_reached_is_said_once_in_one_line(tmp_path, monkeypat
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://someone:{MARK}@127.0.0.1:{port}")
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr("train.trackers.trackers._PAUSES_AT_END", (0.1, 0.1))
+    for name in ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT"):
+        monkeypatch.delenv(name, raising=False)  # by themselves they are minutes
     a_run_folder(tmp_path)
     with pytest.raises(SystemExit) as ended:
-        track([str(tmp_path), "--to", "mlflow", "--wait", "60"])
+        track([str(tmp_path), "--to", "mlflow", "--wait", "20"])
     assert ended.value.code == 1
     out = capsys.readouterr()
     first, last = (line for line in out.out.splitlines() if line.startswith("trackers:"))
-    assert "training goes on" in first and "1 of 1 points were not sent" in last
+    assert str(port) in first and first.endswith("; it is asked again")
+    assert last == (
+        f"trackers: mlflow: 1 of 1 points were not sent to http://127.0.0.1:{port}; "
+        f"sent by tpp track --to mlflow {tmp_path}"
+    )
     assert MARK not in out.out + out.err
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("tensorboard", "--to tensorboard: nothing is sent there, as its events are in the run"),
+        ("foo", "--to: unknown service 'foo'; did you mean"),
+    ],
+)
+def test_what_is_no_service_is_refused_with_those_that_are(tmp_path, name, said):
+    a_run_folder(tmp_path)
+    with pytest.raises(UserError) as caught:
+        track([str(tmp_path), "--to", name])
+    error = str(caught.value)
+    assert error.startswith(said) and "mlflow, trackio, wandb" in error
+    assert error.count("tensorboard") == (name == "tensorboard")
+
+
+@pytest.mark.parametrize(
+    ("uri", "address"),
+    [
+        (f"http://someone:{MARK}@host:5000", "http://host:5000"),
+        (f"http://{MARK}@host/x?token={MARK}", "http://...@host/x?..."),
+        (f"http://host/{MARK}-of-mlflow", "http://host/..."),
+        ("", ""),
+    ],
+)
+def test_where_a_service_is_stands_there_without_secrets(monkeypatch, tmp_path, uri, address):
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", f"{MARK}-of-mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    assert Mlflow(About("run", tmp_path, TrackingSection(), {})).address == address
 
 
 def a_run_folder(folder: Path) -> None:

@@ -8,10 +8,12 @@ from pydantic import ValidationError
 
 from tpp.common.errors import UserError
 from tpp.common.reading import read_text
+from tpp.common.registry import pick
 from tpp.common.settings import mistakes
 from tpp.common.yaml_files import parse_yaml
 from train.config.stage_kinds import KINDS, stage_kind
 from train.config.tracking import (
+    TENSORBOARD,
     TrackingSection,
     check_trackers,
     known_tracker,
@@ -20,7 +22,7 @@ from train.config.tracking import (
 )
 from train.run_folder.lock import RunLock
 from train.run_folder.results import read_results
-from train.trackers.services import About
+from train.trackers.services import SERVICES, About
 from train.trackers.trackers import Trackers, made_with
 
 
@@ -43,9 +45,10 @@ def send(folder: Path, names: Sequence[str] | None, *, wait: float) -> bool:
     results = read_results(folder / "results.json")
     path = folder / "config.yaml"
     config = _plain(path)
-    services = services_of(
-        map(known_tracker, config.get("trackers") or [] if names is None else names)
-    )
+    if names is None:
+        services = services_of(map(known_tracker, config.get("trackers") or []))
+    else:
+        services = list(dict.fromkeys(map(_service, names)))
     if not services:
         raise UserError(f"{path}: trackers: names no service to send to; say which with --to")
     check_trackers(services)
@@ -64,7 +67,7 @@ def send(folder: Path, names: Sequence[str] | None, *, wait: float) -> bool:
     PartialState(cpu=True)  # Accelerate's trackers ask it which process they are in
     with RunLock(folder):
         about = About(results.name, folder, tracking, config | made_with(results), trained)
-        trackers = Trackers(about, services)
+        trackers = Trackers(about, services, training=False)
         steps = {name: stage.steps or 0 for name, stage in results.stages.items()}
         for name in trained:
             trackers.ready(name, steps)
@@ -73,6 +76,17 @@ def send(folder: Path, names: Sequence[str] | None, *, wait: float) -> bool:
         trackers.start()
         finished = results.status == "finished"
         return trackers.close("finished" if finished else "stopped", wait=wait)
+
+
+def _service(name: str) -> str:
+    """A name that was given by hand, if it is one of a service."""
+    if name == TENSORBOARD:
+        raise UserError(
+            f"--to {name}: nothing is sent there, as its events are in the run folder already; "
+            f"expected one of {', '.join(sorted(SERVICES))}"
+        )
+    pick(SERVICES, name, "--to: unknown service")
+    return name
 
 
 def _plain(path: Path) -> dict[str, Any]:

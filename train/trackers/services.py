@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from tpp.common.object_storage import hidden
+from tpp.common.redaction import without_secrets
 from train.config.tracking import MLFLOW, TRACKIO, WANDB, TrackingSection, without_passwords
 from train.trackers.points import Point
 from train.trackers.wandb_files import last_step
@@ -75,6 +77,12 @@ class Service(ABC):
     @abstractmethod
     def place(self) -> str:
         """Name and place of the service, without any password: what it knows is known there."""
+
+    @property
+    def address(self) -> str:
+        """The URL of the place, as it may be printed; "" of files here."""
+        address = self.place.partition(" ")[2]
+        return without_secrets(hidden(address)) if "://" in address else ""
 
     def load(self) -> None:
         """Import its library, with what the environment has to say before."""
@@ -216,6 +224,9 @@ class Mlflow(Service):
     environment = {
         "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
         "MLFLOW_DISABLE_TELEMETRY": "true",
+        # Its own are minutes, in which nobody is told what is wrong; it is asked again anyway.
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     }
 
     @property
@@ -263,7 +274,7 @@ class Mlflow(Service):
         if not os.environ.get("MLFLOW_TRACKING_URI"):
             uri = f"sqlite:///{self.about.folder / 'mlflow.db'}"
             return f"experiment {project}; mlflow ui --backend-store-uri {uri}"
-        return f"experiment {project} at {self.place.removeprefix(MLFLOW).strip()}"
+        return f"experiment {project} at {self.address or self.place.partition(' ')[2]}"
 
     def told(self) -> int | None:
         """The last step that is there as a whole."""

@@ -33,7 +33,8 @@ from train.trackers.services import SERVICES, About, Ending, Service
 LOG, RESULTS = "log.jsonl", "results.json"
 _LOOK_EVERY = 2.0  # seconds
 _LONGEST_PAUSE = 60.0  # seconds between two attempts to reach a service
-_ATTEMPTS_AT_END = 3  # each with those that a service's library makes by itself
+# Seconds between attempts at the end, each with those that a service's library makes by itself.
+_PAUSES_AT_END = (1.0, 2.0, 4.0, 8.0)
 # A signal leaves seconds for everything.
 _WAIT_STOPPED = 5.0
 _LONGEST_REASON = 300
@@ -46,13 +47,20 @@ class Trackers:
     Args:
         about: the run.
         names: of the services.
+        training: whether the run is under way, or was before.
         tell: says a line.
     """
 
     def __init__(
-        self, about: About, names: Iterable[str], *, tell: Callable[[str], None] = say
+        self,
+        about: About,
+        names: Iterable[str],
+        *,
+        training: bool = True,
+        tell: Callable[[str], None] = say,
     ) -> None:
         self._about, self._names, self._tell = about, list(names), tell
+        self._training = training
         self._places = Places(about.trained)
         self._senders: list[_Sender] = []
 
@@ -76,7 +84,14 @@ class Trackers:
             self._tell("trackers: a stage is run again with other settings: a new run of each")
         for name in self._names:
             reader = LogReader(folder / LOG, layers=self._about.tracking.layers)
-            sender = _Sender(SERVICES[name](self._about), reader, self._places, memory, self._tell)
+            sender = _Sender(
+                SERVICES[name](self._about),
+                reader,
+                self._places,
+                memory,
+                self._tell,
+                training=self._training,
+            )
             self._senders.append(sender)
             sender.start()
 
@@ -116,11 +131,14 @@ class _Sender(threading.Thread):
         places: Places,
         memory: Memory,
         tell: Callable[[str], None],
+        *,
+        training: bool,
     ) -> None:
         super().__init__(name=f"tracker {service.name}", daemon=True)
         self._service, self._reader, self._places = service, reader, places
         self._memory, self._folder, self._say = memory, service.about.folder, tell
         self._wake, self._given_up = threading.Event(), threading.Event()
+        self._training = training
         self._ending: Ending | None = None
         known = memory.of(service.place)
         self._told = known.get("step", -1)
@@ -142,7 +160,10 @@ class _Sender(threading.Thread):
         name, parts = self._service.name, []
         left, total = self._count()
         if left:
-            parts.append(f"{left:,} of {total:,} points were not sent")
+            to = f" to {self._service.address}" if self._service.address else ""
+            parts.append(f"{left:,} of {total:,} points were not sent{to}")
+            if not self._opened and not self._complained:
+                parts.append("no answer so far")
         if self._refused:
             parts.append(f"{self._refused:,} of {total:,} points were refused")
         if self._opened and not self._closed and not left:
@@ -151,8 +172,10 @@ class _Sender(threading.Thread):
             self._service.abandon()
         if not parts:
             return None
-        later = "when the run goes on, or " if self._ending == "stopped" else ""
-        return f"trackers: {name}: {', '.join(parts)}; sent {later}by tpp track {self._folder}"
+        again = self._training and self._ending == "stopped"
+        later = "when the run goes on, or " if again else ""
+        command = f"tpp track --to {name} {self._folder}"  # also where the run names another
+        return f"trackers: {name}: {', '.join(parts)}; sent {later}by {command}"
 
     def _count(self) -> tuple[int, int]:
         """Points that are left, and all."""
@@ -168,7 +191,7 @@ class _Sender(threading.Thread):
     def run(self) -> None:
         """Tell what comes, until the end."""
         pause, failed = _LOOK_EVERY, 0
-        while not self._given_up.is_set() and failed < _ATTEMPTS_AT_END:
+        while not self._given_up.is_set():
             ending = self._ending  # what was logged before it is read below
             try:
                 more = self._go_on()
@@ -176,8 +199,13 @@ class _Sender(threading.Thread):
             except Exception as error:  # whatever a service's library raises, training goes on
                 more = False
                 self._complain(error)
-                pause = 1.0 if ending else min(2 * pause, _LONGEST_PAUSE)
-                failed += ending is not None
+                if ending is None:
+                    pause = min(2 * pause, _LONGEST_PAUSE)
+                elif failed == len(_PAUSES_AT_END):
+                    return
+                else:
+                    pause = _PAUSES_AT_END[failed]
+                    failed += 1
             else:
                 if ending is not None and not more:
                     self._close(ending)
@@ -265,10 +293,10 @@ class _Sender(threading.Thread):
     def _complain(self, error: Exception) -> None:
         if not self._complained:
             self._complained = True
-            self._tell(
-                f"trackers: {self._service.name}: {_said(error)}; training goes on, and "
-                "what is missing there is sent when it answers"
-            )
+            then = "training goes on, and what is missing there is sent when it answers"
+            if not self._training:
+                then = "it is asked again"
+            self._tell(f"trackers: {self._service.name}: {_said(error)}; {then}")
 
     def _tell(self, line: str) -> None:
         # At the end of a process a thread that prints may end it in an error of Python's.
