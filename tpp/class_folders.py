@@ -57,6 +57,8 @@ class ClassFolders:
             raise UserError("--device cuda: PyTorch finds no CUDA GPU on this machine; use cpu")
         if preprocessing.get("crop_mode") == "whole":
             raise UserError("--data: the network takes images whole, of which no two make a batch")
+        if not folder.is_dir():
+            raise UserError(f"--data {folder}: there is no such folder")
         try:
             self._images = ImageFolder(str(folder), _transform(preprocessing))
         except (OSError, RuntimeError) as error:

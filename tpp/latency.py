@@ -385,6 +385,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m tpp.late
     each = [LatencySettings(**options, batch=batch) for batch in _batches(batches)]
     if file:
         check_output("--json", file, kind="JSON", ending=".json", overwrite=overwrite, inputs=paths)
+    each[0].check_here()
     networks = _read_networks([str(path) for path in paths], image_size, dense_sizes, network)
     console = make_console()
     rows = []

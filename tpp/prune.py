@@ -8,6 +8,7 @@ import argparse
 import fnmatch
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tpp.common.command_line import Parser
@@ -65,19 +66,28 @@ def _parse_floors(texts: list[str]) -> dict[str, int | float]:
 
 
 def _budget(arguments: argparse.Namespace) -> "Budget | None":
-    from tpp.selection.budget import Budget, parse_count
+    from tpp.selection.budget import Budget
 
     if arguments.speedup is not None:
         return Budget("speedup", arguments.speedup)
     if arguments.max_macs is not None:
-        return Budget("macs", parse_count(arguments.max_macs))
+        return Budget("macs", _count("--max-macs", arguments.max_macs))
     if arguments.max_parameters is not None:
-        return Budget("parameters", parse_count(arguments.max_parameters))
+        return Budget("parameters", _count("--max-parameters", arguments.max_parameters))
     if arguments.max_latency_ms is not None:
         return Budget("latency_ms", arguments.max_latency_ms, *_measured(arguments))
     if arguments.latency_speedup is not None:
         return Budget("latency_speedup", arguments.latency_speedup, *_measured(arguments))
     return None
+
+
+def _count(option: str, text: str) -> int:
+    from tpp.selection.budget import parse_count
+
+    try:
+        return parse_count(text)
+    except UserError as error:
+        raise UserError(f"{option}: {error}") from None
 
 
 def _measured(arguments: argparse.Namespace) -> "tuple[LatencySettings, str | None]":
@@ -147,6 +157,18 @@ def _check_together(given: argparse.Namespace) -> None:
             raise UserError(f"{option} has no effect without --data")
 
 
+def _plan_of(file: Path, model: "nn.Module") -> PruningPlan:
+    """What a file says, for this network."""
+    from tpp.models.layers import check_layers
+
+    plan = PruningPlan.load(file)
+    try:
+        check_layers(model, plan.active_layers)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+    return plan
+
+
 def _make_plan(
     arguments: argparse.Namespace,
     configured: "Configured | None",
@@ -156,7 +178,7 @@ def _make_plan(
 ) -> PruningPlan:
     gradients = images.gradients if images is not None else None
     if arguments.plan:
-        return PruningPlan.load(arguments.plan)
+        return _plan_of(arguments.plan, model)
     if configured is not None:
         selection = replace(configured.selection(), gradients=gradients)
         if selection.needs_images and gradients is None:
@@ -379,6 +401,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m tpp.prun
         from tpp.models.architecture import architecture_of, meta_copy
         from tpp.models.fitting import assign_tensors
 
+    budget = _budget(options)  # before a large file is read
     named, configured = None, None
     if options.model or options.config:
         from tpp.selection.configured import network_named, read_configured
@@ -412,7 +435,9 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m tpp.prun
     assert network is not None
     counts = count(pruned)
     print(f"{network.name}: {summary(count(dense.model), counts)}")
-    if options.max_latency_ms is not None or options.latency_speedup is not None:
+    if not plan.active_layers and budget is not None:
+        print(f"note: the dense network meets {budget}: nothing was pruned")
+    if budget is not None and budget.measured:
         from tpp.measure.timing import measure
 
         settings, _ = _measured(options)
@@ -422,6 +447,11 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m tpp.prun
             f"latency here, {counts.of_image}: {dense_ms:.1f} ms -> {pruned_ms:.1f} ms (medians), "
             f"{dense_ms / pruned_ms:.2f}x as fast"
         )
+        if pruned_ms > 1000 * budget.seconds(dense_ms / 1000):
+            print(
+                f"note: {budget} was met when the widths were chosen, and is not now: the machine "
+                "is not quiet, or the budget close to the mark; measure again with tpp latency"
+            )
     if recalibrate is not None and folders is not None:
         batches = folders.batches_of(options.recalibrate)
         print(f"BatchNorm's running statistics are of {batches} batches of images")

@@ -40,7 +40,8 @@ def dry_run(config: Config, *, ranks: int | None = None) -> None:
 
     What is there is opened: images, starting weights, what the run folder holds. The data need not
     be there if ``model.num_classes`` says how many classes there are; a line names what was
-    not. What one looks for first comes first, the resolved configuration last.
+    not. What one looks for first comes first; last the resolved configuration, and what was not
+    looked at, where nobody misses it.
 
     Raises:
         UserError: what the run would end with, as far as it can be known here; or fewer than one
@@ -76,10 +77,10 @@ def dry_run(config: Config, *, ranks: int | None = None) -> None:
         )
     else:
         _say_plan(config, plan, dense, counts, ranks or _RANKS, images, console)
-    for what in missing:
-        console.print(f"not looked at: {what}", soft_wrap=True)
     console.print("\nthe configuration, resolved:")
     console.print(as_yaml(config), markup=False)
+    for what in missing:
+        console.print(f"not looked at: {what}", soft_wrap=True)
 
 
 def _say_plan(
@@ -93,6 +94,8 @@ def _say_plan(
 ) -> None:
     """What goes, what is left, and how the penalty is shared."""
     pruned = count(prune_model(dense, plan))
+    if not plan.active_layers:
+        console.print("note: the dense network meets the budget: nothing would be pruned")
     console.print(_plan_table(plan))
     _say_what_stands_in(config, console)
     for name, before, after in (

@@ -13,7 +13,7 @@ import tpp
 from tpp.channels.removal import prune_model
 from tpp.channels.survey import survey_channels
 from tpp.measure.counts import Counts, count
-from tpp.measure.timing import LatencySettings
+from tpp.measure.timing import LatencySettings, Timing
 from tpp.models.architecture import build_model, meta_copy
 from tpp.models.layers import prunable_layers
 from tpp.plan import PruningPlan
@@ -319,6 +319,30 @@ def test_a_measured_speedup_is_a_share_of_what_the_dense_network_takes():
         for selection in (share, absolute)
     )
     assert one.pruned == other.pruned and one.active_layers
+
+
+def test_networks_that_are_measured_alone_are_not_noted(recwarn):
+    """Of seven that are thrown away it would be said how far from zero they are."""
+    budget = Budget("latency_ms", 0.5 * DENSE.macs * 1e-6)
+    Selection(budget=budget).select(NET, example_input=EXAMPLE, clock=Clock())
+    assert [str(found.message) for found in recwarn] == []
+
+
+def test_a_machine_that_becomes_slower_changes_no_measured_speedup(monkeypatch):
+    seen: list[float] = []
+
+    def slowing(networks, settings, *, example_input):
+        seen.append(1.5 ** len(seen))
+        macs = {
+            name: count(network, example_input=EXAMPLE).macs for name, network in networks.items()
+        }
+        return {name: Timing([seen[-1] * 1e-9 * number]) for name, number in macs.items()}
+
+    monkeypatch.setattr(tpp.measure.timing, "measure", slowing)
+    selection = Selection(budget=Budget("latency_speedup", 2), coupled=True)
+    plan = selection.select(NET, example_input=EXAMPLE)
+    quiet = selection.select(NET, example_input=EXAMPLE, clock=Clock())
+    assert plan.pruned == quiet.pruned and plan.active_layers and len(seen) == 8
 
 
 def test_a_latency_that_the_dense_network_meets_is_measured_once():

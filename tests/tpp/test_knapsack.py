@@ -198,6 +198,10 @@ def test_times_are_kept_in_a_file_and_measured_once(tmp_path):
         (json.dumps({**content, "milliseconds": {"a": "b"}}), "are no numbers"),
         (json.dumps({**content, "version": 9}), "version 9, expected 1"),
         (json.dumps({**content, "on": {"machine": "other"}}), "its times are of machine 'other'"),
+        (
+            json.dumps({**content, "on": {**content["on"], "processor": "other"}}),
+            "its times are of processor 'other'",
+        ),
     ):
         file.write_text(text)
         with pytest.raises(tpp.UserError, match=message) as error:
@@ -245,14 +249,14 @@ def test_networks_are_timed_in_onnxruntime():
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"dtype": "bf16"}, "backend onnxruntime on cpu: dtype must be fp32, not bf16"),
+        ({"dtype": "bf16"}, "backend onnxruntime on cpu: precision must be fp32, not bf16"),
         (
             {"dtype": "bf16", "device": "cuda"},
-            "backend onnxruntime on cuda: dtype must be fp32 or fp16, not bf16",
+            "backend onnxruntime on cuda: precision must be fp32 or fp16, not bf16",
         ),
         ({"compile": True}, "backend onnxruntime: networks run as they are; leave compile out"),
         ({"channels_last": True}, "backend onnxruntime: .*; leave channels_last out"),
-        ({"backend": "tensorrt"}, "backend tensorrt: runs on a GPU alone; set device to cuda"),
+        ({"backend": "tensorrt"}, "backend tensorrt: runs on a GPU alone: device cuda"),
     ],
 )
 def test_what_onnxruntime_is_not_asked_for(changes, said):

@@ -18,6 +18,7 @@ from tpp import describe, export, latency, prune, sparsify, survey
 from tpp.channels.survey import survey_channels
 from tpp.common import own_code
 from tpp.common.errors import Note, UserError
+from tpp.measure.counts import count
 from tpp.models import own
 from tpp.models.architecture import (
     architecture_of,
@@ -265,7 +266,7 @@ MISTAKES = {
     "some.py:Ten": "some.py:Ten gives 10 logits for an image, and there are 4 classes; let it take "
     "num_classes, or say with model.args how many",
     "some.py:Looks": "some.py:Looks does not run on images of 3x8x8 without memory, in evaluation "
-    "mode, in forward(): Tensor.item() cannot be called on meta tensors",
+    "mode, in forward(), some.py:31: Tensor.item() cannot be called on meta tensors",
     "some.py:Raises": "model 'some.py:Raises' cannot be built with {}: 'no such key'",
     "some.py:Lazy": "it has lazy layers (nn.Lazy...), whose widths nobody knows before it has seen "
     "images; say them",
@@ -390,3 +391,11 @@ def test_arguments_of_the_class(dense, page, capsys):
             describe.main(arguments)
         assert line in str(ended.value) + capsys.readouterr().err
     describe.main(["p.safetensors", *own, "--model-arg", "width=8"])
+
+
+def test_what_does_not_run_when_it_is_counted_has_its_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "some.py").write_text(NETWORKS)
+    network = build_model(own.take_up("some.py:Looks", "--model"), 4)
+    with pytest.raises(UserError, match=r"without values: .* \(in forward\(\), some\.py:\d+\)$"):
+        count(network)

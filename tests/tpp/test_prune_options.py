@@ -114,3 +114,24 @@ def test_layers_that_go_along_are_named(tmp_path, capsys):
     ):
         main([*files, *alone])
         assert "pruned along" not in capsys.readouterr().out
+
+
+def test_a_count_is_refused_with_its_option():
+    for option in ("--max-macs", "--max-parameters"):
+        assert refusal(option, "2Q").startswith(f"{option}: '2Q' is no number above 0 such as")
+
+
+def test_a_plan_for_another_network_is_named(tmp_path):
+    save_model(tmp_path / "in", build_model("cifar_resnet8", 10))
+    PruningPlan({"layer1.0.convX": 16}, {"layer1.0.convX": [1]}).save(tmp_path / "p.json")
+    files = ["--checkpoint", str(tmp_path / "in"), "--output", str(tmp_path / "out")]
+    said = r"p\.json: no Conv2d or Linear layer is called 'layer1\.0\.convX'; did you mean"
+    with pytest.raises(UserError, match=said):
+        main([*files, "--plan", str(tmp_path / "p.json")])
+
+
+def test_a_budget_that_takes_nothing_is_said(tmp_path, capsys):
+    save_model(tmp_path / "in", build_model("cifar_resnet8", 10))
+    main([str(tmp_path / "in"), "--output", str(tmp_path / "out"), "--max-macs", "10G"])
+    said = "note: the dense network meets 10,000,000,000 MACs: nothing was pruned"
+    assert said in capsys.readouterr().out

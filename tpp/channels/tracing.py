@@ -23,7 +23,7 @@ from tpp.channels.planes import Flow
 from tpp.channels.rules import MOVES, POINTWISE, RULES, move, pointwise, tensors_in
 from tpp.common.errors import UserError, reason_of
 from tpp.models.architecture import meta_copy
-from tpp.models.fitting import place_of, running_modules
+from tpp.models.fitting import line_of, place_of, running_modules
 from tpp.models.meta_runs import PlainMode, ShapesOnly
 
 
@@ -77,7 +77,8 @@ def trace_channels(
     except UserError:
         raise
     except Exception as error:  # whatever a network's own code raises for an input it cannot use
-        raise DoesNotRunError(model, image, place_of(running), error) from None
+        place = f"{place_of(running)}{line_of(error)}"
+        raise DoesNotRunError(model, image, place, error) from None
     outputs = tensors_in(out)
     if not outputs:
         raise UserError(f"{type(model).__name__}: no tensor is found in the {type(out)} it gives")

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tpp.common.errors import UserError
+from tpp.common.errors import UserError, reason_of
 from tpp.common.numbers import in_short
 from tpp.models.architecture import example_input_for, meta_copy
-from tpp.models.fitting import running_modules
+from tpp.models.fitting import line_of, place_of, running_modules
 from tpp.models.meta_runs import PlainMode, ShapesOnly
 
 # What convolutions and linear layers come down to; attention's products are not among them.
@@ -80,14 +80,16 @@ def count(model: nn.Module, *, example_input: Tensor | None = None) -> Counts:
     copy = meta_copy(model).eval()
     dtype = next(copy.parameters()).dtype
     images = torch.empty((1, *example_input.shape[1:]), device="meta", dtype=dtype)
-    counter = _Counter(running_modules(copy))
+    running = running_modules(copy)
+    counter = _Counter(running)
     try:
         with torch.inference_mode(False), torch.no_grad(), ShapesOnly(), counter:
             copy(images)
     except (RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:
         shape = "x".join(map(str, images.shape))
         raise UserError(
-            f"{type(model).__name__} does not run on an input of {shape}: {error}"
+            f"{type(model).__name__} does not run on an input of {shape} without values: "
+            f"{reason_of(error)} ({place_of(running)}{line_of(error)})"
         ) from None
     layers = {name: m for name, m in copy.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
     return Counts(

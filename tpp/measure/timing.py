@@ -1,12 +1,14 @@
 """How long a network takes for a batch."""
 
 import functools
+import os
 import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -66,13 +68,24 @@ class LatencySettings:
                     f"backend {self.backend}: networks run as they are; leave {name} out"
                 )
         if self.backend == "tensorrt" and self.device == "cpu":
-            raise UserError("backend tensorrt: runs on a GPU alone; set device to cuda")
+            raise UserError("backend tensorrt: runs on a GPU alone: device cuda")
         allowed = ("fp32", "fp16") if self.device == "cuda" else ("fp32",)
         if self.dtype not in allowed:
             raise UserError(
-                f"backend {self.backend} on {self.device}: dtype must be {' or '.join(allowed)}, "
-                f"not {self.dtype}"
+                f"backend {self.backend} on {self.device}: precision must be "
+                f"{' or '.join(allowed)}, not {self.dtype}"
             )
+
+    def check_here(self) -> None:
+        """Check that this machine has what it takes.
+
+        Raises:
+            UserError: no such device, or a package is missing.
+        """
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise UserError("device cuda: PyTorch finds no CUDA GPU on this machine; use cpu")
+        if self.runtime is not None:
+            self.runtime.check_packages()
 
     @property
     def runtime(self) -> Runtime | None:
@@ -137,10 +150,7 @@ def measure(
     Raises:
         UserError: there is no such device, or a network does not run under these conditions.
     """
-    if settings.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device cuda: PyTorch finds no CUDA GPU on this machine; use cpu")
-    if settings.runtime is not None:
-        settings.runtime.check_packages()
+    settings.check_here()
     seconds: dict[str, list[float]] = {name: [] for name in networks}
     with threads_of(settings.threads), _room_to_compile(settings):
         runs = {
@@ -261,9 +271,21 @@ def machine_of(settings: LatencySettings) -> dict[str, Any]:
     runtime = {} if settings.runtime is None else settings.runtime.versions()
     return {
         "machine": platform.machine(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "threads": settings.threads or torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if settings.device == "cuda" else None,
         "torch": torch.__version__,
         **runtime,
     }
+
+
+def _processor() -> str:
+    """The processor's name as Linux has it, such as ``AMD EPYC 9654 96-Core Processor``."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        lines = []
+    said = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(said, None) or platform.machine()

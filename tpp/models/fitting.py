@@ -1,7 +1,10 @@
 """Giving a network the widths that its tensors ask for."""
 
+import sysconfig
+import traceback
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +26,7 @@ from tpp.models.layers import layer_widths
 from tpp.models.meta_runs import ShapesOnly
 
 Shape = tuple[int, ...]
+_OURS, _PYTHONS = Path(__file__).resolve().parents[1], Path(sysconfig.get_path("stdlib"))
 # Tensors that have their layer's widths, and shrink or grow with them.
 _KNOWN = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
@@ -77,7 +81,7 @@ def output_shape(model: nn.Module, image: Tensor) -> tuple[int, ...]:
         with torch.no_grad(), ShapesOnly():
             out = copy(image)
     except Exception as error:  # whatever a network's own code raises where widths do not fit
-        where = f"{place_of(running)}: {reason_of(error)}"
+        where = f"{place_of(running)}{line_of(error)}: {reason_of(error)}"
         raise UserError(f"its layers do not fit each other {where}") from None
     return tuple(out.shape) if isinstance(out, Tensor) else ()
 
@@ -106,7 +110,7 @@ def check_logits(model: nn.Module, *, side: int | None = None) -> None:
         except Exception as error:  # whatever its code raises
             raise UserError(
                 f"{name} does not run on images of {by(images.shape[1:])} without memory, in "
-                f"{mode} mode, {place_of(running)}: {reason_of(error)}"
+                f"{mode} mode, {place_of(running)}{line_of(error)}: {reason_of(error)}"
             ) from None
         found = by(out.shape[1:]) if isinstance(out, Tensor) else None
         if found is None or out.dim() != 2 or out.shape[0] != 2:
@@ -142,6 +146,20 @@ def running_modules(model: nn.Module) -> list[str]:
 def place_of(running: Sequence[str]) -> str:
     """Where a network is, for a message."""
     return f"at {running[-1]}" if running and running[-1] else "in forward()"
+
+
+def line_of(error: BaseException) -> str:
+    """The line of a network's own code that an error came from, as ``, net.py:12``.
+
+    Nothing where it is PyTorch's, torchvision's or timm's.
+    """
+    found = ""
+    for frame in traceback.extract_tb(error.__traceback__):
+        path = Path(frame.filename)
+        others = "site-packages" in path.parts or not {_OURS, _PYTHONS}.isdisjoint(path.parents)
+        if path.is_file() and not others:
+            found = f", {path.name}:{frame.lineno}"
+    return found
 
 
 def fitted(

@@ -8,6 +8,7 @@ from tpp.plan import PruningPlan
 from tpp.selection.selection import same_on_all_ranks
 from train.run import Run
 from train.run_folder.calibration import selection_of
+from train.run_folder.log import say
 
 PLAN_FILE = "plan.json"
 
@@ -26,6 +27,8 @@ def choose_plan(run: Run, name: str, model: nn.Module, method: Method) -> Prunin
         example = example_input_for(model)
         plan = method.select(model, selection_of(run, name), example_input=example)
         plan = same_on_all_ranks(plan)
+        if run.is_main and not plan.active_layers:
+            say(f"{name}: note: nothing is to be pruned: the network meets the budget as it is")
     save_plan(run, name, plan)
     return plan
 
