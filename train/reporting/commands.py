@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import train
 from tpp.checkpoints.model_file import read_metadata
 from tpp.common.errors import UserError, printable
 from tpp.common.object_storage import is_url
@@ -94,7 +93,7 @@ def _runs(run: RunRecord, begin: Path | None) -> tuple[str, str]:
     folder, ranks = run.folder.absolute(), run.results.ranks or 1
     start = "tpp train"
     if ranks != 1:
-        main = Path(train.__file__).absolute().with_name("main.py")
+        main = Path(__file__).absolute().parents[1] / "main.py"
         start = f"accelerate launch --num_processes {ranks} {quoted(main)}"
     again = f"{start} --config {quoted(folder / 'config.yaml')}"
     if begin is not None:
