@@ -34,10 +34,11 @@ figure { margin: 0 0 1.2rem; max-width: 40rem; break-inside: avoid; }
 .wide { overflow-x: auto; margin: .3rem 0 1rem; background:
   linear-gradient(var(--back), var(--back)) right / 1.5rem 100%% no-repeat local,
   linear-gradient(to left, var(--line), transparent) right / 1.5rem 100%% no-repeat scroll; }
-/* Borders that cells share would lie below the background of those that stay in view. */
+/* Borders that cells share would lie below the background of those that stay in view; and rows of
+   whole pixels keep the rules of both at one height. */
 table { border-collapse: separate; border-spacing: 0; font-size: 14px;
   font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .55rem; border-bottom: 1px solid var(--line); text-align: right;
+th, td { padding: 5px .55rem; border-bottom: 1px solid var(--line); text-align: right;
   vertical-align: top; white-space: nowrap; overflow-wrap: normal; }
 th:first-child, td:first-child, .text { text-align: left; }
 thead th { color: var(--pale); font-weight: 600; vertical-align: bottom; }
