@@ -4,11 +4,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import nn
+
 from tpp.common.errors import UserError
+from tpp.models.architecture import build_on_meta
+from tpp.selection.criteria import layer_ratios
 from train.config.config import Config
 from train.grid import SweepRun, state_of
 from train.sharing import SharedStage, SweepConfigs, needs, not_begun, take_up
 from train.side_by_side import Job, Place, Running
+
+_SOME = 10  # classes
 
 
 @dataclass(frozen=True)
@@ -46,21 +52,49 @@ def run_sweep(
         way: how.
 
     Raises:
-        UserError: a run's dense network is not there, and making it is not among ``runs``.
+        UserError: a run's dense network is not there, and making it is not among ``runs``; or a
+            pattern of a run matches no layer.
     """
-
     left = []
     for run in runs:
         if state_of(run).done:
             print(f"run {run.number} ({run.name}): done before, skipped", flush=True)
         else:
             left.append(run)
+    _check_patterns(left, configs)
     jobs = _Jobs(shared, configs, way)
     for run in left:
         jobs.add_run(run)
     for one in asked:
         jobs.add_shared(one)
     return Running(jobs.in_order(), way.places).to_the_end()
+
+
+def _check_patterns(runs: Sequence[SweepRun], configs: SweepConfigs) -> None:
+    """Check, before their dense network is trained, that the runs' patterns match its layers.
+
+    Raises:
+        UserError: one matches none; names the run.
+    """
+    networks: dict[str, nn.Module] = {}
+    known = set()
+    for run in runs:
+        config = configs.of(run)
+        task = config.make_task()
+        # How many classes there are is nothing to the names of layers.
+        network = task.architecture(config.model) or task.architecture(config.model, _SOME)
+        assert network is not None
+        for name in filter(config.needs_plan, config.stages):
+            pruning = config.stages[name].pruning or config.pruning
+            if (key := f"{network} {pruning.ratios}") in known:
+                continue
+            known.add(key)
+            try:
+                if str(network) not in networks:
+                    networks[str(network)] = build_on_meta(network)
+                layer_ratios(networks[str(network)], pruning.ratios)
+            except UserError as error:
+                raise UserError(f"{run.config}, run {run.number} ({run.name}): {error}") from None
 
 
 class _Jobs:

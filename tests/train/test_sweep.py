@@ -391,6 +391,19 @@ def test_a_mistake_in_the_file_names_file_and_key(
     assert str(tiny_sweep.parent) in str(caught.value)
 
 
+def test_a_pattern_that_matches_nothing_is_said_before_the_dense_network_is_trained(
+    tiny_sweep: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = yaml.safe_load(tiny_sweep.read_text())
+    content["ratios"] = {"pr0.5": {"layer*.conv1": 0.5}, "pr0.7": {"layr*.conv1": 0.7}}
+    content.pop("published", None)
+    tiny_sweep.write_text(yaml.safe_dump(content))
+    assert call(monkeypatch, tiny_sweep) == 2
+    err = capsys.readouterr().err
+    assert "pr0.7" in err and "pruning pattern 'layr*.conv1' matches no" in err
+    assert err.count("\n") == 1 and not (tiny_sweep.parent / "runs").exists()
+
+
 @pytest.mark.processes
 def test_a_dense_run_that_failed_stops_what_starts_from_it(
     tiny_sweep: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
