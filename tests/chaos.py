@@ -296,9 +296,11 @@ def _curves(stage: Path) -> Iterator[tuple[str, list[int]]]:
 
 
 def _without_times(results: Any) -> Any:
-    # The commit is the checkout's, which may move on while this goes on for hours.
+    # The commit is the checkout's, which may move on while this goes on for hours; and each lane is
+    # started in a folder of its own.
     if isinstance(results, dict):
-        kept = (key for key in results if "seconds" not in key and key != "git_commit")
+        others = ("git_commit", "started_in")
+        kept = (key for key in results if "seconds" not in key and key not in others)
         return {key: _without_times(results[key]) for key in kept}
     return results
 

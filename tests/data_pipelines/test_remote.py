@@ -1,6 +1,7 @@
 """Images in an object store: the batches of a disk to the bit, whatever happens on the way."""
 
 import io
+import multiprocessing.forkserver
 import pickle
 import shutil
 import tarfile
@@ -101,8 +102,14 @@ def test_batches_are_those_of_a_disk_to_the_bit(service, shards, url, loader, tm
     assert here.location(5).path.startswith(f"{url}/")
 
 
+@pytest.fixture
+def fresh_workers(service) -> None:
+    """Workers come from a server process, whose environment is that of the first test with any."""
+    multiprocessing.forkserver._forkserver._stop()
+
+
 @pytest.mark.processes
-def test_a_worker_process_hands_over_that_the_store_is_gone(service, url):
+def test_a_worker_process_hands_over_that_the_store_is_gone(service, fresh_workers, url):
     index = open_remote(url)
     service.break_("refuse", at=r"^GET .*\.tar")
     with pytest.raises(AwayError, match=r"\.tar: cannot be reached"):
@@ -110,7 +117,7 @@ def test_a_worker_process_hands_over_that_the_store_is_gone(service, url):
 
 
 @pytest.mark.processes
-def test_worker_processes_read_too(service, shards, url):
+def test_worker_processes_read_too(service, fresh_workers, shards, url):
     assert same(
         train(open_remote(url), "torchvision", threads=1), train(open_images(shards), "torchvision")
     )
