@@ -36,7 +36,10 @@ def test_two_ranks_whose_store_goes_away_go_on_when_it_is_back(
     run_main(tiny_config, f"output={undisturbed}", f"data.root={shards}", ranks=2)
 
     tiny_config["data"]["root"] = url
-    service.break_("refuse", at=r"^GET .*train/[^ ]*\.tar ", after=200)
+    gone = {"at": r"^GET .*train/[^ ]*\.tar ", "after": 200}
+    service.break_("refuse", **gone)
+    run_main(tiny_config, f"output={run.with_name('alone')}", expect=75)
+    service.break_("refuse", **gone)
     ended = run_main(tiny_config, ranks=2, expect=None)
     # 75 is the rank's that needed the image; the other one may be seen to end first.
     assert ended.returncode in (1, 75)
